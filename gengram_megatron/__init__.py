@@ -1,0 +1,3 @@
+"""gengram_megatron: pretraining of genomic language models with Gengram memory."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,198 @@
+"""Every key of a config file: its name, type, default and meaning.
+
+`gengram config CONFIG` prints a config with all defaults filled in. Checks that concern one
+value stand beside it; checks between keys (layouts, divisibility) are in `layout.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are errors, and numbers are never guessed from strings."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class Run(Section):
+    """Where a run lives, and the seed that decides all its random numbers."""
+
+    dir: str = Field(description="folder of the run; training resumes from what it holds")
+    seed: NonNegative = Field(1234, description="weights, and the order of the samples")
+
+
+class Gengram(Section):
+    """The k-mer memory (Gengram paper, section 3). Layers count from 1."""
+
+    enabled: bool = False
+    layers: list[Positive] = Field([3, 6, 10], description="decoder layers with memory, from 1")
+    kmer_sizes: list[Annotated[int, Field(ge=1, le=8)]] = Field(
+        [1, 2, 3, 4, 5, 6], description="a table of 5^k rows for each k", min_length=1
+    )
+    dim: Positive = Field(1024, description="d_m, columns of each table")
+    window: Positive | None = Field(
+        21, description="W, tokens in the window; null: only the k-mer that ends at each token"
+    )
+    token_ids: list[NonNegative] = Field(
+        [8, 5, 6, 7, 9],
+        description="ids of A C G T N, the digits 0 to 4 of a row's number",
+        min_length=5,
+        max_length=5,
+    )
+    conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
+    init_std: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="standard deviation of the tables at the start; null: model.init_std"
+    )
+
+
+class MultiLatentAttention(Section):
+    """Sizes of multi-latent attention, read when model.attention is mla."""
+
+    kv_lora_rank: Positive = 512
+    q_lora_rank: Positive | None = Field(None, description="null: no low-rank query")
+    qk_head_dim: Positive = 128
+    qk_pos_emb_head_dim: Positive = 64
+    v_head_dim: Positive = 128
+
+
+class Model(Section):
+    """The decoder: Genos-like blocks of attention and SwiGLU, dense or mixture of experts."""
+
+    hidden_size: Positive
+    num_layers: Positive
+    num_attention_heads: Positive
+    num_query_groups: Positive | None = Field(None, description="key-value heads of gqa")
+    attention: Literal["mha", "gqa", "mla"] = "gqa"
+    ffn_hidden_size: Positive = Field(description="SwiGLU width (of each expert)")
+    num_experts: Positive | None = Field(None, description="null: a dense model")
+    moe_router_topk: Positive = 2
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0)] = 1e-3
+    moe_z_loss_coeff: Annotated[float, Field(ge=0)] = 1e-3
+    seq_length: Positive = Field(description="bases a sample")
+    vocab_size: Positive = Field(
+        256, description="rows of the embedding, padded; the same in every layout"
+    )
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    rotary_base: Positive = 10_000
+    init_std: Annotated[float, Field(gt=0)] = 0.01
+    implementation: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="auto: torch; transformer_engine only where it is asked for"
+    )
+    mla: MultiLatentAttention = MultiLatentAttention()
+    gengram: Gengram = Gengram()
+
+
+class Parallel(Section):
+    """How the work is split. data-parallel size = world size / (tensor * pipeline * context)."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    virtual_pipeline: Positive | None = Field(
+        None, description="model chunks a pipeline rank (interleaved schedule); null: one"
+    )
+    context: Positive = 1
+    expert: Positive = 1
+    expert_tensor: Positive | None = Field(
+        None, description="tensor-parallel size inside experts; null: parallel.tensor"
+    )
+    sequence: bool | None = Field(
+        None, description="sequence parallelism; null: wherever parallel.tensor > 1"
+    )
+
+
+class Data(Section):
+    """The data set that training reads, as `gengram-data build` wrote it."""
+
+    path: str = Field(description="folder of a built data set")
+    tokenizer: str | None = Field(
+        None, description="a SentencePiece model to check the ids against; null: the built-in ids"
+    )
+    workers: NonNegative = Field(1, description="background processes that read samples")
+
+
+class Tables(Section):
+    """What the Gengram tables get instead of the settings of all other weights."""
+
+    lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="null: optimizer.weight_decay"
+    )
+
+
+class Optimizer(Section):
+    """Adam with decoupled weight decay, cosine schedule with warm-up, counted in samples."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_fraction: Fraction = Field(0.05, description="share of all samples")
+    decay_fraction: Fraction = Field(
+        1.0, description="share of all samples after which lr stays at min_lr"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
+    distributed: bool = Field(True, description="shard optimizer states over data-parallel ranks")
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    tables: Tables = Tables()
+
+
+class Train(Section):
+    """How long, in which precision, with which batches."""
+
+    global_batch_size: Positive
+    micro_batch_size: Positive = 1
+    steps: Positive | None = Field(None, description="give steps or samples, not both")
+    samples: Positive | None = None
+    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations recomputed in the backward pass"
+    )
+    validation_interval: Positive | None = Field(
+        None, description="steps between validations; null: at the end only"
+    )
+    validation_samples: Positive | None = Field(
+        None, description="samples of each validation; null: the whole validation split"
+    )
+
+
+class Checkpoint(Section):
+    """Checkpoints of the run's folder."""
+
+    interval: Positive | None = Field(None, description="steps between; null: at the end only")
+    keep: Positive | None = Field(None, description="newest checkpoints that stay; null: all")
+    asynchronous: bool = Field(True, description="write while training goes on")
+
+
+class WeightsAndBiases(Section):
+    """Weights & Biases, from the extra `wandb`."""
+
+    project: str
+    name: str | None = None
+
+
+class Logging(Section):
+    """What is reported, and how often."""
+
+    interval: Positive = Field(1, description="steps between progress lines")
+    wandb: WeightsAndBiases | None = None
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run
+    model: Model
+    parallel: Parallel = Parallel()
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()

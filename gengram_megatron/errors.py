@@ -1,0 +1,6 @@
+"""The one error that a person can mend, shown as a sentence and never as a traceback."""
+
+
+class UserError(Exception):
+    """Something the user can put right: a key, a file, a layout. The message is one sentence
+    that says what was found and what to change; command lines print it and exit with code 2."""

@@ -1,0 +1,46 @@
+"""Packaging of gengram-megatron. Every dependency has its reason beside it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "gengram_megatron/__init__.py").read_text())[1]
+
+setup(
+    name="gengram-megatron",
+    version=VERSION,
+    description="Pretraining of genomic language models with Gengram memory, on megatron-core",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["gengram_megatron*", "data_prep*"]),
+    entry_points={
+        "console_scripts": [
+            "gengram = gengram_megatron.cli:main",
+            "gengram-data = data_prep.cli:main",
+        ]
+    },
+    install_requires=[
+        # The model, its parallel layouts, optimizer, datasets and checkpoints. The version is
+        # pinned by minor release because gengram_megatron/platform changes private parts of it.
+        "megatron-core>=0.16.1,<0.17",
+        "torch>=2.10",  # grouped_mm in torch.nn.functional, also on the CPU
+        "numpy>=1.26",  # token arrays, and the arithmetic of data preparation
+        "omegaconf>=2.3",  # key=value words of the command line, merged into YAML
+        "pyyaml>=6.0",  # YAML with line numbers, for error messages that name the line
+        "pydantic>=2.7",  # the schema that every config is checked against
+        "typer>=0.12",  # the command line and its --help
+        "rich>=13.7",  # progress lines and tables
+        "dnaio>=1.2",  # FASTA: plain, gzip, bgzip (through xopen)
+        "sentencepiece>=0.2",  # reads the published tokenizer
+        "matplotlib>=3.8",  # loss.png and the figures of the benchmarks
+        "tensorboard>=2.16",  # event files in the run's folder
+    ],
+    extras_require={
+        "wandb": ["wandb>=0.17"],  # logging.wandb
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff==0.17.6"],
+    },
+)
