@@ -1,0 +1,1 @@
+"""Config files: the schema, loading, and the checks between keys."""

@@ -1,0 +1,165 @@
+"""What a schema allows, in plain words: its keys, their values, and the key that was meant."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a schema. `default` is shown as YAML would; None where a value must be given."""
+
+    name: str
+    allowed: str
+    default: Any
+    required: bool
+    description: str
+
+
+def dotted(path: Path) -> str:
+    """A path as people write it; entries of lists are counted from 1."""
+    name = ""
+    for part in path:
+        name += f" entry {part + 1}" if isinstance(part, int) else f".{part}" if name else part
+    return name
+
+
+class Keys:
+    """The keys of a schema, read from its JSON schema (pydantic's public description of it)."""
+
+    def __init__(self, schema: type[BaseModel]):
+        self._root = schema.model_json_schema()
+        self.all = list(self._walk(self._root, ""))
+
+    def _deref(self, node: dict) -> dict:
+        if "$ref" not in node:
+            return node
+        return self._root["$defs"][node["$ref"].rsplit("/", 1)[-1]] | {
+            key: value for key, value in node.items() if key != "$ref"
+        }
+
+    def _choices(self, node: dict) -> list[dict]:
+        node = self._deref(node)
+        choices = node.get("anyOf") or node.get("oneOf") or [node]
+        return [self._deref(choice) for choice in choices]
+
+    def _walk(self, group: dict, prefix: str) -> Iterator[Key]:
+        for name, node in group.get("properties", {}).items():
+            node, full = self._deref(node), prefix + name
+            inner = [choice for choice in self._choices(node) if "properties" in choice]
+            if inner != self._choices(node):
+                yield Key(
+                    full,
+                    self._words(node),
+                    node.get("default"),
+                    name in group.get("required", []),
+                    node.get("description", "") if not inner else inner[0].get("description", ""),
+                )
+            for choice in inner:
+                yield from self._walk(choice, full + ".")
+
+    def _at(self, path: Path) -> dict | None:
+        nodes = [self._root]
+        for part in path:
+            below = []
+            for choice in (choice for node in nodes for choice in self._choices(node)):
+                if isinstance(part, int):
+                    below += [choice["items"]] if "items" in choice else []
+                elif part in choice.get("properties", {}):
+                    below.append(choice["properties"][part])
+                elif isinstance(choice.get("additionalProperties"), dict):
+                    below.append(choice["additionalProperties"])
+            if not below:
+                return None
+            nodes = below
+        return nodes[0]
+
+    def allowed(self, path: Path) -> str | None:
+        """What may stand at a path, such as "a whole number of at least 1, or null"."""
+        node = self._at(path)
+        return self._words(node) if node is not None else None
+
+    def description(self, path: Path) -> str:
+        """The meaning of the key at a path, empty where the schema says nothing."""
+        node = self._at(path)
+        return "" if node is None else self._deref(node).get("description", "")
+
+    def names_in(self, path: Path) -> list[str]:
+        """The keys of the group at a path."""
+        node = self._at(path)
+        choices = self._choices(node) if node is not None else []
+        return [name for choice in choices for name in choice.get("properties", {})]
+
+    def _words(self, node: dict) -> str:
+        words = [_kind(choice, self._words) for choice in self._choices(node)]
+        return ", or ".join(dict.fromkeys(words))
+
+    def meant(self, path: Path) -> list[str]:
+        """The right keys that a wrong one was most likely meant to be, best first."""
+        leaf, group = str(path[-1]), path[:-1]
+        names = self._all_names()
+        same = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
+        if same:
+            return sorted(same, key=lambda name: name.count("."))[:3]
+        siblings = [str(name) for name in self.names_in(group)]
+        near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+        if near:
+            return [dotted((*group, near[0]))]
+        leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+        near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+        return [leaves[near[0]]] if near else []
+
+    def _all_names(self) -> list[str]:
+        """Every key and group, outer ones first, without entries of lists and free maps."""
+        names: dict[str, None] = {}
+        for key in self.all:
+            parts = key.name.split(".")
+            for depth in range(1, len(parts) + 1):
+                names[".".join(parts[:depth])] = None
+        return list(names)
+
+
+def _kind(node: dict, words_of: Callable[[dict], str]) -> str:
+    """One kind of value in words."""
+    if "enum" in node or "const" in node:
+        values = node.get("enum", [node.get("const")])
+        return " or ".join(filter(None, [", ".join(map(str, values[:-1])), str(values[-1])]))
+    kind = node.get("type")
+    if kind == "array":
+        entries = words_of(node["items"]) if node.get("items") else "anything"
+        return f"a list{_length(node)}, each entry {entries}"
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "null": "null",
+        "object": "a group of keys",
+    }
+    return words.get(kind, "another value") + _bounds(node)
+
+
+def _length(node: dict) -> str:
+    low, high = node.get("minItems"), node.get("maxItems")
+    if low is not None and low == high:
+        return f" of exactly {low} entries"
+    return f" of at least {low} entries" if low else ""
+
+
+def _bounds(node: dict) -> str:
+    parts = [
+        f"{words} {node[name]:g}"
+        for name, words in {
+            "exclusiveMinimum": "greater than",
+            "minimum": "at least",
+            "exclusiveMaximum": "less than",
+            "maximum": "at most",
+        }.items()
+        if name in node
+    ]
+    return " " + " and ".join(parts) if parts else ""

@@ -1,0 +1,90 @@
+"""A config file and `key=value` words to a checked config, and back to YAML."""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from gengram_megatron.config.keys import Keys, dotted
+from gengram_megatron.config.schema import Section
+from gengram_megatron.config.tree import Tree, describe, dump_yaml, parse_yaml, read_tree
+from gengram_megatron.errors import UserError
+
+COMMAND_LINE = "command line"
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load_config(path: Path, overrides: list[str], schema: type[AnySection]) -> AnySection:
+    """Read a config file, the files it builds on and the `key=value` words that win over them.
+
+    Raises UserError with one line for each thing that is wrong.
+    """
+    tree = read_tree(Path(path))
+    problems = []
+    for word in overrides:
+        try:
+            tree = tree.merged_with(_override(word))
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        # As JSON, because strict checking of JSON takes text for a path and a list for a tuple,
+        # yet never text for a number.
+        config = schema.model_validate_json(json.dumps(tree.plain()), strict=True)
+    except ValidationError as error:
+        keys = Keys(schema)
+        found = error.errors(include_url=False)
+        problems += dict.fromkeys(_sentence(one, tree, keys, path) for one in found)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def dump_config(config: Section) -> str:
+    """The whole config as YAML, in the schema's order; it loads back to an equal config."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def _override(word: str) -> Tree:
+    """`a.b=value` as a tree. Values are YAML, so they mean what they mean in a file."""
+    key, equals, text = word.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(
+            f"{COMMAND_LINE}: {word!r} is not of the form key=value, such as optimizer.lr=3e-4"
+        )
+    if not text.strip():
+        raise UserError(
+            f"{COMMAND_LINE}: {key.strip()} has no value; write {key.strip()}=null for none"
+        )
+    tree = parse_yaml(text, f"{COMMAND_LINE}, value of {key.strip()}", numbered=False)
+    tree = Tree(tree.value, COMMAND_LINE)
+    for part in reversed(parts):
+        tree = Tree({part: tree}, COMMAND_LINE)
+    return tree
+
+
+def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
+    """One of pydantic's errors in plain words."""
+    where: tuple[str | int, ...] = error["loc"]
+    name = dotted(where)
+    found = tree.nearest(where)
+    if error["type"] == "extra_forbidden":
+        return f"{found.place}: there is no key {name}; {_suggestion(where, keys)}"
+    if error["type"] == "missing":
+        place = path if found is tree else found.place
+        meaning = f" ({text})" if (text := keys.description(where)) else ""
+        return f"{place}: the key {name} is missing; it must be {keys.allowed(where)}{meaning}"
+    if error["type"] == "value_error":
+        return f"{found.place}: {name} is {describe(found.plain())}: {error['ctx']['error']}"
+    allowed = keys.allowed(where) or error["msg"].lower()
+    return f"{found.place}: {name} is {describe(found.plain())}; it must be {allowed}"
+
+
+def _suggestion(where: tuple[str | int, ...], keys: Keys) -> str:
+    meant = keys.meant(where)
+    if meant:
+        return f"did you mean {' or '.join(meant)}?"
+    group = dotted(where[:-1])
+    return f"the keys {f'of {group} ' if group else ''}are {', '.join(keys.names_in(where[:-1]))}"
