@@ -206,10 +206,15 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: the file cannot be read: {error.strerror}") from None
 
 
+def inline_yaml(value: Any) -> str:
+    """A scalar or a list of scalars as it is written in a file."""
+    return dump_yaml(value).removesuffix("...\n").strip()
+
+
 def describe(value: Any) -> str:
     """A value as an error message shows it."""
     if isinstance(value, dict):
         return "a group of keys"
     if isinstance(value, str):
         return f"the text {value!r}"
-    return dump_yaml(value).removesuffix("...\n").strip()
+    return inline_yaml(value)

@@ -1,0 +1,167 @@
+"""The command `gengram`.
+
+torch and megatron-core are imported only by the commands that compute, so that help, configs
+and mistakes are shown at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gengram_megatron import __version__
+from gengram_megatron.config.layout import check_layout, world_size_from_environment
+from gengram_megatron.config.load import dump_config, load_config
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
+
+EXIT_CODE = 2
+
+app = typer.Typer(
+    name="gengram",
+    help="Pretraining of genomic language models with Gengram memory, on megatron-core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that win over the file's, such as optimizer.lr=3e-4.",
+        show_default=False,
+    ),
+]
+
+
+def main() -> None:
+    """Entry point: an error that a person can mend is shown as a sentence, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"gengram: {line}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gengram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _gengram(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train: run one process of a run, or all of it where one process is enough.
+
+    CONFIG is a YAML file with the sections run, model, parallel, data, optimizer, train,
+    checkpoint and logging. Its key `base:` names files that it builds on; what stands in the
+    file itself wins over them. `gengram config --keys` lists every key and what it may be.
+
+    Words of the form key=value win over the file. Keys are written with dots, values as in
+    YAML:
+
+    \b
+      gengram train configs/smoke/one_gpu.yaml optimizer.lr=3e-4
+      gengram train configs/smoke/one_gpu.yaml 'model.gengram.layers=[2,3]'
+      gengram train configs/smoke/one_gpu.yaml model.gengram.window=null
+
+    A layout of several processes takes rank and world size from torchrun or srun:
+
+    \b
+      torchrun --nproc-per-node 4 -m gengram_megatron train configs/smoke/cpu.yaml
+
+    The world size must be a multiple of parallel.tensor * pipeline * context; the rest is
+    data parallelism.
+
+    A run resumes by itself: the same command on the same run.dir goes on from the newest good
+    checkpoint there. For a fresh run give another folder, such as run.dir=runs/second.
+    """
+    try:
+        loaded = load_config(config, overrides or [], Config)
+        world_size, _ = world_size_from_environment()
+        layout = check_layout(loaded, world_size)
+    except UserError:
+        if _speaks_for_its_node():
+            raise
+        raise typer.Exit(EXIT_CODE) from None
+    from gengram_megatron.training.run import train as run_training
+
+    run_training(loaded, layout)
+
+
+def _speaks_for_its_node() -> bool:
+    """Whether this process is the first on its machine.
+
+    All ranks find the same faults in the same file, so one of each machine tells them; a file
+    that is missing on a single machine is told as well.
+    """
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return local == "0"
+
+
+def _print_keys(wanted: bool) -> None:
+    if not wanted:
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from gengram_megatron.config.keys import Keys
+    from gengram_megatron.config.tree import inline_yaml
+
+    table = Table(title="Keys of a config file")
+    table.add_column("key", no_wrap=True)
+    for heading in ("may be", "default", "meaning"):
+        table.add_column(heading, overflow="fold")
+    above = None
+    for key in Keys(Config).all:
+        section = key.name.split(".")[0]
+        if above not in (None, section):
+            table.add_section()
+        above = section
+        default = "(required)" if key.required else inline_yaml(key.default)
+        # As Text, because rich would read the brackets of a list as markup.
+        table.add_row(*map(Text, (key.name, key.allowed, default, key.description)))
+    Console().print(table)
+    raise typer.Exit
+
+
+@app.command()
+def config(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys",
+            callback=_print_keys,
+            is_eager=True,
+            help="List every key, what it may be, its default and its meaning; needs no CONFIG.",
+        ),
+    ] = False,
+) -> None:
+    """Print the whole config of a run: files, words and defaults put together.
+
+    What is printed is itself a config file that gives the same run.
+    """
+    print(dump_config(load_config(config, overrides or [], Config)), end="")
