@@ -1,0 +1,171 @@
+"""What a run measures, step by step: metrics.jsonl, TensorBoard, and Weights & Biases if asked.
+
+`metrics.jsonl` is the record that other programs read; the other two are views of it. JSON has no
+word for numbers that are not finite, so they are written as the strings "NaN", "Infinity" and
+"-Infinity"; `read_metrics` turns them back into floats.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from gengram_megatron.config.schema import Config, WeightsAndBiases
+from gengram_megatron.errors import UserError
+
+FILE = "metrics.jsonl"
+DISCARDED = "metrics.discarded.jsonl"
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+class RunLog:
+    """Writes the measurements of one run. One rank of the job makes one; the others have none.
+
+    A run that was killed has written steps after its last checkpoint, which the resumed run does
+    again. Their lines move to metrics.discarded.jsonl, so that metrics.jsonl holds each step once.
+
+    Args:
+        run_dir: folder of the run; made if missing.
+        config: of the run, sent to Weights & Biases.
+        resume_step: steps that the loaded checkpoint has behind it; 0 for a start from nothing.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _discard_after(run_dir, resume_step)
+        self._file = (run_dir / FILE).open("a")
+        # purge_step hides the events of steps that are done again.
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        wandb = config.logging.wandb
+        self._wandb = _start_wandb(run_dir, wandb, config) if wandb else None
+
+    def train(self, *, step: int, samples: int, tokens: int, loss: float, **others: float) -> None:
+        """One training step.
+
+        Args:
+            step: steps done since the start of the run, this one included.
+            samples, tokens: trained on since the start of the run.
+            loss: mean of the step, nats a base.
+            others: any other numbers; the usual ones are grad_norm, lr, load_balance_loss,
+                tokens_per_second (over all ranks) and seconds (of this step).
+        """
+        self._write("train", step, samples, tokens, loss, others)
+
+    def validation(
+        self, *, step: int, samples: int, tokens: int, loss: float, **others: float
+    ) -> None:
+        """One validation: its loss, and how far training was (not what validation read)."""
+        self._write("validation", step, samples, tokens, loss, others)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(
+        self, kind: str, step: int, samples: int, tokens: int, loss: float, others: dict[str, float]
+    ) -> None:
+        numbers = {"samples": samples, "tokens": tokens, "loss": loss}
+        numbers |= {"bits_per_base": loss / math.log(2), **others}
+        self._file.write(_to_json({"kind": kind, "step": step, **numbers}) + "\n")
+        self._file.flush()
+        for name, number in numbers.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", number, step)
+        if self._wandb:
+            named = {f"{kind}/{name}": number for name, number in numbers.items()}
+            self._wandb.log({"step": step, **named})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, in order.
+
+    A last line that was cut off by a kill is left out; damage anywhere else is an error.
+    """
+    lines = Path(path).read_text().split("\n")
+    entries = []
+    for number, line in enumerate(lines[:-1], start=1):  # the last: empty, or half a line
+        try:
+            entries.append({name: _to_float(value) for name, value in json.loads(line).items()})
+        except (json.JSONDecodeError, AttributeError):
+            raise UserError(
+                f"{path}, line {number} is not a JSON object: {line[:80]!r}; remove it"
+            ) from None
+    return entries
+
+
+def _discard_after(run_dir: Path, resume_step: int) -> None:
+    """Moves the lines of steps after `resume_step` (all lines, if 0) out of metrics.jsonl."""
+    path = run_dir / FILE
+    if not path.exists():
+        return
+    kept, discarded = [], []
+    for entry in read_metrics(path):
+        (kept if 0 < resume_step >= entry["step"] else discarded).append(_to_json(entry) + "\n")
+    if discarded:
+        with (run_dir / DISCARDED).open("a") as file:
+            file.writelines(discarded)
+            _to_disk(file)
+    beside = path.with_name(FILE + ".new")
+    with beside.open("w") as file:
+        file.writelines(kept)
+        _to_disk(file)
+    beside.replace(path)
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _to_json(entry: dict[str, Any]) -> str:
+    """One line; floats by repr, which loses nothing."""
+    safe = {name: _finite_or_word(value) for name, value in entry.items()}
+    return json.dumps(safe, allow_nan=False)
+
+
+def _finite_or_word(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _to_float(value: Any) -> Any:
+    return float(value) if value in NOT_FINITE else value
+
+
+def _start_wandb(run_dir: Path, settings: WeightsAndBiases, config: Config) -> Any:
+    """The Weights & Biases run of this folder: a new one, or the one it already belongs to."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "logging.wandb is set, but the package wandb is missing: "
+            "pip install gengram-megatron[wandb], or remove the key"
+        ) from None
+    id_file = run_dir / "wandb.id"
+    if not id_file.exists():
+        id_file.write_text(uuid4().hex)
+    run = wandb.init(
+        project=settings.project,
+        name=settings.name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(run_dir),
+        config=config.model_dump(),
+    )
+    # Its own step can only grow; a resumed run goes back to its checkpoint.
+    run.define_metric("*", step_metric="step")
+    return run

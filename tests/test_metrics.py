@@ -1,0 +1,201 @@
+"""What a run writes about itself: metrics.jsonl and its views, the progress line, loss.png."""
+
+import io
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
+from gengram_megatron.training.metrics import RunLog, read_metrics
+from gengram_megatron.training.plot import plot_loss
+from gengram_megatron.training.progress import Progress, duration
+
+LOSS = 1.3312345678901234
+
+
+def config(**logging) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"dir": "run"},
+            "model": {
+                "hidden_size": 8,
+                "num_layers": 1,
+                "num_attention_heads": 1,
+                "ffn_hidden_size": 8,
+                "seq_length": 16,
+            },
+            "data": {"path": "data"},
+            "train": {"global_batch_size": 2},
+            "logging": logging,
+        }
+    )
+
+
+def write(folder, steps, resume_step=0, **values):
+    with RunLog(folder, config(), resume_step) as log:
+        for step in steps:
+            seen = {"step": step, "samples": 2 * step, "tokens": 32 * step}
+            log.train(**seen, **{"loss": LOSS / step, **values})
+            if step % 2 == 0:
+                log.validation(**seen, loss=LOSS)
+
+
+def steps_of(path) -> list[tuple[str, int]]:
+    return [(entry["kind"], entry["step"]) for entry in read_metrics(path)]
+
+
+def test_a_line_holds_the_numbers_in_full_precision(tmp_path):
+    write(tmp_path, [1], grad_norm=0.1 + 0.2, lr=1e-4)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {
+            "kind": "train",
+            "step": 1,
+            "samples": 2,
+            "tokens": 32,
+            "loss": LOSS,
+            "bits_per_base": LOSS / math.log(2),
+            "grad_norm": 0.1 + 0.2,
+            "lr": 1e-4,
+        }
+    ]
+
+
+def test_each_line_is_there_as_soon_as_it_is_written(tmp_path):
+    with RunLog(tmp_path, config(), 0) as log:
+        log.train(step=1, samples=2, tokens=32, loss=LOSS)
+        assert steps_of(tmp_path / "metrics.jsonl") == [("train", 1)]
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path):
+    write(tmp_path, [1], loss=math.nan, grad_norm=math.inf, lr=-math.inf)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    (entry,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(entry["loss"]) and entry["grad_norm"] == math.inf and entry["lr"] == -math.inf
+
+
+def test_a_resumed_run_sets_the_lines_it_will_write_again_aside(tmp_path):
+    write(tmp_path, [1, 2, 3, 4, 5])
+    before = read_metrics(tmp_path / "metrics.jsonl")
+    write(tmp_path, [4, 5, 6], resume_step=3)
+    train = [step for kind, step in steps_of(tmp_path / "metrics.jsonl") if kind == "train"]
+    assert train == [1, 2, 3, 4, 5, 6]
+    assert read_metrics(tmp_path / "metrics.jsonl")[:4] == before[:4]
+    discarded = tmp_path / "metrics.discarded.jsonl"
+    assert steps_of(discarded) == [("train", 4), ("validation", 4), ("train", 5)]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path):
+    write(tmp_path, [1, 2])
+    write(tmp_path, [1])
+    assert steps_of(tmp_path / "metrics.jsonl") == [("train", 1)]
+    assert len(steps_of(tmp_path / "metrics.discarded.jsonl")) == 3
+
+
+def test_half_a_last_line_is_dropped_and_damage_elsewhere_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, [1, 2])
+    path.write_text(path.read_text() + '{"kind": "train", "st')
+    assert len(read_metrics(path)) == 3
+    write(tmp_path, [3], resume_step=2)
+    assert steps_of(path) == [("train", 1), ("train", 2), ("validation", 2), ("train", 3)]
+    path.write_text("{}\nnot json\n")
+    with pytest.raises(UserError, match="line 2 is not a JSON object"):
+        read_metrics(path)
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    write(tmp_path, [2, 3], resume_step=1)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert events.Scalars("validation/loss")[0].value == pytest.approx(LOSS)
+
+
+def test_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install gengram-megatron\[wandb\]"):
+        RunLog(tmp_path, config(wandb={"project": "dna"}), 0)
+
+
+def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
+    started, logged = [], []
+    run = SimpleNamespace(
+        log=logged.append, finish=lambda: None, define_metric=lambda *_, **__: None
+    )
+    fake = SimpleNamespace(init=lambda **settings: started.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for resume_step in (0, 1):
+        with RunLog(tmp_path, config(wandb={"project": "dna"}), resume_step) as log:
+            log.train(step=resume_step + 1, samples=2, tokens=32, loss=LOSS)
+    assert started[0]["id"] == started[1]["id"] and started[0]["project"] == "dna"
+    assert started[0]["config"]["model"]["seq_length"] == 16
+    assert [entry["step"] for entry in logged] == [1, 2]
+    assert logged[0]["train/loss"] == LOSS
+
+
+def show(terminal: bool, steps=range(1, 121), interval=60) -> str:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=160, highlight=False)
+    with Progress(total_steps=400, interval=interval, console=console) as progress:
+        for step in steps:
+            progress.step(
+                step=step,
+                loss=1.3312,
+                lr=9.1e-5,
+                grad_norm=0.83,
+                tokens_per_second=12345.4,
+                seconds=60.0 if step % 10 == 0 else 0.7,
+            )
+        progress.validation(step=120, loss=1.3)
+    return screen.getvalue()
+
+
+LINE = (
+    "step 120/400  loss 1.3312 nats  1.9205 bits/base  lr 9.1e-05  grad 0.83  "
+    "12,345 tokens/s  3m16s left"
+)
+
+
+def test_a_log_gets_a_line_at_each_interval_and_one_a_validation():
+    lines = show(terminal=False).splitlines()
+    assert len(lines) == 3
+    assert lines[1] == LINE
+    assert lines[2] == "step 120/400  validation loss 1.3000 nats  1.8755 bits/base"
+
+
+def test_a_log_gets_the_last_step_too():
+    assert show(terminal=False, steps=[399, 400]).startswith("step 400/400")
+
+
+def test_a_terminal_gets_one_line_that_changes():
+    screen = show(terminal=True)
+    assert LINE in screen and "step 7/400" in screen
+    assert "validation loss" in screen
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18_420, "5h07m"), (183_600, "2d03h")],
+)
+def test_durations(seconds, shown):
+    assert duration(seconds) == shown
+
+
+def test_the_plot_draws_runs_references_and_broken_numbers(tmp_path):
+    write(tmp_path / "a", range(1, 60))
+    write(tmp_path / "b", range(1, 4), loss=math.nan)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "metrics.jsonl").write_text("")
+    out = tmp_path / "loss.png"
+    runs = {name: tmp_path / name / "metrics.jsonl" for name in "abc"}
+    plot_loss(runs, out, {"uniform": math.log(4)})
+    assert out.read_bytes().startswith(b"\x89PNG")
+    plot_loss({"run": runs["c"]}, out)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["loss.png"]
