@@ -162,4 +162,6 @@ def _bounds(node: dict) -> str:
         }.items()
         if name in node
     ]
+    if node.get("minLength"):
+        parts.append("that is not empty")
     return " " + " and ".join(parts) if parts else ""

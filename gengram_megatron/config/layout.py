@@ -1,5 +1,6 @@
 """Checks between keys, made before any process group starts, and the layout that they allow."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -269,18 +270,14 @@ def _sequence_problems(config: Config) -> Iterator[str]:
         factors["2 * parallel.context"] = 2 * parallel.context
     if _sequence(config):
         factors["parallel.tensor"] = parallel.tensor
-    product = 1
-    for factor in factors.values():
-        product *= factor
-    yield from _multiple("model.seq_length", length, " * ".join(factors), product)
+    yield from _multiple(
+        "model.seq_length", length, " * ".join(factors), math.prod(factors.values())
+    )
 
 
 def _world_problems(config: Config, world_size: int) -> Iterator[str]:
-    parallel, copy, experts = (
-        config.parallel,
-        _ranks_of_a_copy(config),
-        _ranks_of_the_experts(config),
-    )
+    parallel = config.parallel
+    copy, experts = _ranks_of_a_copy(config), _ranks_of_the_experts(config)
     if world_size % copy:
         yield (
             f"the world size is {world_size}, which is not a multiple of parallel.tensor * "

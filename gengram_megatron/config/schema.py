@@ -11,25 +11,28 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A group of keys. Unknown keys are errors, and numbers are never guessed from strings."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Run(Section):
     """Where a run lives, and the seed that decides all its random numbers."""
 
-    dir: str = Field(description="folder of the run; training resumes from what it holds")
+    dir: Name = Field(description="folder of the run; training resumes from what it holds")
     seed: NonNegative = Field(1234, description="weights, and the order of the samples")
 
 
 class Gengram(Section):
     """The k-mer memory (Gengram paper, section 3). Layers count from 1."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="false: the baseline without memory")
     layers: list[Positive] = Field([3, 6, 10], description="decoder layers with memory, from 1")
     kmer_sizes: list[Annotated[int, Field(ge=1, le=8)]] = Field(
         [1, 2, 3, 4, 5, 6], description="a table of 5^k rows for each k", min_length=1
@@ -53,33 +56,42 @@ class Gengram(Section):
 class MultiLatentAttention(Section):
     """Sizes of multi-latent attention, read when model.attention is mla."""
 
-    kv_lora_rank: Positive = 512
+    kv_lora_rank: Positive = Field(512, description="width of the latent keys and values")
     q_lora_rank: Positive | None = Field(None, description="null: no low-rank query")
-    qk_head_dim: Positive = 128
-    qk_pos_emb_head_dim: Positive = 64
-    v_head_dim: Positive = 128
+    qk_head_dim: Positive = Field(128, description="query and key width a head, unrotated part")
+    qk_pos_emb_head_dim: Positive = Field(64, description="the rotated part")
+    v_head_dim: Positive = Field(128, description="value width a head")
 
 
 class Model(Section):
     """The decoder: Genos-like blocks of attention and SwiGLU, dense or mixture of experts."""
 
-    hidden_size: Positive
-    num_layers: Positive
-    num_attention_heads: Positive
+    hidden_size: Positive = Field(description="width of the residual stream")
+    num_layers: Positive = Field(description="decoder layers")
+    num_attention_heads: Positive = Field(description="query heads")
     num_query_groups: Positive | None = Field(None, description="key-value heads of gqa")
-    attention: Literal["mha", "gqa", "mla"] = "gqa"
+    attention: Literal["mha", "gqa", "mla"] = Field(
+        "gqa", description="multi-head, grouped-query or multi-latent attention"
+    )
     ffn_hidden_size: Positive = Field(description="SwiGLU width (of each expert)")
     num_experts: Positive | None = Field(None, description="null: a dense model")
-    moe_router_topk: Positive = 2
-    moe_aux_loss_coeff: Annotated[float, Field(ge=0)] = 1e-3
-    moe_z_loss_coeff: Annotated[float, Field(ge=0)] = 1e-3
-    seq_length: Positive = Field(description="bases a sample")
-    vocab_size: Positive = Field(
-        256, description="rows of the embedding, padded; the same in every layout"
+    moe_router_topk: Positive = Field(2, description="experts a token goes to")
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0)] = Field(
+        1e-3, description="weight of the loss that balances experts"
     )
-    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
-    rotary_base: Positive = 10_000
-    init_std: Annotated[float, Field(gt=0)] = 0.01
+    moe_z_loss_coeff: Annotated[float, Field(ge=0)] = Field(
+        1e-3, description="weight of the loss that keeps router logits small"
+    )
+    seq_length: Positive = Field(description="bases a sample")
+    vocab_size: Annotated[int, Field(ge=13)] = Field(
+        256,
+        description="rows of the embedding: the 13 ids in use and padding; the same in every layout",
+    )
+    norm_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="of RMSNorm")
+    rotary_base: Positive = Field(10_000, description="of the rotary position embedding")
+    init_std: Annotated[float, Field(gt=0)] = Field(
+        0.01, description="standard deviation of the weights at the start"
+    )
     implementation: Literal["auto", "torch", "transformer_engine"] = Field(
         "auto", description="auto: torch; transformer_engine only where it is asked for"
     )
@@ -90,13 +102,13 @@ class Model(Section):
 class Parallel(Section):
     """How the work is split. data-parallel size = world size / (tensor * pipeline * context)."""
 
-    tensor: Positive = 1
-    pipeline: Positive = 1
+    tensor: Positive = Field(1, description="ranks that share each layer")
+    pipeline: Positive = Field(1, description="ranks that layers are dealt out to")
     virtual_pipeline: Positive | None = Field(
         None, description="model chunks a pipeline rank (interleaved schedule); null: one"
     )
-    context: Positive = 1
-    expert: Positive = 1
+    context: Positive = Field(1, description="ranks that share each sequence")
+    expert: Positive = Field(1, description="ranks that experts are dealt out to")
     expert_tensor: Positive | None = Field(
         None, description="tensor-parallel size inside experts; null: parallel.tensor"
     )
@@ -108,7 +120,7 @@ class Parallel(Section):
 class Data(Section):
     """The data set that training reads, as `gengram-data build` wrote it."""
 
-    path: str = Field(description="folder of a built data set")
+    path: Name = Field(description="folder of a built data set")
     tokenizer: str | None = Field(
         None, description="a SentencePiece model to check the ids against; null: the built-in ids"
     )
@@ -118,7 +130,9 @@ class Data(Section):
 class Tables(Section):
     """What the Gengram tables get instead of the settings of all other weights."""
 
-    lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    lr_multiplier: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="their learning rate over that of the rest"
+    )
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(
         None, description="null: optimizer.weight_decay"
     )
@@ -127,31 +141,39 @@ class Tables(Section):
 class Optimizer(Section):
     """Adam with decoupled weight decay, cosine schedule with warm-up, counted in samples."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
+    min_lr: Annotated[float, Field(ge=0)] = Field(1e-5, description="where the cosine ends")
     warmup_fraction: Fraction = Field(0.05, description="share of all samples")
     decay_fraction: Fraction = Field(
         1.0, description="share of all samples after which lr stays at min_lr"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled, as in AdamW")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Adam's first moment")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Adam's second moment")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon")
+    clip_grad: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="largest gradient norm; 0: no clipping"
+    )
     distributed: bool = Field(True, description="shard optimizer states over data-parallel ranks")
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool = Field(
+        False, description="reduce gradients while the backward pass goes on"
+    )
+    overlap_param_gather: bool = Field(
+        False, description="gather updated weights while the forward pass goes on"
+    )
     tables: Tables = Tables()
 
 
 class Train(Section):
     """How long, in which precision, with which batches."""
 
-    global_batch_size: Positive
-    micro_batch_size: Positive = 1
+    global_batch_size: Positive = Field(description="samples a step, over all ranks")
+    micro_batch_size: Positive = Field(1, description="samples of one forward pass")
     steps: Positive | None = Field(None, description="give steps or samples, not both")
-    samples: Positive | None = None
-    precision: Literal["bf16", "fp32"] = "bf16"
+    samples: Positive | None = Field(None, description="rounded down to whole steps")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of weights and activations; gradients add up in fp32"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations recomputed in the backward pass"
     )
@@ -174,8 +196,8 @@ class Checkpoint(Section):
 class WeightsAndBiases(Section):
     """Weights & Biases, from the extra `wandb`."""
 
-    project: str
-    name: str | None = None
+    project: Name
+    name: Name | None = Field(None, description="null: Weights & Biases invents one")
 
 
 class Logging(Section):
