@@ -85,7 +85,7 @@ def _draw_references(axes: Axes, references: dict[str, float]) -> None:
     for (name, nats), grey in zip(ordered, REFERENCE_GREYS * len(ordered)):
         axes.axhline(nats, color=grey, linewidth=1, linestyle=":", zorder=1)
         axes.annotate(
-            f"{name} {nats:.4f}",
+            f"{name}: {nats:.4f}",
             xy=(1, nats),
             xycoords=("axes fraction", "data"),
             xytext=(-4, 2),

@@ -1,0 +1,152 @@
+"""Microbatches: the same samples a step in every layout, from any place, with or without
+processes; and what is input, label and loss."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gengram_megatron.data.batches import microbatches, split_batch
+from gengram_megatron.data.order import SampleOrder, SequentialOrder
+from gengram_megatron.tokenizer import EOD
+
+
+class Numbered:
+    """Sample i holds i as two base-200 digits and an EOD, so a batch tells who is in it."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        if not 0 <= index < 1000:
+            raise IndexError(index)
+        return np.array([index // 200, index % 200, EOD], dtype=np.uint8)
+
+
+def samples_of(microbatch: torch.Tensor) -> list[int]:
+    return [int(row[0]) * 200 + int(row[1]) for row in microbatch]
+
+
+def read(order, steps, *, consumed=0, total=None, batch=8, micro=1, ranks=1, workers=0):
+    """The sample numbers of each step: a list of microbatches for each rank."""
+    loaders = [
+        microbatches(
+            Numbered(),
+            order,
+            consumed=consumed,
+            total=total,
+            global_batch_size=batch,
+            micro_batch_size=micro,
+            data_rank=rank,
+            data_size=ranks,
+            workers=workers,
+        )
+        for rank in range(ranks)
+    ]
+    count = batch // (micro * ranks)
+    return [
+        [[samples_of(microbatch) for microbatch in islice(loader, count)] for loader in loaders]
+        for _ in range(steps)
+    ]
+
+
+def flat(step) -> list[int]:
+    """Samples of one step in the order of positions: microbatch by microbatch, rank by rank."""
+    return [sample for microbatch in zip(*step) for rank in microbatch for sample in rank]
+
+
+@given(
+    micro=st.integers(1, 4),
+    ranks=st.integers(1, 4),
+    accumulation=st.integers(1, 4),
+    consumed=st.integers(0, 5000),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_step_holds_the_same_samples_in_every_layout(micro, ranks, accumulation, consumed):
+    batch, order = micro * ranks * accumulation, SampleOrder(1000, 7)
+    steps = read(order, 3, consumed=consumed, batch=batch, micro=micro, ranks=ranks)
+    expected = order.take(consumed + np.arange(3 * batch)).tolist()
+    assert [sample for step in steps for sample in flat(step)] == expected
+
+
+@given(cut=st.integers(0, 6), micro=st.sampled_from([1, 2, 4]), ranks=st.sampled_from([1, 2]))
+@settings(deadline=None, max_examples=20)
+def test_resuming_goes_on_where_the_run_was_cut_in_another_layout(cut, micro, ranks):
+    order = SampleOrder(1000, 7)
+    whole = [flat(step) for step in read(order, 6)]
+    resumed = read(order, 6 - cut, consumed=cut * 8, micro=micro, ranks=ranks)
+    assert whole[cut:] == [flat(step) for step in resumed]
+
+
+def test_processes_read_the_same():
+    order = SampleOrder(1000, 7)
+    assert read(order, 4, micro=2, ranks=2, workers=2) == read(order, 4, micro=2, ranks=2)
+
+
+def test_a_microbatch_is_a_small_tensor_of_bytes():
+    (microbatch,) = islice(
+        microbatches(
+            Numbered(),
+            SequentialOrder(),
+            consumed=4,
+            total=None,
+            global_batch_size=4,
+            micro_batch_size=4,
+            data_rank=0,
+            data_size=1,
+            workers=0,
+        ),
+        1,
+    )
+    assert microbatch.dtype == torch.uint8 and microbatch.shape == (4, 3)
+    assert samples_of(microbatch) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_last_step_is_filled_up_with_rows_that_count_nothing(ranks):
+    """19 samples in batches of 8: each counts once, and all ranks get as many microbatches."""
+    seen, masked = [], 0
+    for rank in range(ranks):
+        loader = microbatches(
+            Numbered(),
+            SequentialOrder(),
+            consumed=0,
+            total=19,
+            global_batch_size=8,
+            micro_batch_size=2,
+            data_rank=rank,
+            data_size=ranks,
+            workers=0,
+        )
+        rows = list(loader)
+        assert len(rows) == 3 * 8 // (2 * ranks)
+        for row in torch.cat(rows):
+            if (row == EOD).all():
+                masked += 1
+                assert split_batch(row[None])[2].sum() == 0
+            else:
+                seen += samples_of(row[None])
+    assert sorted(seen) == list(range(19)) and masked == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_leaves_the_random_numbers_of_the_run_alone(workers):
+    before = torch.get_rng_state()
+    read(SampleOrder(1000, 7), 1, workers=workers)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="global batch of 8"):
+        read(SequentialOrder(), 1, batch=8, micro=3)
+
+
+def test_labels_are_the_next_token_and_only_eod_is_masked():
+    tokens = torch.tensor([[8, 9, 5, EOD], [7, 6, 9, 8]], dtype=torch.uint8)
+    inputs, labels, mask = split_batch(tokens)
+    assert inputs.tolist() == [[8, 9, 5], [7, 6, 9]] and inputs.dtype == torch.int64
+    assert labels.tolist() == [[9, 5, EOD], [6, 9, 8]] and labels.dtype == torch.int64
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and mask.dtype == torch.float32
