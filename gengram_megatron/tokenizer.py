@@ -1,0 +1,98 @@
+"""One token a base: the ten pieces of the published tokenizer, and the end of a document."""
+
+from pathlib import Path
+
+import numpy as np
+
+from gengram_megatron.errors import UserError
+
+PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "C", "G", "T", "A", "N")
+"""The published SentencePiece model: a piece's id is its place."""
+
+BASES = "ACGTN"
+"""The alphabet in the order of `gengram.token_ids`: a base's place is its digit in a k-mer."""
+
+BASE_IDS = tuple(PIECES.index(base) for base in BASES)
+
+EOD = 12
+"""Ends a document. The published model has no such piece; 12 is the id that Megatron's wrapper
+gives it, after the ten pieces and a <CLS> 10 and <SEP> 11 of its own."""
+
+IUPAC_AMBIGUOUS = "RYSWKMBDHVU"
+"""Letters read as N. U belongs here: it is RNA's letter, and to read it as T would call a base
+of DNA what the file does not."""
+
+_NO_NUCLEOTIDE = 255
+
+
+def _id_of_byte() -> np.ndarray:
+    table = np.full(256, _NO_NUCLEOTIDE, dtype=np.uint8)
+    for letter in BASES + IUPAC_AMBIGUOUS:
+        piece = letter if letter in BASES else "N"
+        for case in (letter, letter.lower()):
+            table[ord(case)] = PIECES.index(piece)
+    return table
+
+
+_ID_OF_BYTE = _id_of_byte()
+_NAMES = np.array([*PIECES, "<CLS>", "<SEP>", "[EOD]"], dtype=object)
+
+
+class DnaTokenizer:
+    """Letters to token ids and back. It has no state: the ids never change."""
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """The id of every letter, as uint8. Case is folded; IUPAC's other letters become N.
+
+        Raises UserError at a letter that is no nucleotide code.
+        """
+        raw = text.encode("latin-1", "replace") if isinstance(text, str) else text
+        ids = _ID_OF_BYTE[np.frombuffer(raw, dtype=np.uint8)]
+        if ids.size and ids.max() == _NO_NUCLEOTIDE:
+            place = int(np.argmax(ids))
+            letter = text[place : place + 1]
+            shown = letter if isinstance(letter, str) else letter.decode("latin-1")
+            raise UserError(
+                f"{shown!r} at position {place + 1} is no nucleotide code "
+                f"(one of {BASES} or, read as N, {IUPAC_AMBIGUOUS})"
+            )
+        return ids
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The letters of token ids; other tokens by their names, such as [PAD] and [EOD]."""
+        ids = np.asarray(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(_NAMES):
+            raise UserError(f"token ids must lie between 0 and {EOD}, not {ids.min()}..{ids.max()}")
+        return "".join(_NAMES[ids])
+
+    @staticmethod
+    def check_sentencepiece(path: Path) -> None:
+        """Raise UserError unless the SentencePiece model at `path` has exactly our ids."""
+        import sentencepiece  # here, so that preparing data does not wait for it
+
+        if not Path(path).is_file():
+            raise UserError(f"{path}: there is no such SentencePiece model")
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise UserError(f"{path} is not a SentencePiece model") from None
+        for number in range(max(len(model), len(PIECES))):
+            _check_piece(path, model, number)
+
+
+def _check_piece(path: Path, model, number: int) -> None:
+    """Compare one id of a loaded SentencePiece model with ours."""
+    if number >= len(PIECES):
+        raise UserError(
+            f"{path}: piece {model.id_to_piece(number)} has id {number}, "
+            f"but only ids 0 to {len(PIECES) - 1} are expected"
+        )
+    expected = PIECES[number]
+    # Not piece_to_id alone: it answers with [UNK]'s id for a piece that the model does not have.
+    pieces = [model.id_to_piece(i) for i in range(len(model))]
+    if expected not in pieces:
+        raise UserError(f"{path}: piece {expected} is missing; its id must be {number}")
+    if pieces.index(expected) != number:
+        raise UserError(
+            f"{path}: piece {expected} has id {pieces.index(expected)}; it must be {number}"
+        )
