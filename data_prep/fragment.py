@@ -1,0 +1,62 @@
+"""The grid of fragments of a record, and what becomes of each fragment."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from data_prep.fasta import N
+from gengram_megatron.errors import UserError
+
+
+class Fate(IntEnum):
+    """What becomes of a fragment. Every step that drops fragments has a fate of its own, so
+    counting fates says where each one went."""
+
+    TRAIN = 0
+    VALIDATION = 1
+    STRADDLES = 2  # lies on both sides of the border of the validation split
+    TOO_MANY_N = 3
+    LEFT_OUT_OF_TRAIN = 4  # by the mix
+    LEFT_OUT_OF_VALIDATION = 5
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a FASTA record once it was read: all but its bases.
+
+    Fragment i of the grid covers bases i * seq_length to (i + 1) * seq_length; the bases after
+    the last whole fragment are in none.
+    """
+
+    name: str
+    length: int
+    n_bases: np.ndarray  # the number of N in each fragment of the grid
+
+
+def grid(ids: np.ndarray, seq_length: int) -> np.ndarray:
+    """A record's whole fragments as rows, without a copy: [fragments, seq_length]."""
+    count = len(ids) // seq_length
+    return ids[: count * seq_length].reshape(count, seq_length)
+
+
+def survey(name: str, ids: np.ndarray, seq_length: int) -> Record:
+    """Look over one record."""
+    n_bases = np.count_nonzero(grid(ids, seq_length) == N, axis=1)
+    return Record(name, len(ids), n_bases.astype(np.uint32))
+
+
+def check_longest(path: object, records: list[Record], seq_length: int) -> None:
+    """Refuse a source of which no record holds a whole fragment."""
+    longest = max(record.length for record in records)
+    if longest < seq_length:
+        raise UserError(
+            f"{path}: its longest record has {longest:,} bases, "
+            f"fewer than seq_length, which is {seq_length:,}"
+        )
+
+
+def drop_n(fates: np.ndarray, record: Record, seq_length: int, max_fraction: float) -> None:
+    """Give the fragments with too large a share of N, of those still in a split, their fate."""
+    in_split = (fates == Fate.TRAIN) | (fates == Fate.VALIDATION)
+    fates[in_split & (record.n_bases > max_fraction * seq_length)] = Fate.TOO_MANY_N

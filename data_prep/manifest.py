@@ -1,0 +1,89 @@
+"""`manifest.json`: what a data set was made from, how, and what it holds.
+
+It has no time, user or machine in it, so the same build gives the same bytes.
+"""
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_prep.schema import DataConfig
+from gengram_megatron import __version__
+from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def settings_of(config: DataConfig) -> dict[str, Any]:
+    """The settings that decide a data set's content: all but where it is written."""
+    return config.model_dump(mode="json", exclude={"output"})
+
+
+def write_manifest(
+    folder: Path,
+    config: DataConfig,
+    sources: dict[str, dict],
+    groups: dict[str, dict],
+    splits: dict[str, dict],
+) -> dict[str, Any]:
+    """Write the manifest of a folder whose other files are all there, and return it."""
+    manifest = {
+        "format": FORMAT,
+        "settings": settings_of(config),
+        "tokens": {**dict(zip(BASES, BASE_IDS)), "EOD": EOD},
+        "splits": splits,
+        "groups": groups,
+        "sources": sources,
+        "files": {path.name: file_facts(path) for path in sorted(folder.iterdir())},
+        "software": {
+            "gengram-megatron": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "dnaio", "megatron-core")},
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a built data set; UserError if the folder is none, or of another format."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is not a data set: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; build the data set again") from None
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}; this version reads format {FORMAT}")
+    return manifest
+
+
+def is_up_to_date(folder: Path, config: DataConfig, sources: dict[str, dict]) -> bool:
+    """Whether the folder holds, whole, what a build with this config and these source files
+    would write. Files are compared by size: reading them all is the work of a verification."""
+    manifest = read_manifest(folder)
+    return (
+        manifest["settings"] == settings_of(config)
+        and {name: facts["sha256"] for name, facts in manifest["sources"].items()}
+        == {name: facts["sha256"] for name, facts in sources.items()}
+        and all(
+            (folder / name).is_file() and (folder / name).stat().st_size == facts["bytes"]
+            for name, facts in manifest["files"].items()
+        )
+    )

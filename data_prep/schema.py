@@ -1,0 +1,56 @@
+"""Every key of a data config: its name, type, default and meaning."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from gengram_megatron.config.schema import Fraction, NonNegative, Positive, Section
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Source(Section):
+    """One FASTA file, and what of it is held out for validation."""
+
+    fasta: str = Field(
+        min_length=1, description="plain, gzip or bgzip; relative to the config file's folder"
+    )
+    validation: Share | None = Field(
+        None, description="share of the bases held out at the end; null: the data set's"
+    )
+    validation_records: list[str] | None = Field(
+        None, description="records held out instead, by name"
+    )
+    validation_regions: list[str] | None = Field(
+        None, description="regions held out instead: record:first-last, counted from 1"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Source":
+        ways = (self.validation, self.validation_records, self.validation_regions)
+        if sum(way is not None for way in ways) > 1:
+            raise ValueError(
+                "give one of validation, validation_records and validation_regions, not several"
+            )
+        return self
+
+
+class Group(Section):
+    """Sources that count as one in the mix."""
+
+    weight: Positive = Field(1, description="parts of the mix, by tokens; 1 and 1: half each")
+    sources: dict[Name, Source] = Field(min_length=1, description="FASTA files by name")
+
+
+class DataConfig(Section):
+    """A data set: what it is made from, how it is cut, and where it goes."""
+
+    output: str = Field(min_length=1, description="folder to write; relative to the current one")
+    seq_length: Positive = Field(description="bases a fragment, and so a training sample")
+    seed: NonNegative = Field(1234, description="decides which fragments a mix leaves out")
+    max_n_fraction: Fraction = Field(0.1, description="fragments with a larger share of N go")
+    validation: Share = Field(
+        0.05, description="share of each source's bases held out, at the end of its file"
+    )
+    groups: dict[Name, Group] = Field(min_length=1, description="parts of the mix by name")
