@@ -72,8 +72,8 @@ class Keys:
                     below += [choice["items"]] if "items" in choice else []
                 elif part in choice.get("properties", {}):
                     below.append(choice["properties"][part])
-                elif isinstance(choice.get("additionalProperties"), dict):
-                    below.append(choice["additionalProperties"])
+                else:
+                    below += _free_entries(choice)
             if not below:
                 return None
             nodes = below
@@ -94,6 +94,14 @@ class Keys:
         node = self._at(path)
         choices = self._choices(node) if node is not None else []
         return [name for choice in choices for name in choice.get("properties", {})]
+
+    def allowed_name(self, path: Path) -> str | None:
+        """The pattern of the names that entries of the free map at a path may have."""
+        node = self._at(path)
+        choices = self._choices(node) if node is not None else []
+        return next(
+            (name for choice in choices for name in choice.get("patternProperties", {})), None
+        )
 
     def _words(self, node: dict) -> str:
         words = [_kind(choice, self._words) for choice in self._choices(node)]
@@ -124,6 +132,13 @@ class Keys:
         return list(names)
 
 
+def _free_entries(node: dict) -> list[dict]:
+    """What the entries of a map with names of the user's own may be."""
+    any_name = node.get("additionalProperties")
+    entries = list(node.get("patternProperties", {}).values())
+    return [*entries, any_name] if isinstance(any_name, dict) else entries
+
+
 def _kind(node: dict, words_of: Callable[[dict], str]) -> str:
     """One kind of value in words."""
     if "enum" in node or "const" in node:
@@ -141,6 +156,8 @@ def _kind(node: dict, words_of: Callable[[dict], str]) -> str:
         "null": "null",
         "object": "a group of keys",
     }
+    if kind == "object" and node.get("minProperties"):
+        return f"a group of at least {node['minProperties']} keys"
     return words.get(kind, "another value") + _bounds(node)
 
 
@@ -164,4 +181,6 @@ def _bounds(node: dict) -> str:
     ]
     if node.get("minLength"):
         parts.append("that is not empty")
+    if "pattern" in node:
+        parts.append(f"of the pattern {node['pattern']}")
     return " " + " and ".join(parts) if parts else ""

@@ -70,14 +70,22 @@ def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
     where: tuple[str | int, ...] = error["loc"]
     name = dotted(where)
     found = tree.nearest(where)
+    if where and where[-1] == "[key]":
+        pattern = keys.allowed_name(where[:-2])
+        return (
+            f"{found.place}: {dotted(where[:-2])} has an entry {where[-2]!r}; "
+            f"such names must be of the pattern {pattern}"
+        )
     if error["type"] == "extra_forbidden":
         return f"{found.place}: there is no key {name}; {_suggestion(where, keys)}"
     if error["type"] == "missing":
         place = path if found is tree else found.place
-        meaning = f" ({text})" if (text := keys.description(where)) else ""
+        meaning = f" ({text})" if (text := keys.description(where).rstrip(".")) else ""
         return f"{place}: the key {name} is missing; it must be {keys.allowed(where)}{meaning}"
     if error["type"] == "value_error":
-        return f"{found.place}: {name} is {describe(found.plain())}: {error['ctx']['error']}"
+        place = f"{found.place}: {name}" if where else str(path)
+        was = "" if isinstance(found.value, dict) else f" is {describe(found.plain())}"
+        return f"{place}{was}: {error['ctx']['error']}"
     allowed = keys.allowed(where) or error["msg"].lower()
     return f"{found.place}: {name} is {describe(found.plain())}; it must be {allowed}"
 

@@ -214,7 +214,7 @@ def inline_yaml(value: Any) -> str:
 def describe(value: Any) -> str:
     """A value as an error message shows it."""
     if isinstance(value, dict):
-        return "a group of keys"
+        return "a group of keys" if value else "an empty group"
     if isinstance(value, str):
         return f"the text {value!r}"
     return inline_yaml(value)
