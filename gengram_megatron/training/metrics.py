@@ -37,12 +37,12 @@ class RunLog:
 
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        wandb = config.logging.wandb
+        self._wandb = _start_wandb(run_dir, wandb, config) if wandb else None
         _discard_after(run_dir, resume_step)
         self._file = (run_dir / FILE).open("a")
         # purge_step hides the events of steps that are done again.
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
-        wandb = config.logging.wandb
-        self._wandb = _start_wandb(run_dir, wandb, config) if wandb else None
 
     def train(self, *, step: int, samples: int, tokens: int, loss: float, **others: float) -> None:
         """One training step.
