@@ -1,0 +1,110 @@
+"""The command `gengram` as a user meets it: help, configs, and mistakes without a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gengram_megatron import __version__
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.load import load_config
+from gengram_megatron.config.schema import Config
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "configs" / "smoke"
+WORLD_SIZES = {"cpu.yaml": 4, "one_gpu.yaml": 1, "moe_1.2b_8k_one_gpu.yaml": 1}
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID")
+
+
+def gengram(*words: str | Path, **variables: str) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own, with nothing of a launcher but `variables`."""
+    clean = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    return subprocess.run(
+        [sys.executable, "-m", "gengram_megatron", *map(str, words)],
+        env=clean | variables, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+ONE_GPU = SMOKE / "one_gpu.yaml"
+MISTAKES = {
+    "no file": (["none.yaml"], "there is no config file none.yaml"),
+    "wrong key": ([ONE_GPU, "train.lr=1"], "did you mean optimizer.lr?"),
+    "wrong value": ([ONE_GPU, "train.steps=many"], "train.steps is the text 'many'"),
+    "wrong choice": ([ONE_GPU, "train.precision=fp8"], "it must be bf16 or fp32"),
+    "wrong word": ([ONE_GPU, "train.steps"], "is not of the form key=value"),
+    "wrong YAML": ([ONE_GPU, "run.dir={"], "this is not valid YAML"),
+    "world size": ([SMOKE / "cpu.yaml"], "the world size is 1, which is not a multiple of"),
+    "heads": ([ONE_GPU, "model.num_attention_heads=3"], "not a multiple of model.num_query_groups"),
+    "groups": ([ONE_GPU, "model.num_query_groups=3"], "model.num_query_groups = 3"),
+    "experts": ([ONE_GPU, "model.moe_router_topk=5"], "model.moe_router_topk is 5"),
+    "layers": ([ONE_GPU, "model.gengram.layers=[5]"], "model.gengram.layers names [5]"),
+    "window": ([ONE_GPU, "model.gengram.window=5"], "model.gengram.window is 5"),
+    "batch": ([ONE_GPU, "train.micro_batch_size=3"], "train.global_batch_size is 16"),
+}
+
+
+@pytest.mark.parametrize("words, says", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_sentences(words, says):
+    done = gengram("train", *words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("gengram: ") for line in lines)
+    assert says in done.stderr
+
+
+def test_one_rank_of_a_machine_tells_the_mistake():
+    words, world = ("train", ONE_GPU, "train.lr=1"), {"WORLD_SIZE": "2"}
+    first = gengram(*words, **world, RANK="0", LOCAL_RANK="0")
+    second = gengram(*words, **world, RANK="1", LOCAL_RANK="1")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "did you mean optimizer.lr?" in first.stderr
+    assert second.stderr == ""
+
+
+def test_wrong_launcher_environment():
+    done = gengram("train", ONE_GPU, WORLD_SIZE="four", RANK="0")
+    assert done.returncode == 2
+    assert done.stderr.startswith("gengram: the environment has WORLD_SIZE=four")
+
+
+def test_config_prints_a_config(tmp_path):
+    done = gengram("config", ONE_GPU, "optimizer.lr=3e-4", "model.gengram.window=null")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["optimizer"]["lr"] == 3e-4
+    path = tmp_path / "printed.yaml"
+    path.write_text(done.stdout)
+    words = ["optimizer.lr=3e-4", "model.gengram.window=null"]
+    assert load_config(path, [], Config) == load_config(ONE_GPU, words, Config)
+
+
+def test_config_lists_keys():
+    done = gengram("config", "--keys", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    for words in ("model.gengram.window", "mha, gqa or mla", "[3, 6, 10]", "(required)"):
+        assert words in done.stdout
+
+
+def test_help_teaches():
+    done = gengram("train", "--help")
+    assert done.returncode == 0
+    for words in ("CONFIG", "optimizer.lr=3e-4", "torchrun", "resumes by itself"):
+        assert words in done.stdout
+
+
+def test_version():
+    assert gengram("--version").stdout == f"gengram {__version__}\n"
+
+
+def test_start_imports_no_torch():
+    code = "import sys, gengram_megatron.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted(SMOKE.glob("*.yaml")), ids=lambda path: path.name)
+def test_smoke_configs_work(path):
+    check_layout(load_config(path, [], Config), WORLD_SIZES[path.name])
