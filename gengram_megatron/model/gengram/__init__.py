@@ -1,0 +1,3 @@
+"""Gengram memory, in the order of the paper: `ids` of the k-mers that end at each token, their
+`pooling` over the window, the `projection` to key and value, the `gate`, and the `output` with its
+convolution. `memory` puts them together."""

@@ -1,0 +1,56 @@
+"""Key z and value u: two linear maps, without bias, of the pooled features (paper section 3.3).
+
+The features are concatenated in the order of k. A tensor-parallel rank has d / tp columns of each
+table, multiplies them with its part of both maps, and the sum over the ranks gives the result: one
+reduce-scatter under sequence parallelism, no gather of features.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+
+class KeyValueProjection(nn.Module):
+    """weight: [2, h, number of k, d / tp]; index 0 makes the key, 1 the value."""
+
+    def __init__(self, config, num_tables: int, dim: int, tp_group, dp_group):
+        super().__init__()
+        self.tp_group, self.dp_group = tp_group, dp_group
+        self.sequence_parallel = config.sequence_parallel
+        self.weight = nn.Parameter(
+            torch.empty(
+                (2, config.hidden_size, num_tables, dim // tp_group.size()),
+                dtype=config.params_dtype,
+                device=torch.cuda.current_device(),
+            )
+        )
+        config.init_method(self.weight)
+        set_tensor_model_parallel_attributes(self.weight, True, 3, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """features: [s, b, number of k * d / tp]; returns key and value, [s or s / tp, b, h]."""
+        partial = F.linear(features, self.weight.flatten(2).flatten(0, 1))
+        if self.sequence_parallel:
+            both = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
+        else:
+            both = reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+        return both.chunk(2, dim=-1)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        before = len(sharded_offsets)
+        return {
+            f"{prefix}weight": ShardedTensor.from_rank_offsets(
+                f"{prefix}weight",
+                self.weight,
+                *sharded_offsets,
+                (before + 3, self.tp_group.rank(), self.tp_group.size()),
+                replica_id=(0, 0, self.dp_group.rank()),
+                prepend_axis_num=before,
+            )
+        }

@@ -1,0 +1,82 @@
+"""Initial weights that do not depend on the layout.
+
+Each parameter is marked with its law when it is built. After that, every rank draws the full
+tensor of each parameter that it holds a part of, from a generator seeded with the run's seed and
+the parameter's global name, and keeps its own part. What is a part of what is read from the
+sharded state dict, the same description that checkpoints are written from. So a model starts
+from the same weights under any tensor, pipeline, expert or data parallelism.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def mark(parameter: nn.Parameter, std: float | None = None, constant: float | None = None) -> None:
+    """Note the law of a parameter's initial values: normal(0, std), or one constant."""
+    parameter.initial_law = (std, constant)
+
+
+def marker(std: float) -> Callable[[nn.Parameter], nn.Parameter]:
+    """An init method for megatron-core's config that marks instead of drawing."""
+
+    def init_method(parameter: nn.Parameter) -> nn.Parameter:
+        mark(parameter, std=std)
+        return parameter
+
+    return init_method
+
+
+@torch.no_grad()
+def initialize(chunks: list[nn.Module], seed: int) -> None:
+    """Draw the initial weights of a rank's model chunks, in place."""
+    for chunk in chunks:
+        by_storage = {p.data_ptr(): p for p in chunk.parameters()}
+        for part in _parts(chunk):
+            parameter = by_storage[part.data.data_ptr()]
+            if not hasattr(parameter, "initial_law"):
+                raise AssertionError(f"{part.key} was built without marking its initial law")
+            std, constant = parameter.initial_law
+            if constant is not None:
+                part.data.fill_(constant)
+            else:
+                part.data.copy_(_own_part(part, std, seed))
+
+
+def _parts(chunk: nn.Module) -> Iterator:
+    """The sharded tensors of a chunk, SwiGLU's halves taken apart."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedTensor,
+        ShardedTensorFactory,
+    )
+
+    state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    for value in nested_values(state):
+        pieces = value.build() if isinstance(value, ShardedTensorFactory) else value
+        pieces = pieces if isinstance(pieces, (list, tuple)) else [pieces]
+        for piece in pieces:
+            if isinstance(piece, ShardedTensor):
+                yield piece
+
+
+def _own_part(part, std: float, seed: int) -> Tensor:
+    """This rank's slice of the full tensor [global shape], drawn in float32.
+
+    Leading axes that megatron-core prepends (experts, say) are drawn one index at a time.
+    """
+    device = torch.cuda.current_device()
+    prepended = part.prepend_axis_num
+    digest = hashlib.blake2b(
+        repr((seed, part.key, part.global_offset[:prepended])).encode(), digest_size=7
+    ).digest()
+    generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big"))
+    shape = part.global_shape[prepended:]
+    full = torch.randn(shape, generator=generator, device=device) * std
+    slices = tuple(
+        slice(start, start + length)
+        for start, length in zip(part.global_offset[prepended:], part.local_shape)
+    )
+    return full[slices]

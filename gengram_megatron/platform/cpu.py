@@ -1,0 +1,137 @@
+"""megatron-core on a machine without CUDA.
+
+megatron-core (0.16.1) takes it for granted that there is a GPU: it asks `torch.cuda` for the
+current device, for streams and random states, creates tensors with `device="cuda"` and compares
+tensor types with `torch.cuda.FloatTensor`. `stand_in_for_cuda` answers all of these for the CPU;
+`adapt_megatron` replaces the few functions of megatron-core itself that touch the GPU's random
+state or the copy from device to host. Nothing here runs where CUDA is available.
+"""
+
+import functools
+import importlib
+import logging
+from contextlib import nullcontext
+
+import torch
+
+CPU = torch.device("cpu")
+_FACTORIES = (
+    "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint",
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
+)  # fmt: skip
+
+
+class _Stream:
+    """Work on the CPU is done when a call returns: every stream is the same, and idle."""
+
+    def __init__(self, *_, **__): ...
+
+    def __eq__(self, other):
+        return isinstance(other, _Stream)
+
+    __hash__ = object.__hash__
+
+    def synchronize(self): ...
+
+    def wait_stream(self, stream): ...
+
+    def wait_event(self, event): ...
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+
+class _Event:
+    """An event that has always happened."""
+
+    def __init__(self, *_, **__): ...
+
+    def record(self, stream=None): ...
+
+    def wait(self, stream=None): ...
+
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+
+def stand_in_for_cuda() -> None:
+    """Let the names of `torch.cuda` that megatron-core uses mean the CPU.
+
+    Every name gets a function of its own: torch's compiler, which optimizers load, refuses to
+    find one object under two names.
+    """
+    cuda = torch.cuda
+    answers = {
+        "current_device": lambda: CPU,
+        "device_count": lambda: 1,
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *_: _Stream(),
+        "default_stream": lambda *_: _Stream(),
+        "stream": lambda *_: nullcontext(),
+        "device": lambda *_: nullcontext(),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+    }
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        answers[name] = lambda *_, **__: None
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        answers[name] = lambda *_, **__: 0
+    for name, answer in answers.items():
+        setattr(cuda, name, answer)
+    cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.nvtx.range_push = lambda *_: None
+    cuda.nvtx.range_pop = lambda *_: None
+    _redirect_tensors()
+
+
+def _redirect_tensors() -> None:
+    """Create on the CPU what is asked for on "cuda", and name tensor types as on a GPU."""
+
+    def on_cpu(factory):
+        @functools.wraps(factory)
+        def create(*args, device=None, pin_memory=None, **kwargs):
+            if device is not None:
+                kwargs["device"] = CPU if str(device).startswith("cuda") else device
+            return factory(*args, **kwargs)
+
+        return create
+
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *_, **__: self
+
+    type_of = torch.Tensor.type
+
+    def cuda_type(self, dtype=None, **kwargs):
+        """DistributedOptimizer sorts parameters by the names of CUDA tensor types."""
+        if dtype is None and self.device == CPU:
+            return type_of(self).replace("torch.", "torch.cuda.", 1)
+        return type_of(self, dtype, **kwargs)
+
+    torch.Tensor.type = cuda_type
+
+
+def adapt_megatron() -> None:
+    """Replace the functions of megatron-core that only work on a GPU."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # The tracker warns when the CPU's random state moves inside its context; here it must.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    move_to_cpu = dispatcher.maybe_move_tensor_to_cpu
+
+    def splits_as_numpy(tensor, as_numpy=False, record_stream=False):
+        """The original leaves CPU tensors as they are; all_to_all wants numbers."""
+        moved = move_to_cpu(tensor, as_numpy=as_numpy, record_stream=False)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    dispatcher.maybe_move_tensor_to_cpu = splits_as_numpy

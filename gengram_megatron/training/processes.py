@@ -1,0 +1,47 @@
+"""Process groups of a run: start, and end."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from gengram_megatron.config.layout import Layout
+from gengram_megatron.platform import prepare
+
+
+def start_processes(layout: Layout, seed: int, rank: int, timeout_minutes: float = 30) -> None:
+    """Join the other processes and make megatron-core's groups for the layout."""
+    prepare()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    if not dist.is_initialized():
+        alone = layout.world_size == 1 and "MASTER_ADDR" not in os.environ
+        dist.init_process_group(
+            backend="nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.HashStore() if alone else None,
+            world_size=layout.world_size,
+            rank=rank,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def end_processes() -> None:
+    """Leave the groups. Safe where none were made."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
