@@ -71,7 +71,7 @@ def _gengram(
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train: run one process of a run, or all of it where one process is enough.
+    """Train a model, or go on with its training.
 
     CONFIG is a YAML file with the sections run, model, parallel, data, optimizer, train,
     checkpoint and logging. Its key `base:` names files that it builds on; what stands in the
@@ -160,8 +160,8 @@ def config(
         ),
     ] = False,
 ) -> None:
-    """Print the whole config of a run: files, words and defaults put together.
+    """Print the whole config of a run.
 
-    What is printed is itself a config file that gives the same run.
+    Files, words and defaults are put together. What is printed is itself a config file that gives the same run.
     """
     print(dump_config(load_config(config, overrides or [], Config)), end="")

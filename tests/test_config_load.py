@@ -78,6 +78,8 @@ WRONG_FILES = {
     "open bracket": ("  steps: 2", "  steps: [2", "run.yaml:14: this is not valid YAML: expected ',' or ']', but got '<stream end>'"),
     "tab": ("  steps: 2", "\tsteps: 2", "run.yaml:13: this is not valid YAML: found character '\\t' that cannot start any token"),
     "python tag": ("  steps: 2", "  steps: !!python/name:os.system", "run.yaml:13: this is not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'"),
+    "tag of a group": ("  steps: 2", "  steps: !set {2}", "run.yaml:13: the tag !set means nothing here; take it away\nrun.yaml:13: a key must be a word, not '2'"),
+    "half a character": ("{path: datasets/test}", '{path: "\\ud800"}', "run.yaml: a text holds half of a Unicode character, such as \\ud800; write it whole"),
     "false tag": ("  steps: 2", "  steps: !!int x", "run.yaml: a value does not fit its tag: invalid literal for int() with base 10: 'x'"),
     "two documents": ("data:", "---\ndata:", "run.yaml:8: this is not valid YAML: but found another document"),
     "circular alias": ("  steps: 2", "  steps: &a [*a]", "run.yaml: an alias contains itself, or groups nest too deep"),
@@ -88,7 +90,7 @@ WRONG_FILES = {
 @pytest.mark.parametrize("old, new, sentence", WRONG_FILES.values(), ids=WRONG_FILES)
 def test_wrong_file(write, old, new, sentence):
     assert old in RIGHT
-    assert problems(write(RIGHT.replace(old, new))) == [sentence]
+    assert problems(write(RIGHT.replace(old, new))) == sentence.splitlines()
 
 
 WHOLE_FILES = {
@@ -130,6 +132,12 @@ WRONG_WORDS = {
 @pytest.mark.parametrize("word, sentence", WRONG_WORDS.items(), ids=WRONG_WORDS)
 def test_wrong_word(write, word, sentence):
     assert problems(write(RIGHT), [word]) == [sentence]
+
+
+def test_a_missing_key_is_missing_in_the_file(write):
+    path = write(RIGHT.replace("  global_batch_size: 8\n", ""))
+    (sentence,) = problems(path, ["train.steps=3"])
+    assert sentence.startswith("run.yaml: the key train.global_batch_size is missing")
 
 
 def test_all_problems_are_told_at_once(write):

@@ -70,6 +70,8 @@ def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
     where: tuple[str | int, ...] = error["loc"]
     name = dotted(where)
     found = tree.nearest(where)
+    if error["type"] == "json_invalid":
+        return f"{path}: a text holds half of a Unicode character, such as \\ud800; write it whole"
     if where and where[-1] == "[key]":
         pattern = keys.allowed_name(where[:-2])
         return (
@@ -79,7 +81,7 @@ def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
     if error["type"] == "extra_forbidden":
         return f"{found.place}: there is no key {name}; {_suggestion(where, keys)}"
     if error["type"] == "missing":
-        place = path if found is tree else found.place
+        place = path if found is tree or found.place == COMMAND_LINE else found.place
         meaning = f" ({text})" if (text := keys.description(where).rstrip(".")) else ""
         return f"{place}: the key {name} is missing; it must be {keys.allowed(where)}{meaning}"
     if error["type"] == "value_error":

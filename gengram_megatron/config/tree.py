@@ -64,6 +64,9 @@ RESOLVERS = [
 ]
 
 
+GROUP_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
 def _with_resolvers(cls: type) -> type:
     """Give a PyYAML loader or dumper the dialect of config files."""
     cls.yaml_implicit_resolvers = {}
@@ -113,6 +116,8 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Tree:
         here = place(node.start_mark)
         if isinstance(node, yaml.ScalarNode):
             return Tree(loader.construct_object(node), here)
+        if node.tag not in GROUP_TAGS:
+            problems.append(f"{here}: the tag {node.tag} means nothing here; take it away")
         if isinstance(node, yaml.SequenceNode):
             return Tree([grow(child) for child in node.value], here)
         children: dict[str, Tree] = {}
