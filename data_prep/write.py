@@ -7,7 +7,6 @@ from types import TracebackType
 import numpy as np
 
 from data_prep.origins import ORIGIN, origins_path
-from gengram_megatron.platform import prepare
 from gengram_megatron.tokenizer import EOD
 
 
@@ -16,6 +15,9 @@ class SplitWriter:
     and `<split>.origins.npy`, where each fragment comes from."""
 
     def __init__(self, folder: Path, split: str):
+        # Here, because they take seconds, which nobody should wait to read of a wrong config.
+        from gengram_megatron.platform import prepare
+
         prepare()
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

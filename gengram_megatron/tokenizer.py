@@ -1,5 +1,6 @@
 """One token a base: the ten pieces of the published tokenizer, and the end of a document."""
 
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -76,23 +77,13 @@ class DnaTokenizer:
             model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        for number in range(max(len(model), len(PIECES))):
-            _check_piece(path, model, number)
-
-
-def _check_piece(path: Path, model, number: int) -> None:
-    """Compare one id of a loaded SentencePiece model with ours."""
-    if number >= len(PIECES):
-        raise UserError(
-            f"{path}: piece {model.id_to_piece(number)} has id {number}, "
-            f"but only ids 0 to {len(PIECES) - 1} are expected"
-        )
-    expected = PIECES[number]
-    # Not piece_to_id alone: it answers with [UNK]'s id for a piece that the model does not have.
-    pieces = [model.id_to_piece(i) for i in range(len(model))]
-    if expected not in pieces:
-        raise UserError(f"{path}: piece {expected} is missing; its id must be {number}")
-    if pieces.index(expected) != number:
-        raise UserError(
-            f"{path}: piece {expected} has id {pieces.index(expected)}; it must be {number}"
-        )
+        pieces = [model.id_to_piece(number) for number in range(len(model))]
+        for number, (found, expected) in enumerate(zip_longest(pieces, PIECES)):
+            if expected is None:
+                raise UserError(
+                    f"{path}: piece {found} has id {number}, "
+                    f"but only ids 0 to {len(PIECES) - 1} are expected"
+                )
+            if found != expected:
+                place = f"has id {pieces.index(expected)}" if expected in pieces else "is missing"
+                raise UserError(f"{path}: piece {expected} {place}; its id must be {number}")
