@@ -1,6 +1,5 @@
 """FASTA files, record by record, as token ids."""
 
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,8 +55,9 @@ def _parse(path: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path} is not a FASTA file: {line}{error.message[:100]}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a FASTA file: it is not text") from None
-    except (OSError, EOFError, zlib.error) as error:
-        # The decompressor's own errors carry no errno; those of the operating system do.
+    except MemoryError:
+        raise
+    except Exception as error:  # each of the decompressors that xopen may choose has its own
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         raise UserError(

@@ -1,0 +1,125 @@
+"""The split and the mix, against obvious loops over single bases and fragments."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.fragment import Fate, drop_n, survey
+from data_prep.mix import balance
+from data_prep.schema import Source
+from data_prep.split import assign, held_out
+from gengram_megatron.errors import UserError
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
+
+
+def records_of(lengths, seq_length=4):
+    return [
+        survey(f"r{number}", np.full(length, 8, dtype=np.uint8), seq_length)
+        for number, length in enumerate(lengths)
+    ]
+
+
+def held_bases(regions, records) -> dict[str, list[bool]]:
+    """For each base of each record, whether a region covers it."""
+    return {
+        record.name: [
+            any(start <= base < end for start, end in regions.get(record.name, []))
+            for base in range(record.length)
+        ]
+        for record in records
+    }
+
+
+@given(LENGTHS, st.floats(0, 0.99), st.integers(1, 7))
+def test_no_base_is_in_both_splits(lengths, share, seq_length):
+    records = records_of(lengths, seq_length)
+    regions = held_out(Source(fasta="x"), share, records)
+    held = held_bases(regions, records)
+    for record in records:
+        for number, fate in enumerate(assign(record, regions, seq_length)):
+            bases = held[record.name][number * seq_length : (number + 1) * seq_length]
+            expected = Fate.VALIDATION if all(bases) else Fate.STRADDLES
+            assert fate == (expected if any(bases) else Fate.TRAIN)
+
+
+@given(LENGTHS, st.floats(0, 0.99))
+def test_the_share_at_the_end_of_a_file(lengths, share):
+    records = records_of(lengths)
+    held = held_bases(held_out(Source(fasta="x"), share, records), records)
+    flags = [flag for record in records for flag in held[record.name]]
+    budget = round(share * sum(lengths))
+    assert flags == sorted(flags)  # one stretch, at the end of the file
+    assert sum(flags) <= budget
+    first = next((record for record in reversed(records) if not all(held[record.name])), None)
+    if sum(flags) < budget:  # what is missing is due to one short record, which stays whole
+        assert first.length <= budget and not any(held[first.name])
+        assert sum(flags) + first.length > budget
+
+
+def test_named_records_and_regions():
+    records = records_of([20, 20, 20])
+    source = Source(fasta="x.fa", validation_records=["r1"])
+    assert held_out(source, 0.5, records) == {"r1": [(0, 20)]}
+    source = Source(fasta="x.fa", validation_regions=["r0:13-20", "r0:1-4", "r2:1-1"])
+    assert held_out(source, 0.5, records) == {"r0": [(0, 4), (12, 20)], "r2": [(0, 1)]}
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        (["r9:1-4"], "has no record r9"),
+        (["r0"], "not of the form record:first-last"),
+        (["r0:0-4"], "does not lie inside r0"),
+        (["r0:5-21"], "does not lie inside r0, which has bases 1 to 20"),
+        (["r0:1-8", "r0:8-9"], "overlap"),
+    ],
+)
+def test_wrong_regions_are_refused(regions, message):
+    with pytest.raises(UserError, match=message):
+        held_out(Source(fasta="x.fa", validation_regions=regions), 0, records_of([20]))
+
+
+@given(st.text("ACGN", min_size=1, max_size=80), st.integers(1, 9), st.sampled_from([0, 0.1, 0.5]))
+def test_fragments_with_too_many_n(text, seq_length, most):
+    ids = np.array([9 if letter == "N" else 8 for letter in text], dtype=np.uint8)
+    record = survey("r", ids, seq_length)
+    fates = np.zeros(len(record.n_bases), dtype=np.uint8)
+    drop_n(fates, record, seq_length, most)
+    for number, fate in enumerate(fates):
+        part = text[number * seq_length : (number + 1) * seq_length]
+        assert (fate == Fate.TOO_MANY_N) == (part.count("N") > most * seq_length)
+
+
+@given(
+    st.lists(st.tuples(st.integers(3, 40), st.integers(3, 40), st.integers(1, 3)), min_size=1),
+    st.integers(0, 5),
+)
+def test_the_mix_is_exact_and_as_large_as_it_can_be(sizes, seed):
+    fates = {
+        str(number): np.repeat(np.uint8([Fate.TRAIN, Fate.STRADDLES, Fate.VALIDATION]), [a, 2, b])
+        for number, (a, b, _) in enumerate(sizes)
+    }
+    weights = {str(number): weight for number, (*_, weight) in enumerate(sizes)}
+    before = {group: fate.copy() for group, fate in fates.items()}
+    balance(fates, weights, seed)
+    for place, split in enumerate((Fate.TRAIN, Fate.VALIDATION)):
+        unit = min(size[place] // size[2] for size in sizes)
+        for group, fate in fates.items():
+            assert np.count_nonzero(fate == split) == unit * weights[group]
+    for group, fate in fates.items():
+        left_out = (fate == Fate.LEFT_OUT_OF_TRAIN) | (fate == Fate.LEFT_OUT_OF_VALIDATION)
+        assert (fate[~left_out] == before[group][~left_out]).all()
+
+
+def test_the_seed_alone_decides_what_the_mix_leaves_out():
+    def mixed(seed: int) -> list[int]:
+        fates = {
+            "many": np.repeat(np.uint8([Fate.TRAIN, Fate.VALIDATION]), 50),
+            "few": np.repeat(np.uint8([Fate.TRAIN, Fate.VALIDATION]), 25),
+        }
+        balance(fates, {"many": 1, "few": 1}, seed)
+        return fates["many"].tolist()
+
+    assert mixed(1) == mixed(1) != mixed(2)
