@@ -80,7 +80,10 @@ def build(
     start = time.perf_counter()
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}: {task.fields[mbp]:.1f} Mbp"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    quiet = not console.is_terminal  # a log file needs no spinner
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=quiet
+    ) as progress:
         task = progress.add_task("starting", mbp=0.0)
 
         def report(doing: str, bases: int) -> None:

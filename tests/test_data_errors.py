@@ -1,0 +1,177 @@
+"""What can go wrong with the input: one sentence, exit code 2, and nothing left behind."""
+
+import gzip
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep import cli
+
+ROOT = Path(__file__).parent.parent
+GOOD = b">r1\n" + b"ACGTACGTAC\n" * 20 + b">r2\n" + b"GATTACAGAT\n" * 20
+CONFIG = """\
+output: out
+seq_length: 16
+validation: 0.25
+groups:
+  human:
+    sources:
+      a: {fasta: good.fa}
+  apes:
+    sources:
+      b: {fasta: BAD}
+"""
+COMMAND = [sys.executable, "-c", "from data_prep.cli import main; main()", "build", "data.yaml"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with a good source and a config that wants a second one, bad.fa."""
+    monkeypatch.chdir(tmp_path)
+    Path("good.fa").write_bytes(GOOD)
+    Path("data.yaml").write_text(CONFIG.replace("BAD", "bad.fa"))
+    return tmp_path
+
+
+def run(monkeypatch, *words: str, config: str = "data.yaml") -> int:
+    """`gengram-data build CONFIG ...` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["gengram-data", "build", config, *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def check_refused(capsys, code: int, message: str) -> None:
+    """One sentence that has the message, and no trace of an output."""
+    shown = capsys.readouterr()
+    assert code == 2, shown
+    assert re.search(message, shown.err), shown.err
+    assert len(shown.err.splitlines()) == 1 and "Traceback" not in shown.err
+    assert not list(Path().glob("out*"))
+
+
+BAD = {
+    "truncated gzip": (gzip.compress(GOOD)[:-12], "cannot be decompressed"),
+    "empty": (b"", "bad.fa is empty"),
+    "empty when unpacked": (gzip.compress(b""), "bad.fa is empty"),
+    "record without bases": (GOOD + b">r3\n>r4\nACGT\n", "record r3 has no bases"),
+    "record without a name": (b">\n" + GOOD, "record 1 has no name"),
+    "only N": (b">r1\n" + b"N" * 500, "has no base but N"),
+    "duplicate names": (GOOD + b">r1 again\nACGT\n", "two records are named r1"),
+    "protein": (b">p\nMKVLAAGIVGLLLAQWERTYIPASDFGHKLCVNM\n", "not DNA: in record p, 'L' at"),
+    "alignment": (b">r\nACGT--ACGT\n", "not DNA: in record r, '-' at position 5"),
+    "FASTQ": (b"@r1\nACGT\n+\nIIII\n", "is not a FASTA file: line 1: Expected '>'"),
+    "bases without a header": (b"ACGTACGT\n", "is not a FASTA file: line 1"),
+    "binary": (bytes(range(256)) * 20, "is not a FASTA file"),
+    "shorter than seq_length": (b">r1\nACGTACGTACGTACG\n", "15 bases, fewer than seq_length"),
+    "nothing left after filters": (
+        b">r1\n" + b"ACGNNNNNNNNNNNNN" * 30,
+        "group apes has 0 fragments for the train split .* dropped for too many N",
+    ),
+    "the same file twice": (GOOD, "human/a and apes/b are the same file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_sources(folder, monkeypatch, capsys, kind):
+    data, message = BAD[kind]
+    Path("bad.fa").write_bytes(data)
+    check_refused(capsys, run(monkeypatch), message)
+
+
+def test_a_missing_source(folder, monkeypatch, capsys):
+    check_refused(capsys, run(monkeypatch), r"bad\.fa: there is no such file \(source apes/b\)")
+
+
+def test_sources_are_relative_to_the_config(folder, monkeypatch, capsys):
+    Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert run(monkeypatch, config="../data.yaml") == 0
+    assert "wrote out" in capsys.readouterr().out
+    assert (folder / "elsewhere/out/manifest.json").is_file()
+    assert run(monkeypatch, config="../data.yaml") == 0
+    assert "out is up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seq_lenght=8"], "there is no key seq_lenght; did you mean seq_length"),
+        (["seq_length=0"], "seq_length is 0; it must be a whole number"),
+        (["validation=1"], "validation is 1; it must be a number"),
+        (["groups.apes.sources.b.validation_regions=[r9:1-4]"], "has no record r9"),
+        (
+            [
+                "groups.apes.sources.b.validation_records=[r1]",
+                "groups.apes.sources.b.validation=0.5",
+            ],
+            "give one of validation, validation_records and validation_regions",
+        ),
+        (["validation=0"], "for the validation split and needs at least 1"),
+        (["groups.apes.weight=1000"], "needs at least 1000"),
+        (["output=good.fa"], "good.fa exists and is not a data set"),
+    ],
+)
+def test_bad_settings(folder, monkeypatch, capsys, words, message):
+    Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
+    check_refused(capsys, run(monkeypatch, *words), message)
+
+
+def test_an_output_of_other_settings(folder, monkeypatch, capsys):
+    Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
+    assert run(monkeypatch) == 0
+    before = Path("out/manifest.json").read_bytes()
+    capsys.readouterr()
+    assert run(monkeypatch, "seq_length=8") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert Path("out/manifest.json").read_bytes() == before
+    assert run(monkeypatch, "seq_length=8", "--overwrite") == 0
+    assert b'"seq_length": 8' in Path("out/manifest.json").read_bytes()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_a_disk_that_is_full(folder):
+    """A limit on the size of files stands for the full disk: the kernel refuses the write."""
+    Path("bad.fa").write_bytes(b">r\n" + b"ACCTACGTAC\n" * 20_000)
+    Path("good.fa").write_bytes(b">r\n" + b"ACGTACGTAC\n" * 20_000)
+    ended = subprocess.run(
+        COMMAND,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        f"error: {folder / 'out'} could not be written: File too large"
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["bad.fa", "data.yaml", "good.fa"]
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_looks_finished(folder):
+    Path("bad.fa").write_bytes(b">r\n" + b"ACCTACGTAC\n" * 200_000)
+    Path("good.fa").write_bytes(b">r\n" + b"ACGTACGTAC\n" * 200_000)
+    running = subprocess.Popen(COMMAND, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("out.partial-*/train.bin")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    assert not (folder / "out").exists()
+    assert [path.name for path in folder.glob("out*")] == [f"out.partial-{running.pid}"]
+    again = subprocess.run(COMMAND, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "out/manifest.json").is_file()
