@@ -75,7 +75,7 @@ def sliding_sum(x: Tensor, span: int) -> Tensor:
             if total is None:
                 total, covered = power.clone(), size
             else:
-                total[covered:] += power[: len(power) - covered]
+                total[covered:] += power[: max(len(power) - covered, 0)]
                 covered += size
         if covered == span:
             return total

@@ -1,0 +1,119 @@
+"""Gengram memory as the paper's Algorithm 1 has it, position by position, in float64.
+
+Slow and obviously right: what the tests compare the package with. Nothing here comes from the
+package. Weights are plain tensors, and gradients flow to all of them.
+"""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-5
+
+
+def kmers_in_window(length: int, position: int, k: int, window: int | None) -> list[range]:
+    """The places of each k-mer that lies wholly inside the window of a position and wholly inside
+    the sequence. Without a window: the one k-mer that ends at the position.
+
+    The position that predicts token t holds token t - 1, and its window is {t-W, ..., t-1}.
+    """
+    t = position + 1
+    first = t - (k if window is None else window)
+    found = []
+    for end in range(t):
+        places = range(end - k + 1, end + 1)
+        if places[0] >= first and places[0] >= 0 and places[-1] < length:
+            found.append(places)
+    return found
+
+
+def row_of(kmer: list[int], alphabet: list[int]) -> int | None:
+    """The k-mer's number in base 5, its last token the lowest digit; None: it is not valid,
+    because one of its tokens is not A, C, G, T or N (the order of `alphabet`)."""
+    row = 0
+    for token in kmer:
+        if token not in alphabet:
+            return None
+        row = row * 5 + alphabet.index(token)
+    return row
+
+
+def rows_in_window(
+    tokens: list[int], position: int, k: int, window: int | None, alphabet: list[int]
+) -> list[int]:
+    """Rows of table k that the window of a position looks up, one for each valid k-mer."""
+    rows = []
+    for places in kmers_in_window(len(tokens), position, k, window):
+        row = row_of([tokens[place] for place in places], alphabet)
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def pooled(
+    tokens: list[int],
+    position: int,
+    tables: dict[int, Tensor],
+    window: int | None,
+    alphabet: list[int],
+) -> Tensor:
+    """m_t: for each k the mean of the looked-up rows, zero where there are none, concatenated."""
+    means = []
+    for k, table in tables.items():
+        rows = rows_in_window(tokens, position, k, window, alphabet)
+        means.append(table[rows].sum(0) / max(len(rows), 1))
+    return torch.cat(means)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).mean() + EPSILON) * weight
+
+
+def gate(x: Tensor, z: Tensor, norm_hidden: Tensor, norm_key: Tensor) -> Tensor:
+    """sigmoid(signed square root of <RMSNorm(x), RMSNorm(z)> / sqrt(h)), a scalar."""
+    g = (rms_norm(x, norm_hidden) * rms_norm(z, norm_key)).sum() / len(x) ** 0.5
+    size = max(g.abs(), torch.tensor(1e-6, dtype=g.dtype))
+    return 1 / (1 + torch.exp(-torch.sign(g) * torch.sqrt(size)))
+
+
+def convolution(o: list[Tensor], position: int, taps: Tensor, dilation: int) -> Tensor:
+    """Depthwise, causal: the last tap meets the position itself, each tap before it `dilation`
+    positions earlier; nothing lies before the sequence. taps: [kernel, h]."""
+    total = torch.zeros_like(o[0])
+    for tap in range(len(taps)):
+        place = position - (len(taps) - 1 - tap) * dilation
+        if place >= 0:
+            total = total + taps[tap] * o[place]
+    return total
+
+
+def gengram(
+    hidden: Tensor,
+    tokens: list[list[int]],
+    tables: dict[int, Tensor],
+    key: Tensor,
+    value: Tensor,
+    norm_hidden: Tensor,
+    norm_key: Tensor,
+    taps: Tensor,
+    alphabet: list[int],
+    window: int | None,
+) -> Tensor:
+    """What a layer adds to its hidden state.
+
+    hidden: [s, b, h]; tokens: b rows of s ids; tables[k]: [5^k, d], in the order of k;
+    key, value: [h, number of k * d]; the rest as above. Returns [s, b, h].
+    """
+    dilation = max(tables)
+    columns = []
+    for b, row in enumerate(tokens):
+        o = []
+        for position in range(len(row)):
+            m = pooled(row, position, tables, window, alphabet)
+            z, u = key @ m, value @ m
+            o.append(gate(hidden[position, b], z, norm_hidden, norm_key) * u)
+        out = []
+        for position in range(len(row)):
+            c = convolution(o, position, taps, dilation)
+            out.append(o[position] + c / (1 + torch.exp(-c)))
+        columns.append(torch.stack(out))
+    return torch.stack(columns, dim=1)

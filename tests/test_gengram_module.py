@@ -1,0 +1,221 @@
+"""The Gengram module against the slow float64 loop of reference_gengram.py: every k, every
+position, what is not a base, windows that reach before the sequence, and every gradient."""
+
+import pytest
+import torch
+
+from tests.reference_gengram import gengram, rows_in_window
+
+ALPHABET = [8, 5, 6, 7, 9]  # A C G T N
+A, C, G, T, N, PAD, UNK, EOD = *ALPHABET, 0, 1, 12
+ALL_SIZES = (1, 2, 3, 4, 5, 6)
+HIDDEN, DIM, KERNEL = 12, 4, 4
+
+
+def bases(length: int, seed: int, of: tuple[int, ...] = (A, C, G, T)) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [of[i] for i in torch.randint(len(of), (length,), generator=generator)]
+
+
+def random_rows(length: int) -> list[list[int]]:
+    return [bases(length, 1), bases(length, 2)]
+
+
+TEXTS = {
+    "bases": random_rows(48),
+    "bases and all other tokens": [
+        bases(48, 3, (A, C, G, T) * 5 + (N, EOD)),
+        bases(48, 4, (A, C, G, T) * 3 + (N, PAD, UNK, EOD)),
+    ],
+    "runs of N": [
+        bases(10, 5) + [N] * 24 + bases(14, 6),
+        [N] * 9 + bases(30, 7) + [N] * 9,
+    ],
+    "EOD in the middle, PAD at the end": [
+        [*bases(20, 8), EOD, *bases(27, 9)],
+        bases(30, 10) + [EOD] + [PAD] * 17,
+    ],
+    "repeats": [[A] * 48, [C, G] * 24],
+    "shorter than the window": random_rows(5),
+    "shorter than most k": random_rows(3),
+    "one token": [[A], [EOD]],
+    "nothing valid": [[EOD] * 8, [PAD] * 8],
+}
+WINDOWS = [None, 6, 21, 30]
+
+
+def make_memory(kmer_sizes, window, dtype, scale: float = 1.0):
+    """A module with random weights that make every part of it matter."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from gengram_megatron.model.gengram.memory import GengramMemory, GengramShape
+    from gengram_megatron.model.initialize import marker
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        layernorm_epsilon=1e-5,
+        params_dtype=dtype,
+        init_method=marker(1.0),
+    )
+    shape = GengramShape(kmer_sizes, DIM, window, KERNEL, init_std=1.0)
+    memory = GengramMemory(config, shape, ProcessGroupCollection.use_mpu_process_groups())
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(values)
+        memory.gate.norm_hidden.weight.mul_(scale)
+    return memory
+
+
+def make_hidden(length: int, batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(12)
+    return torch.randn((length, batch, HIDDEN), generator=generator, dtype=torch.float64)
+
+
+def add_to(memory, hidden, text):
+    from gengram_megatron.model.gengram.ids import KmerIds
+
+    kmers = KmerIds.of(torch.tensor(text, dtype=torch.uint8), memory.shape.kmer_sizes, ALPHABET)
+    return memory(hidden, kmers)
+
+
+def module_results(memory, text) -> dict[str, torch.Tensor]:
+    """The output, and the gradients of the sum of its squares, under the reference's names."""
+    dtype = memory.output.weight.dtype
+    hidden = make_hidden(len(text[0]), len(text)).to(dtype).requires_grad_()
+    out = add_to(memory, hidden, text)
+    out.square().sum().backward()
+    key, value = memory.projection.weight.grad.flatten(2)
+    return {
+        "output": out.detach(),
+        "hidden": hidden.grad,
+        **{f"table {k}": memory.tables.weights[f"k{k}"].grad for k in memory.shape.kmer_sizes},
+        "key": key,
+        "value": value,
+        "norm of hidden": memory.gate.norm_hidden.weight.grad,
+        "norm of key": memory.gate.norm_key.weight.grad,
+        "convolution": memory.output.weight.grad,
+    }
+
+
+def reference_results(memory, text) -> dict[str, torch.Tensor]:
+    """The same from the reference, with the module's weights in float64."""
+    dtype = memory.output.weight.dtype
+
+    def leaf(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().double().requires_grad_()
+
+    hidden = leaf(make_hidden(len(text[0]), len(text)).to(dtype))
+    tables = {k: leaf(memory.tables.weights[f"k{k}"]) for k in memory.shape.kmer_sizes}
+    key, value = (leaf(half) for half in memory.projection.weight.flatten(2))
+    norm_hidden, norm_key = leaf(memory.gate.norm_hidden.weight), leaf(memory.gate.norm_key.weight)
+    taps = leaf(memory.output.weight)
+    out = gengram(
+        hidden,
+        text,
+        tables,
+        key,
+        value,
+        norm_hidden,
+        norm_key,
+        taps,
+        ALPHABET,
+        memory.shape.window,
+    )
+    out.square().sum().backward()
+    return {
+        "output": out.detach(),
+        "hidden": hidden.grad,
+        **{f"table {k}": table.grad for k, table in tables.items()},
+        "key": key.grad,
+        "value": value.grad,
+        "norm of hidden": norm_hidden.grad,
+        "norm of key": norm_key.grad,
+        "convolution": taps.grad,
+    }
+
+
+def assert_same(ours: dict, expected: dict, tolerance: float, of_output: float | None = None):
+    """Every tensor within a relative error, by norm; where nothing is expected, exactly nothing."""
+    for name, right in expected.items():
+        allowed = of_output if of_output and name == "output" else tolerance
+        distance = (ours[name].double() - right).norm().item()
+        assert distance <= allowed * right.norm().item(), name
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_output_and_every_gradient(one_process, window, text):
+    memory = make_memory(ALL_SIZES, window, torch.float64)
+    assert_same(module_results(memory, text), reference_results(memory, text), 1e-10)
+
+
+@pytest.mark.parametrize("text", ["bases and all other tokens", "shorter than most k"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kmer_sizes", [(1,), (6,), (2, 4)], ids=str)
+def test_some_sizes_only(one_process, kmer_sizes, window, text):
+    memory = make_memory(kmer_sizes, window, torch.float64)
+    assert_same(module_results(memory, TEXTS[text]), reference_results(memory, TEXTS[text]), 1e-10)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_in_float32(one_process, window):
+    """The signed square root is steep near zero, so gradients through it round more."""
+    text = TEXTS["bases and all other tokens"]
+    memory = make_memory(ALL_SIZES, window, torch.float32)
+    expected = reference_results(memory, text)
+    assert_same(module_results(memory, text), expected, tolerance=1e-4, of_output=1e-5)
+
+
+def test_a_gate_that_hardly_opens(one_process):
+    """Agreement below the floor of 1e-6 counts as the floor, with its sign and no gradient."""
+    text = TEXTS["bases"]
+    memory = make_memory(ALL_SIZES, 21, torch.float64, scale=1e-9)
+    ours = module_results(memory, text)
+    assert_same(ours, reference_results(memory, text), 1e-10)
+    assert (ours["norm of key"] == 0).all() and (ours["hidden"] == 0).all()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_no_token_touched_have_no_gradient(one_process, window, dtype):
+    text = TEXTS["bases and all other tokens"]
+    memory = make_memory(ALL_SIZES, window, dtype)
+    gradients = module_results(memory, text)
+    for k in ALL_SIZES:
+        touched = {
+            row
+            for tokens in text
+            for position in range(len(tokens))
+            for row in rows_in_window(tokens, position, k, window, ALPHABET)
+        }
+        with_gradient = gradients[f"table {k}"].ne(0).any(dim=1).nonzero().flatten().tolist()
+        assert set(with_gradient) == touched
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_token_reaches_its_window_and_the_convolution_but_nothing_before_it(one_process, window):
+    """Changed, it changes the positions in whose windows it lies, and those 6, 12 and 18 later."""
+    text = bases(96, 13)
+    memory = make_memory(ALL_SIZES, window, torch.float64)
+    hidden, place = make_hidden(96, 1), 40
+    changed = [*text[:place], EOD, *text[place + 1 :]]
+    before, after = (add_to(memory, hidden, [row]) for row in (text, changed))
+    differs = before.ne(after).any(dim=-1).flatten().nonzero().flatten().tolist()
+    windows = range(place, place + (window or max(ALL_SIZES)))
+    assert differs == sorted({p + 6 * tap for p in windows for tap in range(KERNEL)})
+
+
+def test_a_hidden_state_reaches_itself_and_the_taps_of_the_convolution(one_process):
+    text = [bases(64, 14)]
+    memory = make_memory(ALL_SIZES, 21, torch.float64)
+    hidden = make_hidden(64, 1)
+    changed = hidden.clone()
+    changed[30] *= -2
+    before, after = (add_to(memory, x, text) for x in (hidden, changed))
+    differs = before.ne(after).any(dim=-1).flatten().nonzero().flatten().tolist()
+    assert differs == [30, 36, 42, 48]
