@@ -59,7 +59,7 @@ def build(
     for source in sources:
         _survey(source, config, report)
     _mix(sources, config)
-    with published(output) as folder:
+    with published(output, replace=overwrite) as folder:
         _write(folder, sources, config.seq_length, report)
         return manifest.write_manifest(folder, config, *_counts(sources, config))
 
@@ -92,12 +92,10 @@ def _keep(output: Path, config: DataConfig, sources: list[Reading], overwrite: b
         raise UserError(f"{output} exists and is not a data set; give another output")
     if overwrite:
         return False
-    if manifest.is_up_to_date(output, config, {source.key: source.facts for source in sources}):
+    how = manifest.difference(output, config, {source.key: source.facts for source in sources})
+    if how is None:
         return True
-    raise UserError(
-        f"{output} holds a data set of other settings or sources, or a damaged one; "
-        "give another output, or --overwrite to replace it"
-    )
+    raise UserError(f"{output} {how}; give another output, or --overwrite to replace it")
 
 
 def _survey(source: Reading, config: DataConfig, report: Report) -> None:

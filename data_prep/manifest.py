@@ -74,16 +74,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def is_up_to_date(folder: Path, config: DataConfig, sources: dict[str, dict]) -> bool:
-    """Whether the folder holds, whole, what a build with this config and these source files
-    would write. Files are compared by size: reading them all is the work of a verification."""
-    manifest = read_manifest(folder)
-    return (
-        manifest["settings"] == settings_of(config)
-        and {name: facts["sha256"] for name, facts in manifest["sources"].items()}
-        == {name: facts["sha256"] for name, facts in sources.items()}
-        and all(
-            (folder / name).is_file() and (folder / name).stat().st_size == facts["bytes"]
-            for name, facts in manifest["files"].items()
-        )
-    )
+def difference(folder: Path, config: DataConfig, sources: dict[str, dict]) -> str | None:
+    """How a data set differs from what a build with this config and these source files would
+    write, in words; None if it is up to date. Its files are compared by size: reading them all
+    is the work of a verification."""
+    manifest, settings = read_manifest(folder), settings_of(config)
+    other = [key for key in settings if settings[key] != manifest["settings"].get(key)]
+    if other:
+        return f"was built with other settings ({', '.join(other)})"
+    changed = [
+        key
+        for key, facts in sources.items()
+        if facts["sha256"] != manifest["sources"][key]["sha256"]
+    ]
+    if changed:
+        return f"was built from other sources ({', '.join(changed)} changed)"
+    damaged = [
+        name
+        for name, facts in manifest["files"].items()
+        if not (folder / name).is_file() or (folder / name).stat().st_size != facts["bytes"]
+    ]
+    return f"is damaged ({', '.join(damaged)})" if damaged else None

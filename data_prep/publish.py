@@ -10,10 +10,11 @@ from gengram_megatron.errors import UserError
 
 
 @contextmanager
-def published(output: Path) -> Iterator[Path]:
+def published(output: Path, replace: bool) -> Iterator[Path]:
     """Give a folder to write in that becomes `output` only if the block ends well.
 
-    A folder that stood there before is replaced at that moment. After an error nothing is left;
+    With `replace`, a folder that stood there before is replaced at that moment; without, one that
+    came to be in the meantime stays, and that is an error. After an error nothing is left;
     a process that was killed leaves `<output>.partial-<pid>`, which no one takes for a data set.
     """
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
@@ -24,7 +25,7 @@ def published(output: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.iterdir(), partial]:
             _flush(path)
-        if output.exists():
+        if replace and output.exists():
             output.rename(replaced)
         partial.rename(output)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -193,12 +193,15 @@ def test_an_output_that_is_up_to_date_stays(genomes):
 
 def test_an_output_that_exists_is_replaced_only_on_request(genomes):
     run(genomes)
-    with pytest.raises(UserError, match="holds a data set of other settings or sources"):
+    with pytest.raises(UserError, match=r"was built with other settings \(seed\)"):
         run(genomes, seed=7)
     (genomes / "out" / "train.bin").write_bytes(b"")  # damaged, settings the same
-    with pytest.raises(UserError, match="or a damaged one"):
+    with pytest.raises(UserError, match=r"is damaged \(train\.bin\)"):
         run(genomes)
     assert run(genomes, overwrite=True, seed=7)["settings"]["seed"] == 7
+    (genomes / "b.fa").write_text((genomes / "b.fa").read_text() + ">s9\nACGTACGT\n")
+    with pytest.raises(UserError, match=r"from other sources \(apes/b changed\)"):
+        run(genomes, seed=7)
     assert sorted(path.name for path in genomes.iterdir()) == ["a.fa", "b.fa", "c.fa", "out"]
 
 
@@ -218,6 +221,18 @@ def test_a_source_that_changes_between_its_two_readings(genomes):
     with pytest.raises(UserError, match=r"b\.fa was changed while it was read"):
         build(config_of(genomes), genomes, False, meddle)
     assert sorted(path.name for path in genomes.iterdir()) == ["a.fa", "b.fa", "c.fa"]
+
+
+def test_an_output_that_appears_during_the_build_is_not_overwritten(genomes):
+    def meddle(doing: str, bases: int) -> None:
+        if not doing.startswith("writing"):
+            return
+        (genomes / "out").mkdir(exist_ok=True)
+        (genomes / "out" / "manifest.json").write_text("of another process")
+
+    with pytest.raises(UserError, match="could not be written: Directory not empty"):
+        build(config_of(genomes), genomes, False, meddle)
+    assert (genomes / "out" / "manifest.json").read_text() == "of another process"
 
 
 def test_the_sample_that_is_shipped(tmp_path):
