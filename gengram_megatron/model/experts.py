@@ -44,13 +44,13 @@ class GroupedExperts(MegatronModule):
         megatron-core's own experts.
         """
         ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
-        gate_up = F.grouped_mm(tokens, self.linear_fc1.weight.flatten(1, 2).mT, offs=ends)
+        gate_up = _grouped_product(tokens, self.linear_fc1.weight.flatten(1, 2), ends)
         if self.recompute_activation:
             checkpoint = CheckpointWithoutOutput()
             activated = checkpoint.checkpoint(_weighted_swiglu, gate_up, probs)
         else:
             activated = _weighted_swiglu(gate_up, probs)
-        out = F.grouped_mm(activated, self.linear_fc2.weight.mT, offs=ends)
+        out = _grouped_product(activated, self.linear_fc2.weight, ends)
         if self.recompute_activation:
             checkpoint.discard_output_and_register_recompute(out)
         return out, None
@@ -84,6 +84,16 @@ class _Weight(nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
         # megatron-core reduces the gradients of such parameters over the expert-data group.
         self.weight.allreduce = not separate
+
+
+def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x_i W_e^T, where expert e's rows of x end at ends[e]. x [t, n], weight [e, m, n]."""
+    out = F.grouped_mm(x, weight.mT, offs=ends)
+    if out.requires_grad:
+        # Its backward pass refuses gradients whose rows do not lie one behind the other. Flat and
+        # back, because a tensor without elements counts as contiguous whatever its strides.
+        out.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))
+    return out
 
 
 def _weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
