@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.fragment import Fate, drop_n, survey
@@ -32,6 +32,7 @@ def held_bases(regions, records) -> dict[str, list[bool]]:
     }
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(LENGTHS, st.floats(0, 0.99), st.integers(1, 7))
 def test_no_base_is_in_both_splits(lengths, share, seq_length):
     records = records_of(lengths, seq_length)
@@ -44,6 +45,7 @@ def test_no_base_is_in_both_splits(lengths, share, seq_length):
             assert fate == (expected if any(bases) else Fate.TRAIN)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(LENGTHS, st.floats(0, 0.99))
 def test_the_share_at_the_end_of_a_file(lengths, share):
     records = records_of(lengths)
@@ -81,6 +83,7 @@ def test_wrong_regions_are_refused(regions, message):
         held_out(Source(fasta="x.fa", validation_regions=regions), 0, records_of([20]))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text("ACGN", min_size=1, max_size=80), st.integers(1, 9), st.sampled_from([0, 0.1, 0.5]))
 def test_fragments_with_too_many_n(text, seq_length, most):
     ids = np.array([9 if letter == "N" else 8 for letter in text], dtype=np.uint8)
@@ -92,6 +95,7 @@ def test_fragments_with_too_many_n(text, seq_length, most):
         assert (fate == Fate.TOO_MANY_N) == (part.count("N") > most * seq_length)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(st.tuples(st.integers(3, 40), st.integers(3, 40), st.integers(1, 3)), min_size=1),
     st.integers(0, 5),
