@@ -29,7 +29,6 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "torch>=2.10",  # grouped_mm in torch.nn.functional, also on the CPU
         "numpy>=1.26",  # token arrays, and the arithmetic of data preparation
-        "omegaconf>=2.3",  # key=value words of the command line, merged into YAML
         "pyyaml>=6.0",  # YAML with line numbers, for error messages that name the line
         "pydantic>=2.7",  # the schema that every config is checked against
         "typer>=0.12",  # the command line and its --help

@@ -8,9 +8,12 @@ from the same weights under any tensor, pipeline, expert or data parallelism.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
 
@@ -33,9 +36,7 @@ def marker(std: float) -> Callable[[nn.Parameter], nn.Parameter]:
 def initialize(chunks: list[nn.Module], seed: int) -> None:
     """Draw the initial weights of a rank's model chunks, in place."""
     for chunk in chunks:
-        by_storage = {p.data_ptr(): p for p in chunk.parameters()}
-        for part in _parts(chunk):
-            parameter = by_storage[part.data.data_ptr()]
+        for part, parameter, _ in parts(chunk):
             if not hasattr(parameter, "initial_law"):
                 raise AssertionError(f"{part.key} was built without marking its initial law")
             std, constant = parameter.initial_law
@@ -45,24 +46,23 @@ def initialize(chunks: list[nn.Module], seed: int) -> None:
                 part.data.copy_(_own_part(part, std, seed))
 
 
-def _parts(chunk: nn.Module) -> Iterator:
-    """The sharded tensors of a chunk, SwiGLU's halves taken apart."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import (
-        ShardedTensor,
-        ShardedTensorFactory,
-    )
-
+def parts(chunk: nn.Module) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:
+    """What a rank holds of the model: each piece of a global tensor, the parameter that it lies
+    in, and its first element there. A parameter is one piece, or two where SwiGLU's gate and up
+    are cut separately."""
+    parameters = sorted(chunk.parameters(), key=Tensor.data_ptr)
+    addresses = [p.data_ptr() for p in parameters]
     state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     for value in nested_values(state):
-        pieces = value.build() if isinstance(value, ShardedTensorFactory) else value
-        pieces = pieces if isinstance(pieces, (list, tuple)) else [pieces]
+        pieces = value.build() if isinstance(value, ShardedTensorFactory) else [value]
         for piece in pieces:
             if isinstance(piece, ShardedTensor):
-                yield piece
+                parameter = parameters[bisect_right(addresses, piece.data.data_ptr()) - 1]
+                offset = piece.data.data_ptr() - parameter.data_ptr()
+                yield piece, parameter, offset // parameter.element_size()
 
 
-def _own_part(part, std: float, seed: int) -> Tensor:
+def _own_part(part: ShardedTensor, std: float, seed: int) -> Tensor:
     """This rank's slice of the full tensor [global shape], drawn in float32.
 
     Leading axes that megatron-core prepends (experts, say) are drawn one index at a time.

@@ -16,8 +16,7 @@ def prepare() -> None:
     if without_cuda:
         cpu.stand_in_for_cuda()
     imports.import_quietly(compiled=not without_cuda)
-    imports.complete_router(
-        megatron_without_transformer_engine=not imports.has("transformer_engine")
-    )
+    if not imports.has("transformer_engine"):
+        imports.complete_without_transformer_engine()
     if without_cuda:
         cpu.adapt_megatron()

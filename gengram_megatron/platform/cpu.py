@@ -135,3 +135,36 @@ def adapt_megatron() -> None:
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
     dispatcher.maybe_move_tensor_to_cpu = splits_as_numpy
+
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings._gather_along_first_dim = _uneven_by_sum(
+        mappings._gather_along_first_dim, _gather_uneven
+    )
+    mappings._reduce_scatter_along_first_dim = _uneven_by_sum(
+        mappings._reduce_scatter_along_first_dim, _reduce_scatter_uneven
+    )
+
+
+def _uneven_by_sum(even, uneven):
+    """gloo gathers and scatters only equal parts; experts split over tensor- and expert-parallel
+    ranks have parts of any size."""
+
+    def collective(input_, group, split_sizes=None, use_global_buffer=False):
+        if split_sizes is None or group.size() == 1:
+            return even(input_, group, split_sizes, use_global_buffer)
+        return uneven(input_, group, split_sizes)
+
+    return collective
+
+
+def _gather_uneven(input_, group, split_sizes):
+    whole = input_.new_zeros((sum(split_sizes), *input_.shape[1:]))
+    whole.split(split_sizes)[group.rank()].copy_(input_)
+    torch.distributed.all_reduce(whole, group=group)
+    return whole
+
+
+def _reduce_scatter_uneven(input_, group, split_sizes):
+    whole = input_.clone()
+    torch.distributed.all_reduce(whole, group=group)
+    return whole.split(split_sizes)[group.rank()].clone()

@@ -73,7 +73,7 @@ def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, di
     """
     total = (token_losses.float() * mask).sum()
     report = torch.stack([total.detach().double(), mask.sum().double()])
-    return total / scored, {"loss": report}
+    return total / scored.clamp(min=1), {"loss": report}
 
 
 def mean_loss(report: Tensor | None) -> float:

@@ -1,0 +1,92 @@
+"""Adam and its schedule, and their ties to the model's gradients."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from gengram_megatron.config.layout import Layout
+from gengram_megatron.config.schema import Config
+
+
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """megatron-core's optimizer over a rank's chunks. Gengram tables may have their own learning
+    rate and weight decay; norm weights are not decayed."""
+    settings = config.optimizer
+    bf16 = config.train.precision == "bf16"
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=settings.distributed,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(optimizer_config)
+    if config.model.gengram.enabled:
+        overrides[ParamKey(attr="is_gengram_table")] = _tables(config)
+    optimizer = get_megatron_optimizer(
+        optimizer_config, chunks, config_overrides=overrides, use_gloo_process_groups=False
+    )
+    _connect(config, chunks, optimizer)
+    return optimizer
+
+
+def _tables(config: Config) -> ParamGroupOverride:
+    settings, tables = config.optimizer, config.optimizer.tables
+    decay = settings.weight_decay if tables.weight_decay is None else tables.weight_decay
+    return ParamGroupOverride(
+        max_lr=settings.lr * tables.lr_multiplier,
+        min_lr=settings.min_lr * tables.lr_multiplier,
+        start_wd=decay,
+        end_wd=decay,
+    )
+
+
+def _connect(
+    config: Config, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> None:
+    """Tell the schedule how gradients are scaled, reduced and finished."""
+    one = len(chunks) == 1
+    transformer = chunks[0].config
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    if config.optimizer.overlap_grad_reduce:
+        transformer.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
+        if not one:
+            transformer.grad_sync_func = [c.start_grad_sync for c in chunks]
+    if config.optimizer.overlap_param_gather and not one:
+        transformer.param_sync_func = [c.start_param_sync for c in chunks]
+
+
+def build_schedule(
+    config: Config, layout: Layout, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then a cosine from lr to min_lr, both counted in samples."""
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=round(settings.warmup_fraction * layout.samples),
+        lr_decay_steps=round(settings.decay_fraction * layout.samples),
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=layout.samples,
+        wd_incr_style="constant",
+    )

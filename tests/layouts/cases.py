@@ -1,0 +1,90 @@
+"""The tiny models and the layouts in which each must give one answer."""
+
+from gengram_megatron.config.schema import Config
+
+# The slope of the signed square root in the gate has a pole at zero: where some gate comes near
+# it, rounding alone moves gradients by more than 1e-4. With this seed none does.
+SEED = 8
+
+# Six layers, memory in three of them, on both sides of every pipeline cut.
+MODEL = {
+    "hidden_size": 32,
+    "num_layers": 6,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 32,
+    "num_experts": 4,
+    "seq_length": 128,
+    "vocab_size": 32,
+    "init_std": 0.1,
+    "gengram": {"enabled": True, "layers": [2, 3, 6], "dim": 8, "init_std": 0.5},
+}
+DENSE = {"num_experts": None}
+MHA = {"attention": "mha", "num_query_groups": None}
+MLA = {
+    "attention": "mla",
+    "num_query_groups": None,
+    "mla": {
+        "kv_lora_rank": 16,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 8,
+        "v_head_dim": 16,
+    },
+}
+NO_WINDOW = {"gengram": {**MODEL["gengram"], "window": None}}
+
+#   name: (processes, changes of the model, layout, changes of the training)
+CASES = {
+    "tp2_dense": (2, DENSE, {"tensor": 2, "sequence": False}, {}),
+    "tp2_dense_full": (2, DENSE, {"tensor": 2, "sequence": False}, {"recompute": "full"}),
+    "tp2_sp": (2, {}, {"tensor": 2}, {}),
+    "tp2_sp_full": (2, {}, {"tensor": 2}, {"recompute": "full"}),
+    "tp2_sp_selective": (2, {}, {"tensor": 2}, {"recompute": "selective"}),
+    "tp2_sp_dense_mha": (2, {**DENSE, **MHA}, {"tensor": 2}, {}),
+    "tp2_sp_dense_mla": (2, {**DENSE, **MLA}, {"tensor": 2}, {}),
+    "tp2_sp_no_window": (2, NO_WINDOW, {"tensor": 2}, {}),
+    "tp2_etp1": (2, {}, {"tensor": 2, "expert_tensor": 1}, {}),
+    "pp2": (2, {}, {"pipeline": 2}, {}),
+    "pp2_full": (2, {}, {"pipeline": 2}, {"recompute": "full"}),
+    "pp2_mla": (2, MLA, {"pipeline": 2}, {}),
+    "pp2_vpp3": (2, {}, {"pipeline": 2, "virtual_pipeline": 3}, {}),
+    "pp2_vpp3_full": (2, {}, {"pipeline": 2, "virtual_pipeline": 3}, {"recompute": "full"}),
+    "ep2": (2, {}, {"expert": 2}, {}),
+    "dp2": (2, {}, {}, {}),
+    "cp2": (2, {}, {"context": 2}, {}),
+    "cp2_full": (2, {}, {"context": 2}, {"recompute": "full"}),
+    "cp2_mla": (2, MLA, {"context": 2}, {}),
+    "tp2_sp_pp2": (4, {}, {"tensor": 2, "pipeline": 2}, {}),
+    "tp2_sp_pp2_full": (4, {}, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
+    "tp2_sp_cp2": (4, {}, {"tensor": 2, "context": 2}, {}),
+    "tp2_sp_cp2_full": (4, {}, {"tensor": 2, "context": 2}, {"recompute": "full"}),
+    "tp2_sp_ep2_etp1": (4, {}, {"tensor": 2, "expert": 2, "expert_tensor": 1}, {}),
+    "tp2_sp_ep2": (4, {}, {"tensor": 2, "expert": 2}, {}),
+    "tp4_sp": (4, {"num_query_groups": 4}, {"tensor": 4}, {}),
+    "cp4": (4, {}, {"context": 4}, {}),
+    "pp2_cp2": (4, {}, {"pipeline": 2, "context": 2}, {}),
+    "ep2_pp2": (4, {}, {"expert": 2, "pipeline": 2}, {}),
+    "dp2_pp2_vpp3": (4, {}, {"pipeline": 2, "virtual_pipeline": 3}, {}),
+}  # fmt: skip
+
+
+def config_of(name: str, alone: bool, **train) -> Config:
+    """The config of a case, or of the same model on one process without recomputation."""
+    _, model, parallel, training = CASES[name]
+    return Config.model_validate(
+        {
+            "run": {"dir": "unused", "seed": SEED},
+            "model": {**MODEL, **model},
+            "parallel": {} if alone else parallel,
+            "data": {"path": "unused"},
+            "optimizer": {"distributed": False},
+            "train": {
+                "global_batch_size": 4,
+                "micro_batch_size": 1,
+                "steps": 4,
+                "precision": "fp32",
+                **({} if alone else training),
+                **train,
+            },
+        }
+    )

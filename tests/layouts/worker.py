@@ -1,0 +1,83 @@
+"""One rank of a group of processes that runs many layout cases in one launch.
+
+Started by torchrun: worker.py OUT alone|split CASE [CASE ...]. Rank 0 writes, for each case,
+OUT/<mode>_<case>.pt with the loss and the gradient of every parameter at its full shape.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gengram_megatron.config.layout import check_layout, world_size_from_environment
+from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
+from gengram_megatron.model.initialize import parts
+from gengram_megatron.training.optimizer import build_optimizer
+from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.training.step import forward_backward, mean_loss
+from tests.layouts.cases import config_of
+
+EOD, BASES = 12, torch.tensor([8, 5, 6, 7, 9], dtype=torch.uint8)
+
+
+def batch(samples: int, seq_length: int) -> torch.Tensor:
+    """Different random fragments, some N and an EOD inside: [samples, seq_length + 1]."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = BASES[torch.randint(0, 5, (samples, seq_length + 1), generator=generator)]
+    tokens[:, -1] = EOD
+    tokens[1::2, seq_length // 3] = EOD
+    tokens[0::2, seq_length // 2] = EOD  # as many scored tokens in every sample
+    return tokens
+
+
+def gradients(chunks) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient at its full shape, put together on rank 0. Copies of one part
+    on several ranks must agree."""
+    own = []
+    for chunk in chunks:
+        for part, parameter, start in parts(chunk.module):
+            grad = parameter.main_grad.flatten()[start : start + part.data.numel()]
+            own.append(
+                (part.key, part.global_shape, part.global_offset, grad.view(part.local_shape))
+            )
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    full = {}
+    for key, shape, offset, grad in (item for rank in gathered for item in rank):
+        tensor = full.setdefault(key, torch.full(shape, float("nan")))
+        place = tuple(slice(o, o + n) for o, n in zip(offset, grad.shape))
+        if not tensor[place].isnan().all():
+            torch.testing.assert_close(tensor[place], grad, rtol=1e-6, atol=1e-9, msg=key)
+        tensor[place] = grad
+    return full
+
+
+def run(name: str, mode: str, out: Path) -> None:
+    """One case: initial weights from the seed, one step, loss and gradients to a file."""
+    world, rank = world_size_from_environment()
+    config = config_of(name, alone=mode == "alone")
+    layout = check_layout(config, world)
+    start_processes(layout, config.run.seed, rank)
+    from megatron.core import parallel_state
+
+    chunks = wrap_for_data_parallelism(build_model(config, layout), config)
+    build_optimizer(config, chunks)
+    tokens = batch(config.train.global_batch_size, config.model.seq_length)
+    data_rank = parallel_state.get_data_parallel_rank()
+    micro = tokens.split(config.train.micro_batch_size)
+    report = forward_backward(
+        chunks, iter(micro[data_rank :: layout.data]), config, layout, forward_only=False
+    )
+    result = {"loss": mean_loss(report), "gradients": gradients(chunks)}
+    if rank == 0:
+        torch.save(result, out / f"{mode}_{name}.pt")
+    parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, how, *cases = sys.argv[1:]
+    for case in cases:
+        run(case, how, Path(folder))
+    end_processes()

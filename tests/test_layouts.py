@@ -1,0 +1,43 @@
+"""Loss and every gradient, in every layout, are those of one process in float32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.layouts.cases import CASES
+from tests.layouts.launch import launch
+
+WORKER = "tests/layouts/worker.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """One launch a number of processes, each running all its cases."""
+    folder = tmp_path_factory.mktemp("layouts")
+    launch(1, WORKER, str(folder), "alone", *CASES)
+    for processes in (2, 4):
+        names = [name for name, case in CASES.items() if case[0] == processes]
+        launch(processes, WORKER, str(folder), "split", *names, timeout=900)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_layout_gives_the_answer_of_one_process(results: Path, name: str) -> None:
+    alone = torch.load(results / f"alone_{name}.pt")
+    split = torch.load(results / f"split_{name}.pt")
+    assert split["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert split["gradients"].keys() == alone["gradients"].keys()
+    for key, expected in alone["gradients"].items():
+        error = (split["gradients"][key] - expected).norm() / expected.norm()
+        assert expected.norm() > 0, key
+        assert error < 1e-4, f"{key}: {error:.1e}"
+
+
+@pytest.mark.slow
+def test_tables_of_the_reference_get_gradients_only_where_tokens_touch_them(results: Path) -> None:
+    gradients = torch.load(results / "alone_pp2.pt")["gradients"]
+    table = gradients["decoder.layers.1.memory.tables.weights.k6"]
+    touched = table.abs().sum(1) > 0
+    assert 0 < touched.sum() < len(table)  # 4 x 128 positions against 15,625 rows
