@@ -1,0 +1,184 @@
+"""Initial weights: decided by the seed alone, each kind by its own law."""
+
+import math
+
+import pytest
+import torch
+
+STD, TABLE_STD, LAYERS = 0.02, 0.05, 2
+OUTPUT_STD = STD / math.sqrt(2 * LAYERS)
+
+
+def make_config(attention: str = "gqa", experts: int | None = 4, seed: int = 7):
+    from gengram_megatron.config.schema import Config
+
+    return Config.model_validate(
+        {
+            "run": {"dir": "unused", "seed": seed},
+            "model": {
+                "hidden_size": 32,
+                "num_layers": LAYERS,
+                "num_attention_heads": 4,
+                "num_query_groups": 2 if attention == "gqa" else None,
+                "attention": attention,
+                "ffn_hidden_size": 48,
+                "num_experts": experts,
+                "seq_length": 64,
+                "init_std": STD,
+                "mla": {
+                    "kv_lora_rank": 16,
+                    "q_lora_rank": 24,
+                    "qk_head_dim": 8,
+                    "qk_pos_emb_head_dim": 8,
+                    "v_head_dim": 8,
+                },
+                "gengram": {"enabled": True, "layers": [2], "dim": 16, "init_std": TABLE_STD},
+            },
+            "data": {"path": "unused"},
+            "train": {"global_batch_size": 1, "steps": 1, "precision": "fp32"},
+        }
+    )
+
+
+def build(config, layout) -> dict[str, torch.Tensor]:
+    from gengram_megatron.model.build import build_model
+
+    (chunk,) = build_model(config, layout)
+    return {name: weight.detach() for name, weight in chunk.named_parameters()}
+
+
+def law_of(name: str) -> float | None:
+    """Standard deviation of a parameter's law by its name; None: a norm's weight, all ones."""
+    if "norm" in name:
+        return None
+    if ".tables." in name:
+        return TABLE_STD
+    return OUTPUT_STD if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else STD
+
+
+KINDS = [("gqa", 4), ("mha", None), ("mla", 4), ("mla", None)]
+
+
+@pytest.mark.parametrize(("attention", "experts"), KINDS)
+def test_each_kind_has_its_standard_deviation(one_process, attention, experts):
+    weights = build(make_config(attention, experts), one_process)
+    kinds = [
+        "embedding",
+        "output_layer",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+        "tables.weights.k1",
+    ]
+    kinds += ["memory.projection", "memory.output", "gate.norm_key", "final_layernorm"]
+    kinds += ["kv_up_proj", "q_down_proj", "kv_layernorm"] if attention == "mla" else ["linear_qkv"]
+    kinds += ["router"] if experts else []
+    assert all(any(kind in name for name in weights) for kind in kinds)
+    for name, weight in weights.items():
+        std, count = law_of(name), weight.numel()
+        if std is None:
+            assert (weight == 1).all(), name
+            continue
+        # Five standard errors of the estimates.
+        assert abs(weight.mean().item()) < 5 * std / math.sqrt(count), name
+        measured = weight.square().mean().sqrt().item()
+        assert abs(measured / std - 1) < 5 / math.sqrt(2 * count), name
+
+
+@pytest.mark.parametrize(("attention", "experts"), KINDS)
+def test_every_parameter_is_marked_and_drawn(one_process, attention, experts):
+    from gengram_megatron.model.build import build_model
+    from gengram_megatron.model.initialize import initialize
+
+    chunks = build_model(make_config(attention, experts), one_process)
+    with torch.no_grad():
+        for weight in chunks[0].parameters():
+            assert hasattr(weight, "initial_law")
+            weight.fill_(float("nan"))
+    initialize(chunks, seed=7)
+    for name, weight in chunks[0].named_parameters():
+        assert weight.isfinite().all(), name
+
+
+def test_a_parameter_without_a_law_is_an_error(one_process):
+    from gengram_megatron.model.build import build_model
+    from gengram_megatron.model.initialize import initialize
+
+    chunks = build_model(make_config(), one_process)
+    del chunks[0].decoder.final_layernorm.weight.initial_law
+    with pytest.raises(AssertionError, match="final_layernorm"):
+        initialize(chunks, seed=7)
+
+
+def test_the_seed_alone_decides(one_process):
+    """Two builds are bit-identical whatever was drawn before; another seed changes all weights."""
+    torch.manual_seed(1)
+    first = build(make_config(seed=7), one_process)
+    torch.manual_seed(2)
+    second, other = build(make_config(seed=7), one_process), build(make_config(seed=8), one_process)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+        if law_of(name) is not None:
+            assert not first[name].eq(other[name]).any(), name
+
+
+def test_bf16_starts_from_the_same_numbers_rounded(one_process):
+    config = make_config()
+    config.train.precision = "bf16"
+    rounded, full = build(config, one_process), build(make_config(), one_process)
+    for name, weight in full.items():
+        assert rounded[name].dtype == torch.bfloat16, name
+        assert torch.equal(rounded[name], weight.bfloat16()), name
+
+
+@pytest.mark.parametrize("experts", [4, None])
+def test_no_two_weights_are_alike(one_process, experts):
+    """Each parameter, each expert, each table, gate and up have draws of their own."""
+    weights = build(make_config(experts=experts), one_process)
+    drawn = [w / law_of(name) for name, w in weights.items() if law_of(name) is not None]
+    starts = [part.flatten()[:8] for w in drawn for part in (w if w.dim() > 2 else w.chunk(2))]
+    starts = torch.stack([start for start in starts if len(start) == 8])
+    assert len(starts) > 20
+    alike = (starts[:, None] - starts).abs().amax(-1) < 1e-3
+    assert int(alike.sum()) == len(starts)
+
+
+def test_weights_of_some_layers_are_those_of_the_whole_model(one_process):
+    """A weight's draw depends on its own name only: memory added or not, the rest is the same."""
+    config = make_config()
+    config.model.gengram.enabled = False
+    without, with_memory = build(config, one_process), build(make_config(), one_process)
+    assert len(with_memory) > len(without)
+    for name, weight in without.items():
+        assert torch.equal(weight, with_memory[name]), name
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks):
+    """Here for tables and experts cut into equal parts; whole models are in the layout tests."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from gengram_megatron.model.initialize import _own_part
+
+    shape = [8, 12]
+    shape[axis] //= ranks
+
+    def part(rank: int, expert: int) -> torch.Tensor:
+        data = torch.empty(shape)
+        cut = (axis + 1, rank, ranks)
+        sharded = ShardedTensor.from_rank_offsets(
+            "name", data, (0, expert, 4), cut, prepend_axis_num=1
+        )
+        return _own_part(sharded, 1.0, seed=7)
+
+    def whole(expert: int) -> torch.Tensor:
+        sharded = ShardedTensor.from_rank_offsets(
+            "name", torch.empty(8, 12), (0, expert, 4), prepend_axis_num=1
+        )
+        return _own_part(sharded, 1.0, seed=7)
+
+    for expert in range(4):
+        together = torch.cat([part(rank, expert) for rank in range(ranks)], axis)
+        assert torch.equal(together, whole(expert))
+    assert not torch.equal(whole(0), whole(1))
