@@ -100,13 +100,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         loaded = load_config(config, overrides or [], Config)
         world_size, _ = world_size_from_environment()
         layout = check_layout(loaded, world_size)
+        from gengram_megatron.training.run import train as run_training
+
+        run_training(loaded, layout)
     except UserError:
         if _speaks_for_its_node():
             raise
         raise typer.Exit(EXIT_CODE) from None
-    from gengram_megatron.training.run import train as run_training
-
-    run_training(loaded, layout)
 
 
 def _speaks_for_its_node() -> bool:

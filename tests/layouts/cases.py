@@ -4,7 +4,7 @@ from gengram_megatron.config.schema import Config
 
 # The slope of the signed square root in the gate has a pole at zero: where some gate comes near
 # it, rounding alone moves gradients by more than 1e-4. With this seed none does.
-SEED = 8
+SEED = 1
 
 # Six layers, memory in three of them, on both sides of every pipeline cut.
 MODEL = {
@@ -14,7 +14,7 @@ MODEL = {
     "num_query_groups": 2,
     "ffn_hidden_size": 32,
     "num_experts": 4,
-    "seq_length": 128,
+    "seq_length": 64,
     "vocab_size": 32,
     "init_std": 0.1,
     "gengram": {"enabled": True, "layers": [2, 3, 6], "dim": 8, "init_std": 0.5},

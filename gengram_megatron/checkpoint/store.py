@@ -1,0 +1,98 @@
+"""The checkpoints of a run's folder: which there are, and which may be trusted.
+
+A checkpoint is written to `step_00000120.partial` and renamed when all its files are on the disk,
+so a folder without that ending is whole: nothing half-written is ever read.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gengram_megatron.errors import UserError
+
+FORMAT = 1
+PARTIAL = ".partial"
+FACTS = "gengram.json"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a checkpoint without opening its tensors."""
+
+    format: int
+    step: int
+    samples: int
+    seed: int
+    layout: dict
+
+
+class CheckpointStore:
+    """The folder `checkpoints` of a run."""
+
+    def __init__(self, folder: Path, keep: int | None):
+        self.folder, self.keep = folder, keep
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies once it is whole."""
+        return self.folder / f"step_{step:08d}"
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write to. One left by a run that was killed is removed."""
+        partial = self.path(step).with_name(self.path(step).name + PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def finish(self, partial: Path, facts: Facts) -> None:
+        """Make a written checkpoint the newest, and remove those beyond `keep`."""
+        with open(partial / FACTS, "w") as file:
+            json.dump(asdict(facts), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        whole = self.path(facts.step)
+        if whole.exists():
+            raise UserError(f"{whole} is there already: another run writes to this folder")
+        os.rename(partial, whole)
+        _sync_folder(self.folder)
+        self._prune()
+
+    def newest(self) -> Path | None:
+        """The whole checkpoint with the highest step, if there is one."""
+        steps = self._steps()
+        return self.path(steps[-1]) if steps else None
+
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        names = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def _prune(self) -> None:
+        for step in self._steps()[: -self.keep] if self.keep else []:
+            shutil.rmtree(self.path(step))
+
+
+def read_facts(checkpoint: Path) -> Facts:
+    """The facts of a checkpoint, or one sentence why it cannot be read."""
+    try:
+        facts = Facts(**json.loads((checkpoint / FACTS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint of gengram: {error}") from None
+    if facts.format != FORMAT:
+        raise UserError(
+            f"{checkpoint} has format {facts.format}, this version reads {FORMAT}: "
+            "use the version of gengram that wrote it"
+        )
+    return facts
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

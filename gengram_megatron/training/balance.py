@@ -1,0 +1,24 @@
+"""The losses that keep the experts' load even, collected from the layers."""
+
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+    reduce_aux_losses_tracker_across_ranks,
+)
+
+
+def balance_losses(num_layers: int, num_microbatches: int) -> dict[str, float]:
+    """load_balance_loss and router_z_loss of the step, each the mean over layers and microbatches
+    and without its coefficient (1.0 is a perfect balance). Empty for a dense model."""
+    tracker = get_moe_layer_wise_logging_tracker()
+    if not tracker:
+        return {}
+    reduce_aux_losses_tracker_across_ranks()
+    names = {"load_balancing_loss": "load_balance_loss", "z_loss": "router_z_loss"}
+    losses = {
+        ours: (tracker[theirs]["values"].sum() / (num_layers * num_microbatches)).item()
+        for theirs, ours in names.items()
+        if theirs in tracker
+    }
+    clear_aux_losses_tracker()
+    return losses

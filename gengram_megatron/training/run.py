@@ -1,0 +1,201 @@
+"""A run, from its config to its trained model. Reads from top to bottom."""
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gengram_megatron.config.layout import Layout, world_size_from_environment
+from gengram_megatron.config.schema import Config
+from gengram_megatron.training.data import RunData
+from gengram_megatron.training.folder import write_config
+from gengram_megatron.training.processes import end_processes, start_processes
+
+
+def train(config: Config, layout: Layout) -> None:
+    """Train from the newest checkpoint of config.run.dir, or from the start, to the end."""
+    data = RunData(config)
+    _, rank = world_size_from_environment()
+    start_processes(layout, config.run.seed, rank)
+    try:
+        _Run(config, layout, data).run()
+    finally:
+        end_processes()
+
+
+@dataclass
+class _Step:
+    """What one step says of itself."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    balance: dict[str, float]
+
+
+class _Run:
+    """The parts of a run on one rank."""
+
+    def __init__(self, config: Config, layout: Layout, data: RunData):
+        # megatron-core may be imported only now (see platform.prepare).
+        from megatron.core import parallel_state
+
+        from gengram_megatron.checkpoint.state import TrainingState
+        from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
+        from gengram_megatron.platform.report import implementations
+        from gengram_megatron.training.optimizer import build_optimizer, build_schedule
+
+        self.config, self.layout, self.data = config, layout, data
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.chunks = wrap_for_data_parallelism(build_model(config, layout), config)
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.schedule = build_schedule(config, layout, self.optimizer)
+        self.state = TrainingState(config, layout, self.chunks, self.optimizer, self.schedule)
+        self.implementations = implementations(self.chunks, self.optimizer)
+        self.first_rank = dist.get_rank() == 0
+        self.folder = Path(config.run.dir)
+
+    def run(self) -> None:
+        """All steps that are left."""
+        start = self.state.load_newest()
+        with ExitStack() as stack:
+            self.log = self.progress = None
+            if self.first_rank:
+                self._open_outputs(stack, start)
+            self._say(self.implementations)
+            self._say(self._place(start))
+            self._train_from(start)
+        if self.first_rank:
+            self._plot()
+
+    def _train_from(self, start: int) -> None:
+        settings, steps = self.config, self.layout.steps
+        batches = self.data.training(
+            self.layout, self.data_rank, start * settings.train.global_batch_size
+        )
+        for step in range(start + 1, steps + 1):
+            began = time.perf_counter()
+            result = self._step(batches)
+            self._report(step, result, time.perf_counter() - began)
+            if _due(step, settings.train.validation_interval, steps):
+                self._validate(step)
+            # After the validation: a run cut between the two would not repeat it.
+            if _due(step, settings.checkpoint.interval, steps):
+                self.state.save(step)
+            self.state.poll()
+        self.state.wait()
+
+    def _step(self, batches) -> _Step:
+        from gengram_megatron.training.balance import balance_losses
+        from gengram_megatron.training.step import forward_backward, mean_loss
+
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        report = forward_backward(
+            self.chunks, batches, self.config, self.layout, forward_only=False
+        )
+        lr = self._lr()
+        _, grad_norm, _ = self.optimizer.step()
+        self.schedule.step(self.config.train.global_batch_size)
+        return _Step(
+            loss=mean_loss(report),
+            grad_norm=grad_norm or 0.0,
+            lr=lr,
+            balance=balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
+        )
+
+    def _validate(self, step: int) -> None:
+        from gengram_megatron.training.step import forward_backward, mean_loss
+
+        for chunk in self.chunks:
+            chunk.eval()
+        batches, reports = self.data.validation(self.layout, self.data_rank), []
+        batch = self.config.train.global_batch_size
+        for _ in range(-(-self.data.validation_samples // batch)):
+            reports.append(
+                forward_backward(self.chunks, batches, self.config, self.layout, forward_only=True)
+            )
+        loss = mean_loss(None if reports[0] is None else torch.stack(reports).sum(0))
+        if self.first_rank:
+            self.log.validation(step=step, loss=loss, **self._place_in_data(step))
+            self.progress.validation(step=step, loss=loss)
+
+    def _report(self, step: int, result: _Step, seconds: float) -> None:
+        if not self.first_rank:
+            return
+        tokens = self.config.train.global_batch_size * self.config.model.seq_length
+        shown = {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+        }
+        self.progress.step(**shown)
+        memory = {}
+        if torch.cuda.is_available():
+            memory["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        self.log.train(**shown, **self._place_in_data(step), **result.balance, **memory)
+
+    def _open_outputs(self, stack: ExitStack, start: int) -> None:
+        from gengram_megatron.training.metrics import RunLog
+        from gengram_megatron.training.progress import Progress
+
+        write_config(self.folder, self.config, start)
+        self.log = stack.enter_context(RunLog(self.folder, self.config, start))
+        self.progress = stack.enter_context(
+            Progress(self.layout.steps, self.config.logging.interval)
+        )
+
+    def _place(self, start: int) -> str:
+        parameters = self._count_parameters()
+        steps = self.layout.steps
+        if start >= steps:
+            return f"{self.folder}: all {steps} steps are done"
+        begin = f"resuming after step {start}" if start else "starting"
+        return f"{self.folder}: {begin}, {steps} steps, {parameters:,} parameters"
+
+    def _count_parameters(self) -> int:
+        """Of the whole model: this rank's, without copies, summed over all ranks."""
+        from megatron.core.utils import unwrap_model
+
+        from gengram_megatron.model.initialize import parts
+
+        own = sum(
+            part.data.numel()
+            for chunk in unwrap_model(self.chunks)
+            for part, _, _ in parts(chunk)
+            if part.replica_id in (0, (0, 0, 0))
+        )
+        total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
+        dist.all_reduce(total)
+        return int(total)
+
+    def _place_in_data(self, step: int) -> dict[str, int]:
+        samples = step * self.config.train.global_batch_size
+        return {"samples": samples, "tokens": samples * self.config.model.seq_length}
+
+    def _lr(self) -> float:
+        from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+        return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
+
+    def _plot(self) -> None:
+        from gengram_megatron.training.plot import plot_loss
+
+        name = self.folder.name
+        plot_loss({name: self.folder / "metrics.jsonl"}, self.folder / "loss.png")
+
+    def _say(self, line: str) -> None:
+        if self.first_rank:
+            self.progress.say(line)
+
+
+def _due(step: int, interval: int | None, steps: int) -> bool:
+    return step == steps or (interval is not None and step % interval == 0)
