@@ -1,5 +1,6 @@
 """Checks between keys, made before any process group starts, and the layout that they allow."""
 
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     Raises UserError with one line for each thing that cannot work.
     """
     problems = [
+        *_installation_problems(config),
         *_attention_problems(config),
         *_expert_problems(config),
         *_gengram_problems(config),
@@ -138,6 +140,14 @@ def _attention_problems(config: Config) -> Iterator[str]:
                 f"model.mla.qk_pos_emb_head_dim is {positional}; rotary embeddings turn pairs, "
                 "so make it even"
             )
+        if config.parallel.tensor > 1 and not _sequence(config):
+            # Its down-projections are whole on every rank, and each rank's gradient of them only
+            # knows its own heads; sequence parallelism is what sums them.
+            yield (
+                f"parallel.sequence is false with parallel.tensor = {config.parallel.tensor}; "
+                "model.attention mla on more than one tensor-parallel rank needs "
+                "parallel.sequence: true"
+            )
         return
     yield from _multiple("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads)
     if model.hidden_size % heads == 0 and model.hidden_size // heads % 2:
@@ -167,6 +177,7 @@ def _expert_problems(config: Config) -> Iterator[str]:
             f"{model.num_experts}; lower it, or give the model more experts"
         )
     yield from _multiple("model.num_experts", model.num_experts, "parallel.expert", parallel.expert)
+    yield from _grouped_product_problems(config)
     if parallel.tensor > 1 and not _sequence(config):
         # Without it every tensor-parallel rank would route the same tokens, and the experts'
         # gradients would be counted once for each of those ranks.
@@ -175,6 +186,24 @@ def _expert_problems(config: Config) -> Iterator[str]:
             f"model.num_experts = {model.num_experts}; a mixture of experts on more than one "
             "tensor-parallel rank needs parallel.sequence: true"
         )
+
+
+def _grouped_product_problems(config: Config) -> Iterator[str]:
+    """The grouped matrix product reads rows of whole 16 bytes."""
+    precision, parts = config.train.precision, _expert_tensor(config)
+    multiple = {"bf16": 8, "fp32": 4}[precision]
+    if config.model.ffn_hidden_size % parts:
+        return  # told elsewhere
+    widths = {
+        "model.hidden_size": config.model.hidden_size,
+        "model.ffn_hidden_size / parallel.expert_tensor": config.model.ffn_hidden_size // parts,
+    }
+    for name, width in widths.items():
+        if width % multiple:
+            yield (
+                f"{name} is {width}, which experts in {precision} cannot use: "
+                f"make it a multiple of {multiple}"
+            )
 
 
 def _gengram_problems(config: Config) -> Iterator[str]:
@@ -273,6 +302,15 @@ def _sequence_problems(config: Config) -> Iterator[str]:
     yield from _multiple(
         "model.seq_length", length, " * ".join(factors), math.prod(factors.values())
     )
+
+
+def _installation_problems(config: Config) -> Iterator[str]:
+    asked = config.model.implementation == "transformer_engine"
+    if asked and importlib.util.find_spec("transformer_engine") is None:
+        yield (
+            "model.implementation is transformer_engine, which is not installed here: install "
+            "transformer-engine[pytorch], or set model.implementation to torch"
+        )
 
 
 def _world_problems(config: Config, world_size: int) -> Iterator[str]:

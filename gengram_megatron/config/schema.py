@@ -171,6 +171,11 @@ class Train(Section):
     micro_batch_size: Positive = Field(1, description="samples of one forward pass")
     steps: Positive | None = Field(None, description="give steps or samples, not both")
     samples: Positive | None = Field(None, description="rounded down to whole steps")
+    stop_at: Positive | None = Field(
+        None,
+        description="step after which this job ends with a checkpoint; the schedule and a later "
+        "job go on to the last step",
+    )
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of weights and activations; gradients add up in fp32"
     )

@@ -97,6 +97,7 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "bias_activation_fusion": torch.cuda.is_available(),
         "gradient_accumulation_fusion": False,
         "deallocate_pipeline_outputs": True,
+        "cuda_graph_scope": [],
         "batch_p2p_comm": torch.cuda.is_available(),
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,

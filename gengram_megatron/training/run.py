@@ -72,21 +72,24 @@ class _Run:
             self._plot()
 
     def _train_from(self, start: int) -> None:
-        settings, steps = self.config, self.layout.steps
+        settings, last = self.config, self._last_step()
         batches = self.data.training(
             self.layout, self.data_rank, start * settings.train.global_batch_size
         )
-        for step in range(start + 1, steps + 1):
+        for step in range(start + 1, last + 1):
             began = time.perf_counter()
             result = self._step(batches)
             self._report(step, result, time.perf_counter() - began)
-            if _due(step, settings.train.validation_interval, steps):
+            if _due(step, settings.train.validation_interval, last):
                 self._validate(step)
             # After the validation: a run cut between the two would not repeat it.
-            if _due(step, settings.checkpoint.interval, steps):
+            if _due(step, settings.checkpoint.interval, last):
                 self.state.save(step)
             self.state.poll()
         self.state.wait()
+
+    def _last_step(self) -> int:
+        return min(self.layout.steps, self.config.train.stop_at or self.layout.steps)
 
     def _step(self, batches) -> _Step:
         from gengram_megatron.training.balance import balance_losses
@@ -155,11 +158,12 @@ class _Run:
 
     def _place(self, start: int) -> str:
         parameters = self._count_parameters()
-        steps = self.layout.steps
-        if start >= steps:
-            return f"{self.folder}: all {steps} steps are done"
+        steps, last = self.layout.steps, self._last_step()
+        if start >= last:
+            return f"{self.folder}: done, {start} of {steps} steps; nothing is left to do"
         begin = f"resuming after step {start}" if start else "starting"
-        return f"{self.folder}: {begin}, {steps} steps, {parameters:,} parameters"
+        until = f"until step {last} of {steps}" if last < steps else f"{steps} steps"
+        return f"{self.folder}: {begin}, {until}, {parameters:,} parameters"
 
     def _count_parameters(self) -> int:
         """Of the whole model: this rank's, without copies, summed over all ranks."""
@@ -197,5 +201,5 @@ class _Run:
             self.progress.say(line)
 
 
-def _due(step: int, interval: int | None, steps: int) -> bool:
-    return step == steps or (interval is not None and step % interval == 0)
+def _due(step: int, interval: int | None, last: int) -> bool:
+    return step == last or (interval is not None and step % interval == 0)
