@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Environment, install, style, and all tests. Words are passed on to pytest: test.sh -k layouts
+set -euo pipefail
+source "$(dirname "$0")/environment.sh" ".[test]"
+
+say "style"
+ruff format --check .
+ruff check .
+
+say "tests"
+# Many small processes on few cores: threads of their own would only be in each other's way.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python -m pytest -q --durations=15 "$@"
