@@ -1,5 +1,5 @@
 # Sourced by the other scripts: moves to the checkout and enters a virtual environment that has the
-# package and all it needs. Argument: what to install, "." or ".[test]".
+# package, all it needs, and the tools of its tests.
 #
 # The environment is .venv, or the folder that GENGRAM_VENV names. It is made once and made anew
 # when setup.py or constraints.txt change. A Python whose torch already sees a GPU keeps that torch.
@@ -20,7 +20,7 @@ find_python() {
   return 1
 }
 
-make_environment() { # folder, what to install
+make_environment() { # folder
   local python options=() constraints=constraints.txt
   python=$(find_python)
   if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
@@ -31,19 +31,19 @@ make_environment() { # folder, what to install
   "$python" -m venv "${options[@]}" "$1"
   # torch first and pinned: a range would take the newest build, of several gigabytes.
   "$1/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" torch numpy
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e "$2"
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".[test]"
 }
 
-enter_environment() { # what to install
+enter_environment() {
   local folder=${GENGRAM_VENV:-.venv} wanted
-  wanted="$1 $(cat setup.py constraints.txt | cksum)"
+  wanted=$(cat setup.py constraints.txt | cksum)
   if [ "$(cat "$folder/.gengram" 2>/dev/null)" != "$wanted" ]; then
     say "making the environment in $folder (once; a few minutes)"
-    make_environment "$folder" "$1"
+    make_environment "$folder"
     echo "$wanted" >"$folder/.gengram"
   fi
   # shellcheck disable=SC1091
   source "$folder/bin/activate"
 }
 
-enter_environment "${1:-.}"
+enter_environment

@@ -8,7 +8,7 @@
 # is a GPU), checks that a run cut in the middle goes on bit for bit, trains the same model without
 # Gengram, and compares both with Markov models. Words go to both trainings: train.steps=20
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" "."
+source "$(dirname "$0")/environment.sh"
 
 began=$SECONDS
 run=runs/smoke/$(date +%Y%m%d-%H%M%S)

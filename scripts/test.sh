@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Environment, install, style, and all tests. Words are passed on to pytest: test.sh -k layouts
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" ".[test]"
+source "$(dirname "$0")/environment.sh"
 
 say "style"
 ruff format --check .

@@ -42,7 +42,7 @@ MISTAKES = {
     "experts": ([ONE_GPU, "model.moe_router_topk=5"], "model.moe_router_topk is 5"),
     "layers": ([ONE_GPU, "model.gengram.layers=[5]"], "model.gengram.layers names [5]"),
     "window": ([ONE_GPU, "model.gengram.window=5"], "model.gengram.window is 5"),
-    "batch": ([ONE_GPU, "train.micro_batch_size=3"], "train.global_batch_size is 16"),
+    "batch": ([ONE_GPU, "train.micro_batch_size=3"], "train.global_batch_size is 8"),
 }
 
 

@@ -31,6 +31,7 @@ MLA = {
         "v_head_dim": 16,
     },
 }
+EIGHT_LAYERS = {"num_layers": 8, "gengram": {**MODEL["gengram"], "layers": [2, 5, 7]}}
 NO_WINDOW = {"gengram": {**MODEL["gengram"], "window": None}}
 
 #   name: (processes, changes of the model, layout, changes of the training)
@@ -47,6 +48,7 @@ CASES = {
     "pp2": (2, {}, {"pipeline": 2}, {}),
     "pp2_full": (2, {}, {"pipeline": 2}, {"recompute": "full"}),
     "pp2_mla": (2, MLA, {"pipeline": 2}, {}),
+    "pp2_vpp2": (2, EIGHT_LAYERS, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "pp2_vpp3": (2, {}, {"pipeline": 2, "virtual_pipeline": 3}, {}),
     "pp2_vpp3_full": (2, {}, {"pipeline": 2, "virtual_pipeline": 3}, {"recompute": "full"}),
     "ep2": (2, {}, {"expert": 2}, {}),
