@@ -1,0 +1,175 @@
+"""Counts of parameters and FLOPs against built models, the published sizes and torch's counter."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from gengram_megatron.config.schema import Config
+from gengram_megatron.model.flops import (
+    PEAK_BF16_FLOPS,
+    count_parameters,
+    forward_flops,
+    model_flops_utilisation,
+    training_flops,
+)
+
+MODEL = {
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 40,
+    "num_experts": 4,
+    "seq_length": 64,
+    "vocab_size": 32,
+}
+LATENT = {"kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 6, "v_head_dim": 10}
+KINDS = {
+    "gqa": {},
+    "mha": {"attention": "mha", "num_query_groups": None},
+    "mla": {"attention": "mla", "num_query_groups": None, "mla": LATENT},
+    "mla with low-rank queries": {
+        "attention": "mla",
+        "num_query_groups": None,
+        "mla": {**LATENT, "q_lora_rank": 24},
+    },
+}
+FEED_FORWARDS = {
+    "moe": {},
+    "three of four experts": {"moe_router_topk": 3},
+    "dense": {"num_experts": None},
+}
+MEMORIES = {
+    "no memory": {},
+    "memory": {"gengram": {"enabled": True, "layers": [1, 3], "dim": 8}},
+    "other sizes": {
+        "gengram": {
+            "enabled": True,
+            "layers": [2],
+            "kmer_sizes": [2, 4],
+            "dim": 4,
+            "conv_kernel": 3,
+        }
+    },
+}
+
+
+def make_config(**model) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "model": {**MODEL, **model},
+            "data": {"path": "unused"},
+            "train": {"global_batch_size": 1, "steps": 1, "precision": "fp32"},
+        }
+    )
+
+
+def build(config: Config, layout):
+    from gengram_megatron.model.build import build_model
+
+    return build_model(config, layout)[0]
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("feed_forward", FEED_FORWARDS.values(), ids=FEED_FORWARDS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_parameters_are_those_of_a_built_model(one_process, kind, feed_forward, memory):
+    config = make_config(**kind, **feed_forward, **memory)
+    sizes = {name: p.numel() for name, p in build(config, one_process).named_parameters()}
+    counted, model = count_parameters(config), config.model
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    idle = experts * (1 - model.moe_router_topk / (model.num_experts or model.moe_router_topk))
+    assert counted.total == sum(sizes.values())
+    assert counted.activated == counted.total - idle
+    assert counted.gengram == sum(size for name, size in sizes.items() if ".memory." in name)
+    assert counted.tables == sum(size for name, size in sizes.items() if ".tables." in name)
+
+
+def paper_size(hidden: int, ffn: int, experts: int | None, attention: str = "gqa", **model):
+    return make_config(
+        **{
+            "hidden_size": hidden,
+            "num_layers": 12,
+            "num_attention_heads": 16,
+            "attention": attention,
+            "num_query_groups": 8 if attention == "gqa" else None,
+            "ffn_hidden_size": ffn,
+            "num_experts": experts,
+            "seq_length": 8192,
+            "vocab_size": 256,
+            **model,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "activated", "last_place"),
+    [
+        (paper_size(1024, 4096, 8), 1.25e9, 0.34e9, 0.01e9),
+        (paper_size(4096, 8192, 8), 10.27e9, 3.02e9, 0.01e9),
+        (paper_size(1280, 5120, None), 0.295e9, 0.295e9, 0.001e9),
+        (paper_size(1280, 5120, None, "mha"), 0.315e9, 0.315e9, 0.001e9),
+    ],
+    ids=["moe 1.2b", "moe 10b", "dense gqa", "dense mha"],
+)
+def test_published_sizes(config, total, activated, last_place):
+    """To the last place that was written down, some of them cut off rather than rounded."""
+    counted = count_parameters(config)
+    assert abs(counted.total - total) < last_place
+    assert abs(counted.activated - activated) < last_place
+    assert counted.gengram == counted.tables == 0
+
+
+def test_tables_of_the_paper():
+    memory = {"enabled": True, "layers": [3, 6, 10], "dim": 1024}
+    assert count_parameters(paper_size(1024, 4096, 8, gengram=memory)).tables == 59_996_160
+
+
+def counted_by_torch(config: Config, layout) -> dict[str, int]:
+    """FLOPs of a forward pass over one sequence, by the name of the operator."""
+    from gengram_megatron.model.gengram.ids import KmerIds
+
+    model, device = build(config, layout), torch.cuda.current_device()
+    tokens = torch.full((1, config.model.seq_length), 8, device=device)
+    gengram = config.model.gengram
+    kmers = KmerIds.of(tokens, tuple(gengram.kmer_sizes), gengram.token_ids)
+    # The kernel with the products written out: torch does not count all of the fused ones.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(
+            input_ids=tokens,
+            position_ids=torch.arange(tokens.shape[1], device=device)[None],
+            attention_mask=None,
+            extra_block_kwargs={"attention_bias": kmers},
+        )
+    return {str(operator): n for operator, n in counter.get_flop_counts()["Global"].items()}
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("feed_forward", FEED_FORWARDS.values(), ids=FEED_FORWARDS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_flops_are_those_that_torch_counts(one_process, kind, feed_forward, memory):
+    """Where the two mean the same. torch counts the whole square of causal attention, twice of
+    ours, and does not know the grouped products, which are those of the experts."""
+    config = make_config(**kind, **feed_forward, **memory)
+    torchs, ours = counted_by_torch(config, one_process), forward_flops(config)
+    single = (
+        ours.total - ours.attention_scores - (ours.feed_forward if config.model.num_experts else 0)
+    )
+    assert torchs["aten.mm"] == config.model.seq_length * single
+    assert torchs["aten.bmm"] == config.model.seq_length * 2 * ours.attention_scores
+
+
+def test_experts_cost_what_a_dense_layer_as_wide_as_the_chosen_ones_costs():
+    moe, dense = make_config(), make_config(num_experts=None, ffn_hidden_size=2 * 40)
+    assert forward_flops(moe).feed_forward == forward_flops(dense).feed_forward
+
+
+def test_utilisation():
+    config = paper_size(1024, 4096, 8)
+    # Six FLOPs a token for each activated weight of a matrix, and three times the causal scores.
+    weights = count_parameters(config).activated - 256 * 1024 - (2 * 12 + 1) * 1024
+    assert training_flops(config) == 6 * weights + 3 * 12 * 8192 * 2 * 1024
+    half = PEAK_BF16_FLOPS["NVIDIA H200"] / 2 / training_flops(config)
+    assert model_flops_utilisation(half, training_flops(config), 989e12) == pytest.approx(0.5)
