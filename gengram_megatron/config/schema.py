@@ -194,6 +194,9 @@ class Checkpoint(Section):
     """Checkpoints of the run's folder."""
 
     interval: Positive | None = Field(None, description="steps between; null: at the end only")
+    at_end: bool = Field(
+        True, description="one after the last step; false for runs that only measure"
+    )
     keep: Positive | None = Field(None, description="newest checkpoints that stay; null: all")
     asynchronous: bool = Field(True, description="write while training goes on")
 

@@ -83,7 +83,8 @@ class _Run:
             if _due(step, settings.train.validation_interval, last):
                 self._validate(step)
             # After the validation: a run cut between the two would not repeat it.
-            if _due(step, settings.checkpoint.interval, last):
+            at_end = last if settings.checkpoint.at_end else None
+            if _due(step, settings.checkpoint.interval, at_end):
                 self.state.save(step)
             self.state.poll()
         self.state.wait()
@@ -201,5 +202,5 @@ class _Run:
             self.progress.say(line)
 
 
-def _due(step: int, interval: int | None, last: int) -> bool:
+def _due(step: int, interval: int | None, last: int | None) -> bool:
     return step == last or (interval is not None and step % interval == 0)
