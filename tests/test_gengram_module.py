@@ -4,7 +4,7 @@ position, what is not a base, windows that reach before the sequence, and every 
 import pytest
 import torch
 
-from tests.reference_gengram import gengram, rows_in_window
+from tests.reference_gengram import PUBLISHED, Options, gengram, rows_in_window
 
 ALPHABET = [8, 5, 6, 7, 9]  # A C G T N
 A, C, G, T, N, PAD, UNK, EOD = *ALPHABET, 0, 1, 12
@@ -44,7 +44,7 @@ TEXTS = {
 WINDOWS = [None, 6, 21, 30]
 
 
-def make_memory(kmer_sizes, window, dtype, scale: float = 1.0):
+def make_memory(kmer_sizes, window, dtype, scale: float = 1.0, options=PUBLISHED):
     """A module with random weights that make every part of it matter."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -60,7 +60,16 @@ def make_memory(kmer_sizes, window, dtype, scale: float = 1.0):
         params_dtype=dtype,
         init_method=marker(1.0),
     )
-    shape = GengramShape(kmer_sizes, DIM, window, KERNEL, init_std=1.0)
+    shape = GengramShape(
+        kmer_sizes,
+        DIM,
+        window,
+        KERNEL,
+        init_std=1.0,
+        deduplicate=options.deduplicate,
+        signed_sqrt=options.signed_sqrt,
+        output=options.output,
+    )
     memory = GengramMemory(config, shape, ProcessGroupCollection.use_mpu_process_groups())
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -76,18 +85,23 @@ def make_hidden(length: int, batch: int) -> torch.Tensor:
     return torch.randn((length, batch, HIDDEN), generator=generator, dtype=torch.float64)
 
 
-def add_to(memory, hidden, text):
+def add_to(memory, hidden, text, eod=None):
     from gengram_megatron.model.gengram.ids import KmerIds
 
-    kmers = KmerIds.of(torch.tensor(text, dtype=torch.uint8), memory.shape.kmer_sizes, ALPHABET)
-    return memory(hidden, kmers)
+    tokens = torch.tensor(text, dtype=torch.uint8)
+    return memory(hidden, KmerIds.of(tokens, memory.shape.kmer_sizes, ALPHABET, eod))
 
 
-def module_results(memory, text) -> dict[str, torch.Tensor]:
+def output_weight(memory) -> torch.Tensor | None:
+    """The weight of the output's convolution or norm; None for a plain output."""
+    return next(memory.output.parameters(), None)
+
+
+def module_results(memory, text, eod=None) -> dict[str, torch.Tensor]:
     """The output, and the gradients of the sum of its squares, under the reference's names."""
-    dtype = memory.output.weight.dtype
+    dtype = memory.projection.weight.dtype
     hidden = make_hidden(len(text[0]), len(text)).to(dtype).requires_grad_()
-    out = add_to(memory, hidden, text)
+    out = add_to(memory, hidden, text, eod)
     out.square().sum().backward()
     key, value = memory.projection.weight.grad.flatten(2)
     return {
@@ -98,13 +112,17 @@ def module_results(memory, text) -> dict[str, torch.Tensor]:
         "value": value,
         "norm of hidden": memory.gate.norm_hidden.weight.grad,
         "norm of key": memory.gate.norm_key.weight.grad,
-        "convolution": memory.output.weight.grad,
+        **(
+            {"output weight": output_weight(memory).grad}
+            if output_weight(memory) is not None
+            else {}
+        ),
     }
 
 
-def reference_results(memory, text) -> dict[str, torch.Tensor]:
+def reference_results(memory, text, options=PUBLISHED) -> dict[str, torch.Tensor]:
     """The same from the reference, with the module's weights in float64."""
-    dtype = memory.output.weight.dtype
+    dtype = memory.projection.weight.dtype
 
     def leaf(x: torch.Tensor) -> torch.Tensor:
         return x.detach().double().requires_grad_()
@@ -113,7 +131,8 @@ def reference_results(memory, text) -> dict[str, torch.Tensor]:
     tables = {k: leaf(memory.tables.weights[f"k{k}"]) for k in memory.shape.kmer_sizes}
     key, value = (leaf(half) for half in memory.projection.weight.flatten(2))
     norm_hidden, norm_key = leaf(memory.gate.norm_hidden.weight), leaf(memory.gate.norm_key.weight)
-    taps = leaf(memory.output.weight)
+    weight = output_weight(memory)
+    taps = None if weight is None else leaf(weight)
     out = gengram(
         hidden,
         text,
@@ -125,6 +144,7 @@ def reference_results(memory, text) -> dict[str, torch.Tensor]:
         taps,
         ALPHABET,
         memory.shape.window,
+        options,
     )
     out.square().sum().backward()
     return {
@@ -135,7 +155,7 @@ def reference_results(memory, text) -> dict[str, torch.Tensor]:
         "value": value.grad,
         "norm of hidden": norm_hidden.grad,
         "norm of key": norm_key.grad,
-        "convolution": taps.grad,
+        **({} if taps is None else {"output weight": taps.grad}),
     }
 
 
@@ -160,6 +180,35 @@ def test_output_and_every_gradient(one_process, window, text):
 def test_some_sizes_only(one_process, kmer_sizes, window, text):
     memory = make_memory(kmer_sizes, window, torch.float64)
     assert_same(module_results(memory, TEXTS[text]), reference_results(memory, TEXTS[text]), 1e-10)
+
+
+OPTIONS = {
+    "distinct k-mers": Options(deduplicate=True),
+    "no signed square root": Options(signed_sqrt=False),
+    "norm output": Options(output="norm"),
+    "plain output": Options(output="plain"),
+    "documents": Options(eod=EOD),
+    "documents, distinct k-mers": Options(deduplicate=True, eod=EOD),
+    "the paper's equations": Options(deduplicate=True, signed_sqrt=False, output="norm"),
+}
+
+
+@pytest.mark.parametrize("text", ["bases and all other tokens", "repeats", "shorter than most k"])
+@pytest.mark.parametrize("window", [None, 6, 21])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(one_process, options, window, text):
+    memory = make_memory(ALL_SIZES, window, torch.float64, options=options)
+    expected = reference_results(memory, TEXTS[text], options)
+    assert_same(module_results(memory, TEXTS[text], options.eod), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["distinct k-mers", "documents"])
+def test_options_change_the_answer(one_process, name):
+    """So that the comparison above could fail."""
+    text, options = TEXTS["bases and all other tokens"], OPTIONS[name]
+    plain = add_to(make_memory(ALL_SIZES, 21, torch.float64), make_hidden(48, 2), text)
+    memory = make_memory(ALL_SIZES, 21, torch.float64, options=options)
+    assert not torch.allclose(plain, add_to(memory, make_hidden(48, 2), text, options.eod))
 
 
 @pytest.mark.parametrize("window", WINDOWS)

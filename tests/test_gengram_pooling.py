@@ -124,7 +124,7 @@ def test_gradients_of_tables_in_bf16_are_as_good_as_rounding(k, length):
 @given(span=st.integers(1, 40), length=st.integers(1, 50))
 @settings(deadline=None, max_examples=400)
 def test_sliding_sum(span, length):
-    from gengram_megatron.model.gengram.pooling import sliding_sum
+    from gengram_megatron.model.gengram.windows import sliding_sum
 
     x = torch.randint(-1000, 1000, (length, 2, 3), generator=torch.Generator().manual_seed(length))
     before = x.clone()

@@ -47,6 +47,20 @@ class Gengram(Section):
         min_length=5,
         max_length=5,
     )
+    deduplicate: bool = Field(
+        False, description="count a k-mer once a window (equation 7); the published code does not"
+    )
+    reset_at_document: bool = Field(
+        False, description="stop windows, k-mers and the convolution at EOD"
+    )
+    signed_sqrt: bool = Field(
+        True, description="signed square root before the gate's sigmoid; the paper leaves it out"
+    )
+    output: Literal["convolution", "norm", "plain"] = Field(
+        "convolution",
+        description="o + SiLU(conv(o)) of the published code, SiLU(RMSNorm(o)) of equation 13, "
+        "or o; o is the gated value",
+    )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
     init_std: Annotated[float, Field(gt=0)] | None = Field(
         None, description="standard deviation of the tables at the start; null: model.init_std"

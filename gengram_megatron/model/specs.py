@@ -71,6 +71,9 @@ def _memory(model: Model) -> ModuleSpec | None:
         window=gengram.window,
         conv_kernel=gengram.conv_kernel,
         init_std=gengram.init_std or model.init_std,
+        deduplicate=gengram.deduplicate,
+        signed_sqrt=gengram.signed_sqrt,
+        output=gengram.output,
     )
     return ModuleSpec(module=GengramMemory, params={"gengram": shape})
 

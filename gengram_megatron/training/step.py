@@ -14,6 +14,7 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.data.batches import split_batch
 from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.zigzag import context_pieces, take
+from gengram_megatron.tokenizer import EOD
 
 
 def forward_backward(
@@ -45,7 +46,12 @@ def forward_step(batches: Iterator[Tensor], model, config: Config):
     inputs, labels, loss_mask = split_batch(tokens)
     gengram, kmers = config.model.gengram, None
     if gengram.enabled:
-        kmers = KmerIds.of(inputs, tuple(gengram.kmer_sizes), gengram.token_ids)
+        kmers = KmerIds.of(
+            inputs,
+            tuple(gengram.kmer_sizes),
+            gengram.token_ids,
+            eod=EOD if gengram.reset_at_document else None,
+        )
     pieces = context_pieces(
         inputs.shape[1],
         parallel_state.get_context_parallel_world_size(),

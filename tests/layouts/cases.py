@@ -32,6 +32,15 @@ MLA = {
     },
 }
 EIGHT_LAYERS = {"num_layers": 8, "gengram": {**MODEL["gengram"], "layers": [2, 5, 7]}}
+DOCUMENTS = {
+    "gengram": {
+        **MODEL["gengram"],
+        "reset_at_document": True,
+        "deduplicate": True,
+        "signed_sqrt": False,
+    }
+}
+NORM_OUTPUT = {"gengram": {**MODEL["gengram"], "output": "norm"}}
 NO_WINDOW = {"gengram": {**MODEL["gengram"], "window": None}}
 
 #   name: (processes, changes of the model, layout, changes of the training)
@@ -44,6 +53,7 @@ CASES = {
     "tp2_sp_dense_mha": (2, {**DENSE, **MHA}, {"tensor": 2}, {}),
     "tp2_sp_dense_mla": (2, {**DENSE, **MLA}, {"tensor": 2}, {}),
     "tp2_sp_no_window": (2, NO_WINDOW, {"tensor": 2}, {}),
+    "tp2_sp_norm_output": (2, NORM_OUTPUT, {"tensor": 2}, {}),
     "tp2_etp1": (2, {}, {"tensor": 2, "expert_tensor": 1}, {}),
     "pp2": (2, {}, {"pipeline": 2}, {}),
     "pp2_full": (2, {}, {"pipeline": 2}, {"recompute": "full"}),
@@ -55,11 +65,13 @@ CASES = {
     "dp2": (2, {}, {}, {}),
     "cp2": (2, {}, {"context": 2}, {}),
     "cp2_full": (2, {}, {"context": 2}, {"recompute": "full"}),
+    "cp2_documents": (2, DOCUMENTS, {"context": 2}, {}),
     "cp2_mla": (2, MLA, {"context": 2}, {}),
     "tp2_sp_pp2": (4, {}, {"tensor": 2, "pipeline": 2}, {}),
     "tp2_sp_pp2_full": (4, {}, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
     "tp2_sp_cp2": (4, {}, {"tensor": 2, "context": 2}, {}),
     "tp2_sp_cp2_full": (4, {}, {"tensor": 2, "context": 2}, {"recompute": "full"}),
+    "tp2_sp_cp2_documents": (4, DOCUMENTS, {"tensor": 2, "context": 2}, {"recompute": "full"}),
     "tp2_sp_ep2_etp1": (4, {}, {"tensor": 2, "expert": 2, "expert_tensor": 1}, {}),
     "tp2_sp_ep2": (4, {}, {"tensor": 2, "expert": 2}, {}),
     "tp4_sp": (4, {"num_query_groups": 4}, {"tensor": 4}, {}),

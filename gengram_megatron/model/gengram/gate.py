@@ -1,7 +1,7 @@
 """The gate: one number a position that says how much of the value enters (paper equation 9).
 
 g = <RMSNorm(x), RMSNorm(z)> / sqrt(h), then the signed square root of the published code (the
-paper leaves it out), then the sigmoid.
+paper leaves it out; gengram.signed_sqrt), then the sigmoid.
 """
 
 import torch
@@ -13,8 +13,9 @@ from gengram_megatron.model.norm import RMSNorm
 class Gate(nn.Module):
     """Compares the hidden state with the key."""
 
-    def __init__(self, config):
+    def __init__(self, config, signed_sqrt: bool):
         super().__init__()
+        self.signed_sqrt = signed_sqrt
         self.norm_hidden = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.norm_key = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
@@ -23,7 +24,9 @@ class Gate(nn.Module):
         product = self.norm_hidden(hidden) * self.norm_key(key)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         agreement = product.sum(-1, keepdim=True, dtype=wide) / hidden.shape[-1] ** 0.5
-        return torch.sigmoid(signed_sqrt(agreement)).to(hidden.dtype)
+        if self.signed_sqrt:
+            agreement = signed_sqrt(agreement)
+        return torch.sigmoid(agreement).to(hidden.dtype)
 
 
 def signed_sqrt(x: Tensor) -> Tensor:

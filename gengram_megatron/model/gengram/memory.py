@@ -1,6 +1,7 @@
 """One layer's Gengram memory: from k-mers and hidden state to what is added to the hidden state."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from gengram_megatron.model.gengram.gate import Gate
 from gengram_megatron.model.gengram.ids import KmerIds, rows_of
-from gengram_megatron.model.gengram.output import ConvolutionOutput
+from gengram_megatron.model.gengram.output import ConvolutionOutput, NormOutput, PlainOutput
 from gengram_megatron.model.gengram.pooling import window_mean
 from gengram_megatron.model.gengram.projection import KeyValueProjection
 from gengram_megatron.model.initialize import mark
-from gengram_megatron.model.zigzag import context_pieces, sequence_pieces
+from gengram_megatron.model.zigzag import Piece, context_pieces, sequence_pieces
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class GengramShape:
     window: int | None
     conv_kernel: int
     init_std: float
+    deduplicate: bool = False
+    signed_sqrt: bool = True
+    output: Literal["convolution", "norm", "plain"] = "convolution"
 
 
 class GengramMemory(MegatronModule):
@@ -40,21 +44,29 @@ class GengramMemory(MegatronModule):
         self.projection = KeyValueProjection(
             config, len(gengram.kmer_sizes), gengram.dim, self.tp_group, dp_group
         )
-        self.gate = Gate(config)
-        self.output = ConvolutionOutput(
-            config, gengram.conv_kernel, max(gengram.kmer_sizes), self.tp_group, self.cp_group
+        self.gate = Gate(config, gengram.signed_sqrt)
+        self.output = self._output()
+
+    def _output(self) -> nn.Module:
+        shape, config = self.shape, self.config
+        if shape.output == "plain":
+            return PlainOutput()
+        if shape.output == "norm":
+            return NormOutput(config)
+        return ConvolutionOutput(
+            config, shape.conv_kernel, max(shape.kmer_sizes), self.tp_group, self.cp_group
         )
 
     def forward(self, hidden: Tensor, kmers: KmerIds) -> Tensor:
         """hidden: [s_local, b, h]; returns what the layer adds to it, in the same shape."""
         seq_length = kmers.ids[0].shape[1]
         pieces = context_pieces(seq_length, self.cp_group.size(), self.cp_group.rank())
-        features = self.tables(kmers, self.shape.window, pieces)
+        features = self.tables(kmers, self.shape, pieces)
         key, value = self.projection(features)
         if self.config.sequence_parallel:
             pieces = sequence_pieces(pieces, self.tp_group.size(), self.tp_group.rank())
         gated = self.gate(hidden, key) * value
-        return self.output(gated, pieces, seq_length)
+        return self.output(gated, pieces, kmers)
 
 
 class Tables(nn.Module):
@@ -82,15 +94,21 @@ class Tables(nn.Module):
         table.is_gengram_table = True  # may have its own learning rate and weight decay
         return table
 
-    def forward(self, kmers: KmerIds, window: int | None, pieces) -> Tensor:
+    def forward(self, kmers: KmerIds, shape: GengramShape, pieces: list[Piece]) -> Tensor:
         """The pooled features, k after k: [s, b, number of k * d / tp]."""
-        return torch.cat(
-            [
-                window_mean(self.weights[f"k{k}"], ids, k, window, pieces)
-                for k, ids in zip(kmers.kmer_sizes, kmers.ids)
-            ],
-            dim=-1,
-        )
+        means = [
+            window_mean(
+                self.weights[f"k{k}"],
+                ids,
+                k,
+                shape.window,
+                pieces,
+                documents=kmers.documents,
+                deduplicate=shape.deduplicate,
+            )
+            for k, ids in zip(kmers.kmer_sizes, kmers.ids)
+        ]
+        return torch.cat(means, dim=-1)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
         before = len(sharded_offsets)

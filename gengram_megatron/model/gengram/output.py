@@ -1,8 +1,11 @@
-"""The output: o + SiLU(conv(o)), conv a causal depthwise convolution over the sequence.
+"""The output, in one of three forms (gengram.output), of the gated value o.
 
-Kernel 4, dilation max(k) = 6, no bias, as in the published code. The convolution reaches
-(kernel - 1) * dilation = 18 tokens to the left; where a rank holds only part of the sequence, the
-rows it lacks come from the ends of other ranks' pieces (`halo.py`).
+convolution: o + SiLU(conv(o)), conv a causal depthwise convolution over the sequence with kernel
+4, dilation max(k) = 6 and no bias, as in the published code. It reaches (kernel - 1) * dilation =
+18 tokens to the left; where a rank holds only part of the sequence, the rows it lacks come from
+the ends of other ranks' pieces (`halo.py`).
+norm: SiLU(RMSNorm(o)), the paper's equation 13.
+plain: o.
 """
 
 import torch
@@ -10,7 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gengram_megatron.model.gengram.halo import Halo
+from gengram_megatron.model.gengram.ids import KmerIds
+from gengram_megatron.model.norm import RMSNorm
 from gengram_megatron.model.zigzag import Piece
+
+
+class PlainOutput(nn.Module):
+    """o, as it is."""
+
+    def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
+        """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
+        return gated
+
+
+class NormOutput(nn.Module):
+    """SiLU(RMSNorm(o))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
+        """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
+        return F.silu(self.norm(gated))
 
 
 class ConvolutionOutput(nn.Module):
@@ -30,18 +55,32 @@ class ConvolutionOutput(nn.Module):
         config.init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, gated: Tensor, pieces: list[Piece], seq_length: int) -> Tensor:
+    def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
         """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
-        halos = self.halo(gated, pieces, seq_length)
+        halos = self.halo(gated, pieces, kmers.ids[0].shape[1])
         parts = gated.split([len(piece) for piece in pieces])
-        convolved = torch.cat([self._convolve(torch.cat(pair)) for pair in zip(halos, parts)])
-        return gated + F.silu(convolved)
+        convolved = [
+            self._convolve(torch.cat([halo, part]), self._documents(piece, kmers.documents))
+            for halo, part, piece in zip(halos, parts, pieces)
+        ]
+        return gated + F.silu(torch.cat(convolved))
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def _documents(self, piece: Piece, documents: Tensor | None) -> Tensor | None:
+        """[reach + s, b, 1] of a piece and its left context; None: taps may cross documents."""
+        if documents is None:
+            return None
+        missing = max(self.halo.reach - piece.start, 0)
+        here = documents[:, max(piece.start - self.halo.reach, 0) : piece.stop].t()
+        return F.pad(here, (0, 0, missing, 0), value=-1).unsqueeze(-1)
+
+    def _convolve(self, x: Tensor, documents: Tensor | None) -> Tensor:
         """x: [reach + s, b, h]; returns [s, b, h]."""
         length = len(x) - self.halo.reach
-        out = x[:length] * self.weight[0]
-        for tap in range(1, self.kernel):
-            start = tap * self.dilation
-            out = torch.addcmul(out, x[start : start + length], self.weight[tap])
+        out = torch.zeros_like(x[:length])
+        for tap in range(self.kernel):
+            here = slice(tap * self.dilation, tap * self.dilation + length)
+            source = x[here]
+            if documents is not None:
+                source = source * (documents[here] == documents[-length:])
+            out = torch.addcmul(out, source, self.weight[tap])
         return out

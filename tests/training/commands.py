@@ -1,0 +1,52 @@
+"""Many `gengram train` commands, one after the other, in one group of processes: they share the
+start of Python and the imports, and nothing else.
+
+Started by launch.py: commands.py JOBS OUT. JOBS is a JSON object, name to the words after
+`gengram`. Each rank writes OUT/<name>.<rank>.json: the exit code and what the command printed.
+"""
+
+import io
+import json
+import os
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from gengram_megatron.cli import main
+
+
+def run(words: list[str]) -> dict:
+    """One command: its exit code and output."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    sys.argv = ["gengram", *words]
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        except Exception:  # as an interpreter would show it
+            code = 1
+            traceback.print_exc()
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def forget() -> None:
+    """A process of its own would start without the last run's balance losses."""
+    core = sys.modules.get("megatron.core.transformer.moe.moe_utils")
+    if core:
+        core.get_moe_layer_wise_logging_tracker().clear()
+
+
+if __name__ == "__main__":
+    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank = os.environ.get("RANK", "0")
+    for number, (name, words) in enumerate(jobs.items()):
+        # torch keeps the addresses of a group of processes apart by this number.
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        result = run(words)
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
+        if result["code"] not in (0, 2):
+            print(f"job {name}, rank {rank}: {result['err']}", file=sys.stderr)
+            sys.exit(1)  # the other ranks may be waiting
+        forget()

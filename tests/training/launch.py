@@ -1,0 +1,93 @@
+"""Start training commands as real processes, and kill them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.layouts.launch import ROOT
+from tests.training.tiny import environment
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def python(processes: int) -> list[str]:
+    """Python, or torchrun where there is more than one process."""
+    if processes == 1:
+        return [sys.executable]
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *runner]
+
+
+def run_jobs(processes: int, jobs: dict[str, list[str]], folder: Path) -> dict[str, list[Ended]]:
+    """Run jobs (name: words after `gengram`) in one launch; what each rank said, by job."""
+    folder.mkdir()
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    script = str(ROOT / "tests/training/commands.py")
+    command = [*python(processes), script, str(file), str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-8000:]}"
+    return {
+        name: [
+            Ended(**json.loads((folder / f"{name}.{rank}.json").read_text()))
+            for rank in range(processes)
+        ]
+        for name in jobs
+    }
+
+
+def start(processes: int, words: list[str], output: Path) -> subprocess.Popen:
+    """`gengram WORDS` on so many ranks, in the background, its output to a file."""
+    script = ["-m", "gengram_megatron"]
+    with output.open("w") as file:
+        return subprocess.Popen(
+            [*python(processes), *script, *words],
+            cwd=ROOT,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a process and all that it started (torchrun's ranks have sessions of their own)."""
+    family = [process.pid]
+    for pid in family:  # grows while it is walked
+        family += _children(pid)
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return []
+    return [int(child) for text in lists for child in text.split()]
+
+
+def wait_for(condition, process: subprocess.Popen, output: Path, seconds: float = 120) -> None:
+    """Until a condition holds; fails if the process ends before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended too early:\n{output.read_text()[-8000:]}"
+        assert time.monotonic() < end, f"waited too long:\n{output.read_text()[-8000:]}"
+        time.sleep(0.01)

@@ -1,0 +1,84 @@
+"""A tiny run: its data set, its config file, and how its results are read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.layouts.launch import ROOT
+
+# Four layers with memory on both sides of a pipeline cut, float32, two validations.
+RUN = {
+    "run": {"seed": 5},
+    "model": {
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 32,
+        "num_experts": 4,
+        "seq_length": 64,
+        "vocab_size": 32,
+        "init_std": 0.1,
+        "gengram": {"enabled": True, "layers": [2, 3], "dim": 8, "init_std": 0.5},
+    },
+    "data": {"workers": 0},
+    "optimizer": {"lr": 1e-2, "min_lr": 1e-3, "warmup_fraction": 0.0},
+    "train": {
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "steps": 4,
+        "precision": "fp32",
+        "validation_samples": 12,  # a batch and a half
+    },
+}
+DENSE = ("model.num_experts=null",)
+MHA = ("model.attention=mha", "model.num_query_groups=null")
+MLA = (
+    "model.attention=mla",
+    "model.num_query_groups=null",
+    "model.mla={kv_lora_rank: 16, qk_head_dim: 8, qk_pos_emb_head_dim: 8, v_head_dim: 16}",
+)
+
+
+def environment() -> dict[str, str]:
+    """Of the processes that tests start: this checkout, one thread each, nobody's ranks."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+
+
+def build_data(folder: Path) -> Path:
+    """The shipped DNA in fragments of 64 bases; built once a session."""
+    if not folder.exists():
+        words = [f"output={folder}", "seq_length=64"]
+        command = [sys.executable, "-m", "data_prep", "build", "configs/data/sample.yaml", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def write_config(path: Path, data: Path) -> Path:
+    """The tiny run as a config file that lacks only run.dir."""
+    path.write_text(yaml.safe_dump({**RUN, "data": {**RUN["data"], "path": str(data)}}))
+    return path
+
+
+def entries(run: Path, kind: str | None = None) -> list[dict]:
+    """The lines of a run's metrics.jsonl, all or those of one kind."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def numbers(run: Path, kind: str | None = None) -> list[dict]:
+    """What must not change from run to run: all measured numbers but those of the clock."""
+    clock = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in e.items() if k not in clock} for e in entries(run, kind)]
+
+
+def losses(run: Path, kind: str = "train") -> list[float]:
+    return [entry["loss"] for entry in entries(run, kind)]
