@@ -92,7 +92,8 @@ class TrainingState:
         loaded = dist_checkpointing.load(state, str(path))
         for index, chunk in enumerate(unwrap_model(self.chunks)):
             chunk.load_state_dict(loaded[f"model{index}"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        with self._own_settings():
+            self.optimizer.load_state_dict(loaded["optimizer"])
         self.schedule.load_state_dict(loaded["schedule"])
         if "random" in loaded:
             _set_random_states(loaded["random"])
@@ -139,6 +140,18 @@ class TrainingState:
         for optimizer in self.optimizer.chained_optimizers:
             if isinstance(optimizer, DistributedOptimizer) and not optimizer.is_stub_optimizer:
                 optimizer._init_optimizer_states_with_dummy_values()
+
+    @contextmanager
+    def _own_settings(self):
+        """A checkpoint's parameter groups bring learning rates, betas and weight decay along; these
+        stay what the config says."""
+        own = [
+            {key: value for key, value in group.items() if key not in ("params", "step")}
+            for group in self.optimizer.param_groups
+        ]
+        yield
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
     @contextmanager
     def _whole_parameters(self):

@@ -40,10 +40,14 @@ class CheckpointStore:
         """Where the checkpoint of a step lies once it is whole."""
         return self.folder / f"step_{step:08d}"
 
+    def _partial(self, step: int) -> Path:
+        return self.path(step).with_name(self.path(step).name + PARTIAL)
+
     def begin(self, step: int) -> Path:
-        """An empty folder to write to. One left by a run that was killed is removed."""
-        partial = self.path(step).with_name(self.path(step).name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
+        """An empty folder to write to. Those left by a run that was killed are removed."""
+        for left in self.folder.glob("step_*" + PARTIAL):
+            shutil.rmtree(left)
+        partial = self._partial(step)
         partial.mkdir(parents=True)
         return partial
 
@@ -73,7 +77,9 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         for step in self._steps()[: -self.keep] if self.keep else []:
-            shutil.rmtree(self.path(step))
+            # Renamed first: one that is removed in part must not pass for a whole one.
+            os.rename(self.path(step), self._partial(step))
+            shutil.rmtree(self._partial(step))
 
 
 def read_facts(checkpoint: Path) -> Facts:

@@ -53,6 +53,9 @@ def _tables(config: Config) -> ParamGroupOverride:
         min_lr=settings.min_lr * tables.lr_multiplier,
         start_wd=decay,
         end_wd=decay,
+        # Of a group's keys, the ones that megatron-core tells groups apart by when it loads a
+        # checkpoint do not include the above; without this the tables would be taken for the rest.
+        is_decoupled_lr=True,
     )
 
 
@@ -89,4 +92,7 @@ def build_schedule(
         end_wd=settings.weight_decay,
         wd_incr_steps=layout.samples,
         wd_incr_style="constant",
+        # A run that goes on with a changed config follows the config, not the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
