@@ -49,7 +49,8 @@ def make_memory(kmer_sizes, window, dtype, scale: float = 1.0, options=PUBLISHED
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from gengram_megatron.model.gengram.memory import GengramMemory, GengramShape
+    from gengram_megatron.model.gengram.memory import GengramMemory
+    from gengram_megatron.model.gengram.shape import GengramShape
     from gengram_megatron.model.initialize import marker
 
     config = TransformerConfig(

@@ -89,13 +89,13 @@ def error(x: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("length", [8_192, 32_768])
 @pytest.mark.parametrize("source", [random_dna, real_dna], ids=["random", "real"])
 def test_pooled_features_in_bf16_are_as_good_as_rounding(source, length):
-    from gengram_megatron.model.gengram.pooling import window_mean
+    from gengram_megatron.model.gengram.pooling import Pooling, window_mean
     from gengram_megatron.model.zigzag import Piece
 
     ids_of_k, ours, prefix, exact = kmer_ids(source(length)), [], [], []
     for k, ids in zip(SIZES, ids_of_k):
         table, span = make_table(k, torch.bfloat16), WINDOW - k + 1
-        ours.append(window_mean(table, ids, k, WINDOW, [Piece(0, length)])[:, 0])
+        ours.append(window_mean(table, ids, k, Pooling(WINDOW), [Piece(0, length)])[:, 0])
         prefix.append(mean_by_prefix_sums(table, ids, span))
         exact.append(exact_mean(table, ids, span))
         assert ours[-1].dtype == torch.bfloat16
@@ -109,14 +109,14 @@ def test_pooled_features_in_bf16_are_as_good_as_rounding(source, length):
 @pytest.mark.parametrize("length", [8_192, 32_768])
 @pytest.mark.parametrize("k", [1, 6])
 def test_gradients_of_tables_in_bf16_are_as_good_as_rounding(k, length):
-    from gengram_megatron.model.gengram.pooling import window_mean
+    from gengram_megatron.model.gengram.pooling import Pooling, window_mean
     from gengram_megatron.model.zigzag import Piece
 
     ids = kmer_ids(random_dna(length))[k - 1]
     table = make_table(k, torch.bfloat16).requires_grad_()
     exact = table.detach().double().requires_grad_()
     weight = torch.randn((length, DIM), generator=torch.Generator().manual_seed(9)).bfloat16()
-    window_mean(table, ids, k, WINDOW, [Piece(0, length)])[:, 0].backward(weight)
+    window_mean(table, ids, k, Pooling(WINDOW), [Piece(0, length)])[:, 0].backward(weight)
     exact_mean(exact, ids, WINDOW - k + 1).backward(weight.double())
     assert error(table.grad, exact.grad) <= 2 * error(exact.grad.bfloat16(), exact.grad)
 
@@ -134,10 +134,10 @@ def test_sliding_sum(span, length):
 
 
 def mean_and_gradient(table: Tensor, ids: Tensor, k: int, window, pieces, weight: Tensor):
-    from gengram_megatron.model.gengram.pooling import window_mean
+    from gengram_megatron.model.gengram.pooling import Pooling, window_mean
 
     table = table.detach().requires_grad_()
-    out = window_mean(table, ids, k, window, pieces)
+    out = window_mean(table, ids, k, Pooling(window), pieces)
     out.backward(weight)
     return out.detach(), table.grad
 
@@ -174,7 +174,9 @@ def test_pieces_together_are_the_whole(cut, k, window):
     whole, gradient = mean_and_gradient(table, ids, k, window, [Piece(0, length)], weight)
     total = torch.zeros_like(table)
     for pieces in ranks:
-        part, own = mean_and_gradient(table, ids, k, window, pieces, take(weight, pieces, 0))
+        part, own = mean_and_gradient(
+            table, ids, k, Pooling(window), pieces, take(weight, pieces, 0)
+        )
         torch.testing.assert_close(part, take(whole, pieces, 0), rtol=1e-12, atol=1e-12)
         total += own
     torch.testing.assert_close(total, gradient, rtol=1e-12, atol=1e-12)
@@ -184,14 +186,14 @@ def test_pieces_together_are_the_whole(cut, k, window):
 @settings(deadline=None, max_examples=60)
 def test_a_token_changes_the_features_of_the_window_that_it_starts_and_no_others(place, k, window):
     """So the feature at p depends on tokens p - W + 1 to p only."""
-    from gengram_megatron.model.gengram.pooling import window_mean
+    from gengram_megatron.model.gengram.pooling import Pooling, window_mean
     from gengram_megatron.model.zigzag import Piece
 
     tokens, table = random_dna(100, odd=0), make_table(k, torch.float64, dim=3)
     changed = tokens.clone()
     changed[0, place] = BASE_IDS[4]
     before, after = (
-        window_mean(table, kmer_ids(t)[k - 1], k, window, [Piece(0, 100)])
+        window_mean(table, kmer_ids(t)[k - 1], k, Pooling(window), [Piece(0, 100)])
         for t in (tokens, changed)
     )
     differs = before.ne(after).flatten(1).any(1).nonzero().flatten().tolist()

@@ -61,6 +61,9 @@ class Gengram(Section):
         description="o + SiLU(conv(o)) of the published code, SiLU(RMSNorm(o)) of equation 13, "
         "or o; o is the gated value",
     )
+    split: Literal["columns", "rows"] = Field(
+        "columns", description="how tensor-parallel ranks share a table; rows for tall ones"
+    )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
     init_std: Annotated[float, Field(gt=0)] | None = Field(
         None, description="standard deviation of the tables at the start; null: model.init_std"

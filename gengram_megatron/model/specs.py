@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_layer import (
 from gengram_megatron.config.schema import Model
 from gengram_megatron.model.attention import CoreAttention
 from gengram_megatron.model.experts import GroupedExperts
-from gengram_megatron.model.gengram.memory import GengramMemory, GengramShape
+from gengram_megatron.model.gengram.memory import GengramMemory
+from gengram_megatron.model.gengram.shape import GengramShape
 from gengram_megatron.model.latent_attention import LatentAttention
 from gengram_megatron.model.layer import with_memory
 from gengram_megatron.model.norm import RMSNorm
@@ -74,6 +75,7 @@ def _memory(model: Model) -> ModuleSpec | None:
         deduplicate=gengram.deduplicate,
         signed_sqrt=gengram.signed_sqrt,
         output=gengram.output,
+        split=gengram.split,
     )
     return ModuleSpec(module=GengramMemory, params={"gengram": shape})
 

@@ -80,13 +80,15 @@ def build_schedule(
 ) -> OptimizerParamScheduler:
     """Linear warm-up, then a cosine from lr to min_lr, both counted in samples."""
     settings = config.optimizer
+    warmup = round(settings.warmup_fraction * layout.samples)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=round(settings.warmup_fraction * layout.samples),
-        lr_decay_steps=round(settings.decay_fraction * layout.samples),
+        lr_warmup_steps=warmup,
+        # It must end later than the warm-up, if only by a sample.
+        lr_decay_steps=max(round(settings.decay_fraction * layout.samples), warmup + 1),
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

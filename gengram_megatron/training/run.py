@@ -33,7 +33,7 @@ class _Step:
     loss: float
     grad_norm: float
     lr: float
-    balance: dict[str, float]
+    others: dict[str, float]
 
 
 class _Run:
@@ -45,6 +45,7 @@ class _Run:
 
         from gengram_megatron.checkpoint.state import TrainingState
         from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
+        from gengram_megatron.model.gengram.touched import RowsTouched
         from gengram_megatron.platform.report import implementations
         from gengram_megatron.training.optimizer import build_optimizer, build_schedule
 
@@ -54,6 +55,8 @@ class _Run:
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config, layout, self.optimizer)
         self.state = TrainingState(config, layout, self.chunks, self.optimizer, self.schedule)
+        gengram = config.model.gengram
+        self.touched = RowsTouched(tuple(gengram.kmer_sizes)) if gengram.enabled else None
         self.implementations = implementations(self.chunks, self.optimizer)
         self.first_rank = dist.get_rank() == 0
         self.folder = Path(config.run.dir)
@@ -101,7 +104,12 @@ class _Run:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         report = forward_backward(
-            self.chunks, batches, self.config, self.layout, forward_only=False
+            self.chunks,
+            batches,
+            self.config,
+            self.layout,
+            forward_only=False,
+            touched=self.touched,
         )
         lr = self._lr()
         _, grad_norm, _ = self.optimizer.step()
@@ -110,8 +118,18 @@ class _Run:
             loss=mean_loss(report),
             grad_norm=grad_norm or 0.0,
             lr=lr,
-            balance=balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
+            others={
+                **balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
+                **self._rows_touched(),
+            },
         )
+
+    def _rows_touched(self) -> dict[str, int]:
+        from megatron.core import parallel_state
+
+        if self.touched is None:
+            return {}
+        return {"rows_touched": self.touched.take(parallel_state.get_data_parallel_group())}
 
     def _validate(self, step: int) -> None:
         from gengram_megatron.training.step import forward_backward, mean_loss
@@ -145,7 +163,7 @@ class _Run:
         memory = {}
         if torch.cuda.is_available():
             memory["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        self.log.train(**shown, **self._place_in_data(step), **result.balance, **memory)
+        self.log.train(**shown, **self._place_in_data(step), **result.others, **memory)
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
         from gengram_megatron.training.metrics import RunLog

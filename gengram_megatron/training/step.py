@@ -13,22 +13,29 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.data.batches import split_batch
 from gengram_megatron.model.gengram.ids import KmerIds
+from gengram_megatron.model.gengram.touched import RowsTouched
 from gengram_megatron.model.zigzag import context_pieces, take
 from gengram_megatron.tokenizer import EOD
 
 
 def forward_backward(
-    chunks: list, batches: Iterator[Tensor], config: Config, layout: Layout, forward_only: bool
+    chunks: list,
+    batches: Iterator[Tensor],
+    config: Config,
+    layout: Layout,
+    forward_only: bool,
+    touched: RowsTouched | None = None,
 ) -> Tensor | None:
     """Run a global batch; returns the sum of the losses of this data-parallel rank's samples and
     the number of scored tokens, [2] float64, on the last pipeline stage, and None elsewhere.
 
     batches: microbatches [b, L + 1] of this data-parallel rank. Every rank of a pipeline, tensor
     and context group reads the same ones: token ids must reach all layers with memory.
+    touched: marks the table rows that the microbatches look up.
     """
     schedule = get_forward_backward_func()
     reports = schedule(
-        forward_step_func=partial(forward_step, config=config),
+        forward_step_func=partial(forward_step, config=config, touched=touched),
         # One iterator a chunk: each walks the microbatches on its own.
         data_iterator=_iterators(batches, layout),
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -40,7 +47,7 @@ def forward_backward(
     return torch.stack([r["loss"] for r in reports]).sum(0) if reports else None
 
 
-def forward_step(batches: Iterator[Tensor], model, config: Config):
+def forward_step(batches: Iterator[Tensor], model, config: Config, touched: RowsTouched | None):
     """megatron-core's forward_step_func: the output, and the function that makes it a loss."""
     tokens = next(batches).to(torch.cuda.current_device(), non_blocking=True)
     inputs, labels, loss_mask = split_batch(tokens)
@@ -52,6 +59,8 @@ def forward_step(batches: Iterator[Tensor], model, config: Config):
             gengram.token_ids,
             eod=EOD if gengram.reset_at_document else None,
         )
+        if touched is not None:
+            touched.mark(kmers)
     pieces = context_pieces(
         inputs.shape[1],
         parallel_state.get_context_parallel_world_size(),

@@ -40,6 +40,7 @@ DOCUMENTS = {
         "signed_sqrt": False,
     }
 }
+ROWS = {"gengram": {**MODEL["gengram"], "split": "rows"}}
 NORM_OUTPUT = {"gengram": {**MODEL["gengram"], "output": "norm"}}
 NO_WINDOW = {"gengram": {**MODEL["gengram"], "window": None}}
 
@@ -54,6 +55,8 @@ CASES = {
     "tp2_sp_dense_mla": (2, {**DENSE, **MLA}, {"tensor": 2}, {}),
     "tp2_sp_no_window": (2, NO_WINDOW, {"tensor": 2}, {}),
     "tp2_sp_norm_output": (2, NORM_OUTPUT, {"tensor": 2}, {}),
+    "tp2_sp_rows": (2, ROWS, {"tensor": 2}, {}),
+    "tp2_dense_rows": (2, {**DENSE, **ROWS}, {"tensor": 2, "sequence": False}, {}),
     "tp2_etp1": (2, {}, {"tensor": 2, "expert_tensor": 1}, {}),
     "pp2": (2, {}, {"pipeline": 2}, {}),
     "pp2_full": (2, {}, {"pipeline": 2}, {"recompute": "full"}),
@@ -72,6 +75,8 @@ CASES = {
     "tp2_sp_cp2": (4, {}, {"tensor": 2, "context": 2}, {}),
     "tp2_sp_cp2_full": (4, {}, {"tensor": 2, "context": 2}, {"recompute": "full"}),
     "tp2_sp_cp2_documents": (4, DOCUMENTS, {"tensor": 2, "context": 2}, {"recompute": "full"}),
+    "tp2_sp_cp2_rows": (4, ROWS, {"tensor": 2, "context": 2}, {"recompute": "full"}),
+    "tp4_sp_rows": (4, {"num_query_groups": 4, **ROWS}, {"tensor": 4}, {}),
     "tp2_sp_ep2_etp1": (4, {}, {"tensor": 2, "expert": 2, "expert_tensor": 1}, {}),
     "tp2_sp_ep2": (4, {}, {"tensor": 2, "expert": 2}, {}),
     "tp4_sp": (4, {"num_query_groups": 4}, {"tensor": 4}, {}),

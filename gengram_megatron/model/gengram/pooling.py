@@ -5,48 +5,68 @@ inside end at its last L = W - k + 1 tokens. The mean runs over the valid ones (
 in float32 (`windows.py`). Nothing but the row numbers is kept for the backward pass.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gengram_megatron.model.gengram.ids import rows_of
 from gengram_megatron.model.gengram.windows import Windows
 from gengram_megatron.model.zigzag import Piece
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How rows are pooled: everything but the table and the ids.
+
+    window: W, or None: only the k-mer that ends at the position.
+    deduplicate: a k-mer that occurs several times in a window counts once (equation 7).
+    """
+
+    window: int | None
+    deduplicate: bool = False
+
+    def span(self, k: int) -> int:
+        """L, the places in a window where a k-mer can end."""
+        return 1 if self.window is None else self.window - k + 1
 
 
 def window_mean(
     table: Tensor,
     ids: Tensor,
     k: int,
-    window: int | None,
+    pooling: Pooling,
     pieces: list[Piece],
     documents: Tensor | None = None,
-    deduplicate: bool = False,
+    first_row: int = 0,
 ) -> Tensor:
     """Mean of the rows of table k over each position's window.
 
-    table: [5^k, d]; ids: [b, s] of whole sequences; documents: [b, s], windows end at their
-    borders; returns [s_local, b, d] in the table's dtype, for the positions of `pieces` only.
-    window None: only the k-mer that ends at the position. deduplicate: a k-mer that occurs several
-    times in a window counts once (equation 7).
+    table: [rows, d], rows first_row, first_row + 1, ... of the 5^k; ids: [b, s] of whole sequences;
+    documents: [b, s], windows end at their borders; returns [s_local, b, d], for the positions of
+    `pieces` only. With all rows it is the mean, in the table's dtype; with some of them their part
+    of it, in float32, as the parts are still to be added up.
     """
-    span = 1 if window is None else window - k + 1
-    return _WindowMean.apply(table, ids, documents, span, deduplicate, pieces)
+    return _WindowMean.apply(table, ids, documents, k, pooling, pieces, first_row)
 
 
 class _WindowMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, ids, documents, span, deduplicate, pieces):
+    def forward(ctx, table, ids, documents, k, pooling, pieces, first_row):
         ctx.save_for_backward(ids, documents)
-        ctx.span, ctx.deduplicate, ctx.pieces = span, deduplicate, pieces
+        ctx.k, ctx.pooling, ctx.pieces, ctx.first_row = k, pooling, pieces, first_row
         ctx.rows, ctx.dtype = table.shape[0], table.dtype
-        out = []
+        whole = ctx.rows == rows_of(k)
+        wide, out = _wide(table.dtype), []
         for piece in pieces:
             own, windows = _windows_of(ctx, ids, documents, piece)
-            rows = F.embedding(own.clamp(max=ctx.rows - 1), table).to(_wide(table.dtype))
-            rows.masked_fill_((own == ctx.rows).unsqueeze(-1), 0)
+            held = _held(ctx, own)
+            rows = F.embedding(held.clamp(max=ctx.rows - 1), table).to(wide)
+            rows.masked_fill_((held == ctx.rows).unsqueeze(-1), 0)
             total = windows.sums(rows)[-len(piece) :]
-            out.append(total.div_(_valid(own, ctx.rows, windows, len(piece))).to(table.dtype))
-        return out[0] if len(out) == 1 else torch.cat(out)
+            out.append(total.div_(_valid(own, k, windows, len(piece))))
+        return torch.cat(out).to(table.dtype if whole else wide)
 
     @staticmethod
     def backward(ctx, grad):
@@ -57,9 +77,9 @@ class _WindowMean(torch.autograd.Function):
         for piece in ctx.pieces:
             own, windows = _windows_of(ctx, ids, documents, piece)
             share = grad[offset : offset + len(piece)].to(_wide(grad.dtype))
-            share = share / _valid(own, ctx.rows, windows, len(piece))
+            share = share / _valid(own, ctx.k, windows, len(piece))
             grads.append(windows.spread(F.pad(share, (0, 0, 0, 0, len(own) - len(piece), 0))))
-            indices.append(own)
+            indices.append(_held(ctx, own))
             offset += len(piece)
         table_grad = torch.ops.aten.embedding_dense_backward(  # deterministic on GPUs too
             torch.cat(grads).flatten(0, 1),
@@ -68,23 +88,31 @@ class _WindowMean(torch.autograd.Function):
             ctx.rows,
             False,
         )
-        return table_grad[: ctx.rows].to(ctx.dtype), None, None, None, None, None
+        return table_grad[: ctx.rows].to(ctx.dtype), None, None, None, None, None, None
+
+
+def _held(ctx, ids: Tensor) -> Tensor:
+    """Place of each k-mer's row among the rows that are held here; one past the last for k-mers
+    that are not valid or whose row is held elsewhere."""
+    local = ids - ctx.first_row
+    return torch.where((local >= 0) & (local < ctx.rows), local, ctx.rows)
 
 
 def _windows_of(ctx, ids: Tensor, documents: Tensor | None, piece: Piece) -> tuple[Tensor, Windows]:
     """ids [s, b] of a piece and of the span - 1 tokens left of it, and the windows over them."""
-    here = slice(max(piece.start - ctx.span + 1, 0), piece.stop)
+    span = ctx.pooling.span(ctx.k)
+    here = slice(max(piece.start - span + 1, 0), piece.stop)
     own = ids[:, here].t()
     return own, Windows(
-        ctx.span,
+        span,
         documents=None if documents is None else documents[:, here].t(),
-        distinct=own if ctx.deduplicate else None,
+        distinct=own if ctx.pooling.deduplicate else None,
     )
 
 
-def _valid(ids: Tensor, rows: int, windows: Windows, length: int) -> Tensor:
+def _valid(ids: Tensor, k: int, windows: Windows, length: int) -> Tensor:
     """Valid k-mers in the windows of the last `length` positions, at least 1: [s, b, 1]."""
-    counts = windows.sums((ids != rows).to(torch.int32).unsqueeze(-1))[-length:]
+    counts = windows.sums((ids != rows_of(k)).to(torch.int32).unsqueeze(-1))[-length:]
     return counts.clamp_(min=1)
 
 
