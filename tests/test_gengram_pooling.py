@@ -174,9 +174,7 @@ def test_pieces_together_are_the_whole(cut, k, window):
     whole, gradient = mean_and_gradient(table, ids, k, window, [Piece(0, length)], weight)
     total = torch.zeros_like(table)
     for pieces in ranks:
-        part, own = mean_and_gradient(
-            table, ids, k, Pooling(window), pieces, take(weight, pieces, 0)
-        )
+        part, own = mean_and_gradient(table, ids, k, window, pieces, take(weight, pieces, 0))
         torch.testing.assert_close(part, take(whole, pieces, 0), rtol=1e-12, atol=1e-12)
         total += own
     torch.testing.assert_close(total, gradient, rtol=1e-12, atol=1e-12)
