@@ -8,7 +8,6 @@ k-mers of the microbatch travel in it (megatron-core 0.16.1).
 
 from dataclasses import dataclass, fields
 
-from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -34,19 +33,13 @@ class DecoderLayer(TransformerLayer):
             self.memory = build_module(
                 submodules.memory, config=config, pg_collection=self.pg_collection
             )
-        self.recompute_memory = config.recompute_granularity == "selective"
 
     def forward(
         self, hidden_states: Tensor, *args, attention_bias: KmerIds | None = None, **kwargs
     ):
         """hidden_states: [s_local, b, h]; attention_bias: the k-mers of this microbatch."""
         if self.has_memory:
-            kmers = attention_bias
-            if self.recompute_memory and self.training:
-                added = checkpoint(lambda x: self.memory(x, kmers), False, hidden_states)
-            else:
-                added = self.memory(hidden_states, kmers)
-            hidden_states = hidden_states + added
+            hidden_states = hidden_states + self.memory(hidden_states, attention_bias)
         return super().forward(hidden_states, *args, **kwargs)
 
 

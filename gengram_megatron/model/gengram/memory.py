@@ -1,7 +1,10 @@
 """One layer's Gengram memory: from k-mers and hidden state to what is added to the hidden state."""
 
+from functools import partial
+
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gengram_megatron.model.gengram.gate import Gate
 from gengram_megatron.model.gengram.ids import KmerIds
@@ -9,7 +12,7 @@ from gengram_megatron.model.gengram.output import ConvolutionOutput, NormOutput,
 from gengram_megatron.model.gengram.projection import KeyValueProjection
 from gengram_megatron.model.gengram.shape import GengramShape
 from gengram_megatron.model.gengram.tables import TablesByColumns, TablesByRows
-from gengram_megatron.model.zigzag import context_pieces, sequence_pieces
+from gengram_megatron.model.zigzag import Piece, context_pieces, sequence_pieces
 
 
 class GengramMemory(MegatronModule):
@@ -40,11 +43,18 @@ class GengramMemory(MegatronModule):
 
     def forward(self, hidden: Tensor, kmers: KmerIds) -> Tensor:
         """hidden: [s_local, b, h]; returns what the layer adds to it, in the same shape."""
-        seq_length = kmers.ids[0].shape[1]
-        pieces = context_pieces(seq_length, self.cp_group.size(), self.cp_group.rank())
-        features = self.tables(kmers, pieces)
-        key, value = self.projection(features)
+        pieces = context_pieces(kmers.ids[0].shape[1], self.cp_group.size(), self.cp_group.rank())
+        key, value = self.projection(
+            partial(self.tables, kmers, pieces), list(self.tables.parameters())
+        )
         if self.config.sequence_parallel:
             pieces = sequence_pieces(pieces, self.tp_group.size(), self.tp_group.rank())
-        gated = self.gate(hidden, key) * value
-        return self.output(gated, pieces, kmers)
+        # Everything from here on is cheap to compute again, and would keep a dozen tensors.
+        return checkpoint(
+            self._gate_and_output, hidden, key, value, pieces, kmers, use_reentrant=False
+        )
+
+    def _gate_and_output(
+        self, hidden: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], kmers: KmerIds
+    ) -> Tensor:
+        return self.output(self.gate(hidden, key) * value, pieces, kmers)

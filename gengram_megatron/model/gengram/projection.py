@@ -3,7 +3,12 @@
 The features are concatenated in the order of k. A tensor-parallel rank has d / tp columns of each
 table, multiplies them with its part of both maps, and the sum over the ranks gives the result: one
 reduce-scatter under sequence parallelism, no gather of features.
+
+The features are the widest tensor of the memory (6 d_m a token) and cheap to make, so they are not
+kept for the backward pass but pooled again there.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +38,12 @@ class KeyValueProjection(nn.Module):
         config.init_method(self.weight)
         set_tensor_model_parallel_attributes(self.weight, True, 3, 1)
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features: [s, b, number of k * d / tp]; returns key and value, [s or s / tp, b, h]."""
-        partial = F.linear(features, self.weight.flatten(2).flatten(0, 1))
+    def forward(
+        self, pool: Callable[[], Tensor], tables: list[nn.Parameter]
+    ) -> tuple[Tensor, Tensor]:
+        """pool: makes the features [s, b, number of k * d / tp] from the tables; returns key and
+        value, each [s, b, h], or [s / tp, b, h] under sequence parallelism."""
+        partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *tables)
         if self.sequence_parallel:
             both = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         else:
@@ -54,3 +62,23 @@ class KeyValueProjection(nn.Module):
                 prepend_axis_num=before,
             )
         }
+
+
+class _LinearOfPooled(torch.autograd.Function):
+    """pool() @ weight^T, with the gradients of the weight and of the tables that pool() reads."""
+
+    @staticmethod
+    def forward(ctx, pool, weight, *tables):
+        ctx.pool = pool
+        ctx.save_for_backward(weight, *tables)
+        return F.linear(pool(), weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, *tables = ctx.saved_tensors
+        with torch.enable_grad():
+            features = ctx.pool()
+        rows = grad.flatten(0, 1)
+        weight_grad = rows.t() @ features.detach().flatten(0, 1)
+        table_grads = torch.autograd.grad(features, tables, grad @ weight)
+        return None, weight_grad, *table_grads
