@@ -52,6 +52,10 @@ MEMORIES = {
             "conv_kernel": 3,
         }
     },
+    "a norm for its output": {
+        "gengram": {"enabled": True, "layers": [2], "dim": 8, "output": "norm"}
+    },
+    "plain output": {"gengram": {"enabled": True, "layers": [2], "dim": 8, "output": "plain"}},
 }
 
 

@@ -13,7 +13,7 @@ out too: utilisation is about the work that the model needs, not about work done
 from dataclasses import dataclass
 
 from gengram_megatron.config.schema import Config, Model
-from gengram_megatron.model.gengram.pooling import table_rows
+from gengram_megatron.model.gengram.ids import table_rows
 
 PEAK_BF16_FLOPS = {
     "NVIDIA H200": 989e12,
@@ -35,7 +35,7 @@ class Parameters:
     activated: int
     """All but the experts that a token does not go to; embeddings and tables count whole."""
     gengram: int
-    """Tables, projections, gates and convolutions of all layers with memory."""
+    """Tables, projections, gates and outputs of all layers with memory."""
     tables: int
 
 
@@ -65,7 +65,7 @@ def count_parameters(config: Config) -> Parameters:
     attention = layers * (_attention_weights(model) + _latent_norms(model))
     tables = _memory_layers(model) * _table_weights(model)
     gengram = tables + _memory_layers(model) * (
-        _memory_projection(model) + (2 + model.gengram.conv_kernel) * hidden
+        _memory_projection(model) + 2 * hidden + _memory_output(model)  # 2: norms of the gate
     )
     shared = norms + embeddings + attention + layers * _router_weights(model) + gengram
     expert = layers * _feed_forward_weights(model)
@@ -167,3 +167,9 @@ def _table_weights(model: Model) -> int:
 def _memory_projection(model: Model) -> int:
     """Of one layer's maps from the pooled features to key and value."""
     return 2 * model.hidden_size * len(model.gengram.kmer_sizes) * model.gengram.dim
+
+
+def _memory_output(model: Model) -> int:
+    """Of one layer's convolution or norm, by the form of the output."""
+    taps = {"convolution": model.gengram.conv_kernel, "norm": 1, "plain": 0}
+    return taps[model.gengram.output] * model.hidden_size
