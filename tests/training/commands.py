@@ -11,9 +11,14 @@ import os
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
 from gengram_megatron.cli import main
+
+INIT_PROCESS_GROUP = dist.init_process_group
 
 
 def run(words: list[str]) -> dict:
@@ -38,12 +43,19 @@ def forget() -> None:
         core.get_moe_layer_wise_logging_tracker().clear()
 
 
+def meet_by(file: Path, world: int) -> None:
+    """Let the next group of processes find each other through a file: torchrun's store still has
+    the addresses of the last one."""
+    own = partial(INIT_PROCESS_GROUP, store=dist.FileStore(str(file), world))
+    dist.init_process_group = lambda store, **settings: own(**settings)
+
+
 if __name__ == "__main__":
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    rank = os.environ.get("RANK", "0")
-    for number, (name, words) in enumerate(jobs.items()):
-        # torch keeps the addresses of a group of processes apart by this number.
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+    rank, ranks = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    for name, words in jobs.items():
+        if ranks > 1:
+            meet_by(folder / f"{name}.store", ranks)
         result = run(words)
         (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
         if result["code"] not in (0, 2):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,23 +66,24 @@ def start(processes: int, words: list[str], output: Path) -> subprocess.Popen:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL to a process and all that it started (torchrun's ranks have sessions of their own)."""
+    parents = _parents()
     family = [process.pid]
     for pid in family:  # grows while it is walked
-        family += _children(pid)
+        family += [child for child, parent in parents.items() if parent == pid]
     for pid in family:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    except OSError:
-        return []
-    return [int(child) for text in lists for child in text.split()]
+def _parents() -> dict[int, int]:
+    """The parent of every process of this machine."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # pid (name, which may hold anything) state parent ...
+            found[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    return found
 
 
 def wait_for(condition, process: subprocess.Popen, output: Path, seconds: float = 120) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from tests.layouts.launch import ROOT
@@ -53,13 +54,21 @@ def environment() -> dict[str, str]:
 def build_data(folder: Path) -> Path:
     """The shipped DNA in fragments of 64 bases; built once a session."""
     if not folder.exists():
-        words = [f"output={folder}", "seq_length=64"]
-        command = [sys.executable, "-m", "data_prep", "build", "configs/data/sample.yaml", *words]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        _gengram_data("build", "configs/data/sample.yaml", f"output={folder}", "seq_length=64")
     return folder
+
+
+def _gengram_data(*words: str) -> None:
+    program = "from data_prep.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def write_config(path: Path, data: Path) -> Path:
@@ -82,3 +91,20 @@ def numbers(run: Path, kind: str | None = None) -> list[dict]:
 
 def losses(run: Path, kind: str = "train") -> list[float]:
     return [entry["loss"] for entry in entries(run, kind)]
+
+
+def write_few(folder: Path) -> None:
+    """A data set of eight random fragments to learn by heart, and two to validate with."""
+    draw = np.random.default_rng(3)
+    records = {name: "".join(draw.choice([*"ACGT"], 64 * n)) for name, n in (("a", 8), ("b", 2))}
+    fasta = folder.with_suffix(".fa")
+    fasta.write_text("".join(f">{name}\n{bases}\n" for name, bases in records.items()))
+    source = {"fasta": str(fasta), "validation_records": ["b"]}
+    config = {
+        "output": str(folder),
+        "seq_length": 64,
+        "groups": {"all": {"sources": {"random": source}}},
+    }
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    _gengram_data("build", str(file))
