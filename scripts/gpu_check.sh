@@ -82,9 +82,9 @@ fi
 
 export -f is_built data_set train without_gpu
 export python work datasets
+step data_sets 60 bash -c "data_set sample 512 && data_set sample_8k $long"
 step gpu_tests 200 "$python" -m pytest -q -p no:cacheprovider "${gpu_tests[@]}"
 step cpu_tests 90 bash -c 'without_gpu "$@"' _ -m pytest -q -p no:cacheprovider "${cpu_tests[@]}"
-step data_sets 60 bash -c "data_set sample 512 && data_set sample_8k $long"
 step smoke 100 bash -c 'train "$@"' _ smoke configs/smoke/one_gpu.yaml \
   "data.path=$datasets/sample" "${smoke[@]}"
 for memory in true false; do

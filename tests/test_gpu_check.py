@@ -98,7 +98,7 @@ def test_rehearsal(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "failed: smoke"
     report = json.loads(out.read_text())
-    names = ["gpu_tests", "cpu_tests", "data_sets", "smoke", "gengram_true", "gengram_false"]
+    names = ["data_sets", "gpu_tests", "cpu_tests", "smoke", "gengram_true", "gengram_false"]
     assert list(report["steps"]) == names
     statuses = {name: step["exit_status"] for name, step in report["steps"].items()}
     assert [name for name, status in statuses.items() if status] == ["smoke"]
