@@ -166,7 +166,7 @@ def compare(hidden: int, length: int, repeats: int) -> dict[str, dict[str, float
         modules[name] = our_module(hidden, dtype)
         copy_weights(modules[name], obvious[torch.bfloat16])
 
-    ids = KmerIds.of(read_tokens(length).to(device), SIZES, [BASE_IDS[b] for b in "ACGTN"])
+    ids = KmerIds.of(read_tokens(length).to(device), SIZES, list(BASE_IDS))
     x = torch.randn(length, 1, hidden, device=device)
     runs = {name: [] for name in modules}
     for repeat in range(repeats + 1):

@@ -38,8 +38,7 @@ class Windows:
     def spread(self, x: Tensor) -> Tensor:
         """The adjoint: for each k-mer, the sum of x over the windows that it lies in."""
         if self.distinct is None:
-            documents = None if self.documents is None else self.documents.flip(0)
-            return sliding_sum(x.flip(0), self.span, documents).flip(0)
+            return sliding_sum(x, self.span, self.documents, ahead=True)
         total = torch.zeros_like(x)
         for back in range(min(self.span, len(x))):
             total[: len(x) - back] += x[back:] * self._counts(back)
@@ -57,16 +56,21 @@ class Windows:
         return counts.unsqueeze(-1)
 
 
-def sliding_sum(x: Tensor, span: int, documents: Tensor | None = None) -> Tensor:
-    """out[t] = x[t - span + 1] + ... + x[t] along the first axis, nothing before x[0] and, with
-    documents [s, b], nothing of another document. x: [s, b, ...]"""
+def sliding_sum(
+    x: Tensor, span: int, documents: Tensor | None = None, ahead: bool = False
+) -> Tensor:
+    """out[t] = x[t - span + 1] + ... + x[t] along the first axis, or with `ahead` x[t] + ... +
+    x[t + span - 1]; nothing outside of x and, with documents [s, b], nothing of another document.
+    x: [s, b, d]; x itself is left as it is."""
 
-    def add(target: Tensor, source: Tensor, shift: int) -> None:
-        part = source[: max(len(source) - shift, 0)]
-        if documents is not None and len(part):
-            same = documents[shift:] == documents[: len(part)]
-            part = part * same.view(*same.shape, *[1] * (part.dim() - same.dim()))
-        target[shift:] += part
+    def plus_shifted(target: Tensor, source: Tensor, shift: int, out: Tensor) -> Tensor:
+        """target + source moved by `shift`, into out, which may be target."""
+        near, far = slice(shift, None), slice(0, max(len(source) - shift, 0))
+        at, moved = (far, source[near]) if ahead else (near, source[far])
+        if documents is not None:
+            moved = moved * (documents[near] == documents[far]).unsqueeze(-1)
+        torch.add(target[at], moved, out=out[at])
+        return out
 
     total, covered, power, size = None, 0, x, 1
     while True:
@@ -74,10 +78,11 @@ def sliding_sum(x: Tensor, span: int, documents: Tensor | None = None) -> Tensor
             if total is None:
                 total = power.clone()
             else:
-                add(total, power, covered)
+                plus_shifted(total, power, covered, out=total)
             covered += size
         if covered == span:
             return total
-        doubled = power.clone()
-        add(doubled, power, size)
-        power, size = doubled, 2 * size
+        edge = slice(max(len(power) - size, 0), None) if ahead else slice(0, size)
+        doubled = torch.empty_like(power)
+        doubled[edge] = power[edge]
+        power, size = plus_shifted(power, power, size, out=doubled), 2 * size
