@@ -196,6 +196,11 @@ class Train(Section):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of weights and activations; gradients add up in fp32"
     )
+    deterministic: bool = Field(
+        True,
+        description="the same bits every time, without which a resumed run drifts by rounding; "
+        "on GPUs the backward pass of flash attention is slower for it",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations recomputed in the backward pass"
     )

@@ -69,15 +69,17 @@ class CoreAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The last query sees every key, each query before it one key less."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-        grouped = q.shape[1] != k.shape[1]
-        if q.shape[2] == k.shape[2]:
+        square, grouped = q.shape[2] == k.shape[2], q.shape[1] != k.shape[1]
+        # Of the kernels that build no s x s scores on a GPU only the one for a whole causal square
+        # in bf16 takes groups.
+        if grouped and not (square and (q.dtype == torch.bfloat16 or not q.is_cuda)):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
+        if square:
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped
             )
         else:
-            # The kernels for a causal mask that ends at the lower right take no groups.
-            if grouped:
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=_lower_right_mask(q, k), scale=self.scale
             )

@@ -131,6 +131,9 @@ def _experts(config: Config, layout: Layout) -> dict:
         "num_moe_experts": model.num_experts,
         "moe_ffn_hidden_size": model.ffn_hidden_size,
         "moe_router_topk": model.moe_router_topk,
+        # The softmax runs over the chosen experts; over all of them where only one is chosen,
+        # whose weight would else be 1 and teach the router nothing.
+        "moe_router_pre_softmax": model.moe_router_topk == 1,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,

@@ -9,9 +9,13 @@ import torch.distributed as dist
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.platform import prepare
 
+TIMEOUT = timedelta(minutes=30)
 
-def start_processes(layout: Layout, seed: int, rank: int, timeout_minutes: float = 30) -> None:
+
+def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = True) -> None:
     """Join the other processes and make megatron-core's groups for the layout."""
+    if deterministic:
+        _compute_deterministically()
     prepare()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -25,7 +29,7 @@ def start_processes(layout: Layout, seed: int, rank: int, timeout_minutes: float
             store=dist.HashStore() if alone else None,
             world_size=layout.world_size,
             rank=rank,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=TIMEOUT,
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -36,6 +40,14 @@ def start_processes(layout: Layout, seed: int, rank: int, timeout_minutes: float
         expert_tensor_parallel_size=layout.expert_tensor,
     )
     model_parallel_cuda_manual_seed(seed)
+
+
+def _compute_deterministically() -> None:
+    """The same bits every time on GPUs, too; on the CPU they are so anyway."""
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs, and changes nothing
 
 
 def end_processes() -> None:

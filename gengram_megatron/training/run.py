@@ -19,7 +19,7 @@ def train(config: Config, layout: Layout) -> None:
     """Train from the newest checkpoint of config.run.dir, or from the start, to the end."""
     data = RunData(config)
     _, rank = world_size_from_environment()
-    start_processes(layout, config.run.seed, rank)
+    start_processes(layout, config.run.seed, rank, config.train.deterministic)
     try:
         _Run(config, layout, data).run()
     finally:

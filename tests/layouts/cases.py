@@ -64,6 +64,7 @@ CASES = {
     "pp2_vpp2": (2, EIGHT_LAYERS, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "pp2_vpp3": (2, {}, {"pipeline": 2, "virtual_pipeline": 3}, {}),
     "pp2_vpp3_full": (2, {}, {"pipeline": 2, "virtual_pipeline": 3}, {"recompute": "full"}),
+    "ep2_top1": (2, {"moe_router_topk": 1}, {"expert": 2}, {}),
     "ep2": (2, {}, {"expert": 2}, {}),
     "dp2": (2, {}, {}, {}),
     "cp2": (2, {}, {"context": 2}, {}),
