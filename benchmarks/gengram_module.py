@@ -188,7 +188,7 @@ def errors(modules: dict[str, nn.Module], ids: KmerIds) -> dict[str, float]:
     found = {}
     for name, module in modules.items():
         if isinstance(module, GengramMemory):
-            tables = module.tables.weights.values()
+            tables = module.tables.parameters()
             features = module.tables(ids, [Piece(0, ids.ids[0].shape[1])])
         else:
             tables, features = [t.weight for t in module.tables], module.pooled(ids)

@@ -44,13 +44,13 @@ class GroupedExperts(MegatronModule):
         megatron-core's own experts.
         """
         ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
-        gate_up = _grouped_product(tokens, self.linear_fc1.weight.flatten(1, 2), ends)
+        gate_up = _grouped_product(tokens, self.linear_fc1().flatten(1, 2), ends)
         if self.recompute_activation:
             checkpoint = CheckpointWithoutOutput()
             activated = checkpoint.checkpoint(_weighted_swiglu, gate_up, probs)
         else:
             activated = _weighted_swiglu(gate_up, probs)
-        out = _grouped_product(activated, self.linear_fc2.weight, ends)
+        out = _grouped_product(activated, self.linear_fc2(), ends)
         if self.recompute_activation:
             checkpoint.discard_output_and_register_recompute(out)
         return out, None
@@ -73,7 +73,8 @@ class GroupedExperts(MegatronModule):
 
 
 class _Weight(nn.Module):
-    """One weight, under the name that a linear layer's would have."""
+    """One weight, under the name that a linear layer's would have. It is asked for by a call: there
+    megatron-core waits for weights that are gathered while the forward pass goes on."""
 
     def __init__(self, shape, partition_dim: int, init_method, config, separate: bool):
         super().__init__()
@@ -84,6 +85,9 @@ class _Weight(nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
         # megatron-core reduces the gradients of such parameters over the expert-data group.
         self.weight.allreduce = not separate
+
+    def forward(self) -> nn.Parameter:
+        return self.weight
 
 
 def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

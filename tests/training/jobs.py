@@ -66,4 +66,5 @@ FOUR = {
     "dp2_vpp2": (*SHORT, *VPP),
     "dp2_vpp2_reduce": (*SHORT, *VPP, *REDUCE),
     "dp2_vpp2_gather": (*SHORT, *VPP, *GATHER),
+    "dp4_ep2_gather": (*SHORT, *GATHER, "parallel.expert=2"),
 }

@@ -22,6 +22,23 @@ from gengram_megatron.model.initialize import mark
 from gengram_megatron.model.zigzag import Piece
 
 
+class _Weights(nn.Module):
+    """The tables by name, k1 and so on. What is looked up is asked for by a call: where updated
+    weights are gathered while the forward pass goes on, megatron-core waits for those of a module
+    when the module is called, and a table that is only read might still be the old one."""
+
+    def __init__(self, tables: dict[str, nn.Parameter]):
+        super().__init__()
+        for name, table in tables.items():
+            self.register_parameter(name, table)
+
+    def forward(self, k: int) -> nn.Parameter:
+        return self[f"k{k}"]
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return getattr(self, name)
+
+
 class _Tables(nn.Module, ABC):
     """What both ways share. weights["k6"] is this rank's part of the table of 6-mers."""
 
@@ -30,9 +47,7 @@ class _Tables(nn.Module, ABC):
     def __init__(self, config, gengram: GengramShape, tp_group, dp_group):
         super().__init__()
         self.shape, self.tp_group, self.dp_group = gengram, tp_group, dp_group
-        self.weights = nn.ParameterDict(
-            {f"k{k}": self._table(config, k) for k in gengram.kmer_sizes}
-        )
+        self.weights = _Weights({f"k{k}": self._table(config, k) for k in gengram.kmer_sizes})
 
     @abstractmethod
     def _local(self, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -53,7 +68,7 @@ class _Tables(nn.Module, ABC):
         """The means over this rank's part of each table: [s, b, columns] each."""
         return [
             window_mean(
-                self.weights[f"k{k}"],
+                self.weights(k),
                 ids,
                 k,
                 self.shape.pooling,
