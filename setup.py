@@ -31,6 +31,7 @@ setup(
         "numpy>=1.26",  # token arrays, and the arithmetic of data preparation
         "pyyaml>=6.0",  # YAML with line numbers, for error messages that name the line
         "pydantic>=2.7",  # the schema that every config is checked against
+        "psutil>=5.9",  # megatron-core's checkpoint writers want it, and hang without
         "typer>=0.12",  # the command line and its --help
         "rich>=13.7",  # progress lines and tables
         "dnaio>=1.2",  # FASTA: plain, gzip, bgzip (through xopen)
