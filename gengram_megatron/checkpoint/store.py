@@ -53,15 +53,15 @@ class CheckpointStore:
 
     def finish(self, partial: Path, facts: Facts) -> None:
         """Make a written checkpoint the newest, and remove those beyond `keep`."""
-        with open(partial / FACTS, "w") as file:
-            json.dump(asdict(facts), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
+        # megatron-core flushes its tensors, but neither its description of them nor the rest.
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
         whole = self.path(facts.step)
         if whole.exists():
             raise UserError(f"{whole} is there already: another run writes to this folder")
         os.rename(partial, whole)
-        _sync_folder(self.folder)
+        _flush(self.folder)
         self._prune()
 
     def newest(self) -> Path | None:
@@ -96,8 +96,9 @@ def read_facts(checkpoint: Path) -> Facts:
     return facts
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Have a file, or a folder's list of files, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
