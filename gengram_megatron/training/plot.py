@@ -68,29 +68,36 @@ def _smooth(loss: np.ndarray) -> np.ndarray:
 
 
 def _limits(runs: Iterable[list[dict]], references: dict[str, float]) -> tuple[float, float]:
-    """Bottom and top of the picture, in nats: all there is but each run's steep beginning (the
-    first twentieth, from the logarithm of the whole vocabulary down), which enters from above."""
-    shown = list(references.values())
+    """Bottom and top of the picture, in nats.
+
+    What is worse than guessing one of four bases is warm-up: once a run is past it, the picture
+    begins there and the curves enter from above. Before, it shows all but the first twentieth.
+    """
+    shown, late = list(references.values()), []
     for entries in runs:
         loss = _series(entries, "train")[1]
-        shown += [*loss[len(loss) // 20 :], *_series(entries, "validation")[1]]
-    finite = [nats for nats in shown if math.isfinite(nats)] or [0.0, math.log(4)]
-    margin = 0.05 * (max(finite) - min(finite)) or 0.05
-    return min(finite) - margin, max(finite) + margin
+        late += [*_smooth(loss)[len(loss) // 20 :]] if len(loss) else []
+        shown += [*_series(entries, "validation")[1]]
+    past = [nats for nats in (*shown, *late) if math.isfinite(nats)] or [0.0, math.log(4)]
+    top = max(past)
+    if min(past) < math.log(4):
+        top = max([math.log(4), *references.values()])
+    margin = 0.05 * (top - min(past)) or 0.05
+    return min(past) - margin, top + margin
 
 
 def _draw_references(axes: Axes, references: dict[str, float]) -> None:
-    """Dotted lines, named at the right-hand end, where the curves have left them behind."""
+    """Dotted lines, named at the left-hand end, where the curves have not come down to them."""
     ordered = sorted(references.items(), key=lambda item: -item[1])
     for (name, nats), grey in zip(ordered, REFERENCE_GREYS * len(ordered)):
         axes.axhline(nats, color=grey, linewidth=1, linestyle=":", zorder=1)
         axes.annotate(
             f"{name}: {nats:.4f}",
-            xy=(1, nats),
+            xy=(0, nats),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 2),
+            xytext=(4, 2),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="bottom",
             fontsize=8,
             color=grey,
