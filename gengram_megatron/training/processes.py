@@ -19,6 +19,7 @@ def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = 
     prepare()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
@@ -40,6 +41,8 @@ def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = 
         expert_tensor_parallel_size=layout.expert_tensor,
     )
     model_parallel_cuda_manual_seed(seed)
+    # What the layers report is kept in a global, which must not outlive a run of this process.
+    get_moe_layer_wise_logging_tracker().clear()
 
 
 def _compute_deterministically() -> None:
