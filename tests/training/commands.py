@@ -36,13 +36,6 @@ def run(words: list[str]) -> dict:
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
-def forget() -> None:
-    """A process of its own would start without the last run's balance losses."""
-    core = sys.modules.get("megatron.core.transformer.moe.moe_utils")
-    if core:
-        core.get_moe_layer_wise_logging_tracker().clear()
-
-
 def meet_by(file: Path, world: int) -> None:
     """Let the next group of processes find each other through a file: torchrun's store still has
     the addresses of the last one."""
@@ -61,4 +54,3 @@ if __name__ == "__main__":
         if result["code"] not in (0, 2):
             print(f"job {name}, rank {rank}: {result['err']}", file=sys.stderr)
             sys.exit(1)  # the other ranks may be waiting
-        forget()
