@@ -159,9 +159,16 @@ def config(
             help="List every key, what it may be, its default and its meaning; needs no CONFIG.",
         ),
     ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also check that the run works on so many processes."),
+    ] = None,
 ) -> None:
     """Print the whole config of a run.
 
     Files, words and defaults are put together. What is printed is itself a config file that gives the same run.
     """
-    print(dump_config(load_config(config, overrides or [], Config)), end="")
+    loaded = load_config(config, overrides or [], Config)
+    if nproc is not None:
+        check_layout(loaded, nproc)
+    print(dump_config(loaded), end="")

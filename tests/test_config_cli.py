@@ -108,3 +108,19 @@ def test_start_imports_no_torch():
 @pytest.mark.parametrize("path", sorted(SMOKE.glob("*.yaml")), ids=lambda path: path.name)
 def test_smoke_configs_work(path):
     check_layout(load_config(path, [], Config), WORLD_SIZES[path.name])
+
+
+def test_config_checks_the_layout_where_a_number_of_processes_is_given():
+    done = gengram("config", SMOKE / "cpu.yaml", "--nproc", "3")
+    assert done.returncode == 2
+    assert "the world size is 3" in done.stderr
+    assert gengram("config", SMOKE / "cpu.yaml", "--nproc", "4").returncode == 0
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+    from gengram_megatron.errors import UserError
+    from gengram_megatron.training.folder import make_folder
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        make_folder(tmp_path / "file" / "run")

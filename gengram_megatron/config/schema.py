@@ -208,7 +208,7 @@ class Train(Section):
         None, description="steps between validations; null: at the end only"
     )
     validation_samples: Positive | None = Field(
-        None, description="samples of each validation; null: the whole validation split"
+        None, description="samples of each validation, at most all; null: all"
     )
 
 

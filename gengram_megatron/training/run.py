@@ -11,13 +11,14 @@ import torch.distributed as dist
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.training.data import RunData
-from gengram_megatron.training.folder import write_config
+from gengram_megatron.training.folder import make_folder, write_config
 from gengram_megatron.training.processes import end_processes, start_processes
 
 
 def train(config: Config, layout: Layout) -> None:
     """Train from the newest checkpoint of config.run.dir, or from the start, to the end."""
     data = RunData(config)
+    make_folder(Path(config.run.dir))
     _, rank = world_size_from_environment()
     start_processes(layout, config.run.seed, rank, config.train.deterministic)
     try:
