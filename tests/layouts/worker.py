@@ -58,6 +58,10 @@ def run(name: str, mode: str, out: Path) -> None:
     world, rank = world_size_from_environment()
     config = config_of(name, alone=mode == "alone")
     layout = check_layout(config, world)
+    # Groups of its own for each case, which meet by a file: those of all cases together would
+    # keep hundreds of gloo's threads awake.
+    store = dist.FileStore(str(out / f"{mode}_{name}.store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     start_processes(layout, config.run.seed, rank)
     from megatron.core import parallel_state
 
@@ -72,7 +76,7 @@ def run(name: str, mode: str, out: Path) -> None:
     result = {"loss": mean_loss(report), "gradients": gradients(chunks)}
     if rank == 0:
         torch.save(result, out / f"{mode}_{name}.pt")
-    parallel_state.destroy_model_parallel()
+    end_processes()
 
 
 if __name__ == "__main__":
@@ -80,4 +84,3 @@ if __name__ == "__main__":
     folder, how, *cases = sys.argv[1:]
     for case in cases:
         run(case, how, Path(folder))
-    end_processes()
