@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import flush
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def published(output: Path, replace: bool) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.iterdir(), partial]:
-            _flush(path)
+            flush(path)
         if replace and output.exists():
             output.rename(replaced)
         partial.rename(output)
@@ -33,12 +34,3 @@ def published(output: Path, replace: bool) -> Iterator[Path]:
         raise UserError(f"{output} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold it before a rename makes it visible."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

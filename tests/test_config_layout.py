@@ -53,6 +53,7 @@ REFUSED = {
     "gqa without groups": (4, ["model.num_query_groups=null"], "model.attention is gqa, which needs model.num_query_groups"),
     "mha with groups": (4, ["model.attention=mha"], "model.num_query_groups is 4, but model.attention is mha"),
     "mla with groups": (4, ["model.attention=mla"], "model.num_query_groups is 4, but model.attention is mla"),
+    "fewer rows than ranks": (8, ["parallel.tensor=8", "parallel.pipeline=1", "model.num_query_groups=8", "model.gengram.split=rows"], "the table of 1-mers has 5 rows for parallel.tensor = 8 ranks"),
     "mla without sequence": (4, [*MLA, *DENSE, "parallel.sequence=false"], "model.attention mla on more than one tensor-parallel rank needs parallel.sequence: true"),
     "rows of experts": (4, ["model.hidden_size=72", "model.num_attention_heads=4", "model.ffn_hidden_size=260"], "model.ffn_hidden_size / parallel.expert_tensor is 130, which experts in bf16 cannot use: make it a multiple of 8"),
     "transformer engine": (4, ["model.implementation=transformer_engine"], "model.implementation is transformer_engine, which is not installed here"),

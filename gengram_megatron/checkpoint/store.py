@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import flush
 
 FORMAT = 1
 PARTIAL = ".partial"
@@ -56,12 +57,12 @@ class CheckpointStore:
         (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
         # megatron-core flushes its tensors, but neither its description of them nor the rest.
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         whole = self.path(facts.step)
         if whole.exists():
             raise UserError(f"{whole} is there already: another run writes to this folder")
         os.rename(partial, whole)
-        _flush(self.folder)
+        flush(self.folder)
         self._prune()
 
     def newest(self) -> Path | None:
@@ -94,12 +95,3 @@ def read_facts(checkpoint: Path) -> Facts:
             "use the version of gengram that wrote it"
         )
     return facts
-
-
-def _flush(path: Path) -> None:
-    """Have a file, or a folder's list of files, written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -230,6 +230,12 @@ def _gengram_problems(config: Config) -> Iterator[str]:
             f"model.gengram.window is {gengram.window}, too small for the {max(sizes)}-mers of "
             f"model.gengram.kmer_sizes; make it at least {max(sizes)}, or null for no window"
         )
+    if gengram.split == "rows" and config.parallel.tensor > 5 ** min(sizes):
+        yield (
+            f"model.gengram.split is rows, but the table of {min(sizes)}-mers has "
+            f"{5 ** min(sizes)} rows for parallel.tensor = {config.parallel.tensor} ranks; "
+            "set split to columns, or lower parallel.tensor"
+        )
     if len(set(gengram.token_ids)) < len(gengram.token_ids):
         yield f"model.gengram.token_ids is {gengram.token_ids}; A C G T N need an id each"
     if max(gengram.token_ids) >= model.vocab_size:
