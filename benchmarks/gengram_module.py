@@ -28,8 +28,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gengram_megatron.config.layout import Layout
-from gengram_megatron.model.gengram.ids import KmerIds, rows_of
+from gengram_megatron.config.placement import Placement
+from gengram_megatron.config.tables import direct_table
+from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.memory import GengramMemory
+from gengram_megatron.model.gengram.pooling import Pooling, pooled
 from gengram_megatron.model.gengram.shape import GengramShape
 from gengram_megatron.model.initialize import marker
 from gengram_megatron.model.zigzag import Piece
@@ -37,6 +40,8 @@ from gengram_megatron.tokenizer import BASE_IDS, DnaTokenizer
 from gengram_megatron.training.processes import end_processes, start_processes
 
 SIZES, WINDOW, KERNEL, DIM, EPSILON = (1, 2, 3, 4, 5, 6), 21, 4, 1024, 1e-5
+PLACEMENTS = tuple(Placement(direct_table(k, DIM), None, "one process") for k in SIZES)
+TABLES = tuple(place.table for place in PLACEMENTS)
 DNA = Path(__file__).parents[1] / "sample_data/human_GRCh37_chr20_30M-34M.fa.gz"
 
 
@@ -45,7 +50,7 @@ class ObviousGengram(nn.Module):
 
     def __init__(self, hidden: int):
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(rows_of(k), DIM) for k in SIZES)
+        self.tables = nn.ModuleList(nn.Embedding(5**k, DIM) for k in SIZES)
         self.key = nn.Linear(len(SIZES) * DIM, hidden, bias=False)
         self.value = nn.Linear(len(SIZES) * DIM, hidden, bias=False)
         self.norm_hidden = nn.RMSNorm(hidden, EPSILON)
@@ -59,8 +64,8 @@ class ObviousGengram(nn.Module):
         means = []
         for k, rows, table in zip(SIZES, ids.ids, self.tables):
             rows, span = rows.t().long(), WINDOW - k + 1
-            valid = (rows < rows_of(k)).unsqueeze(-1).to(table.weight.dtype)
-            found = table(rows.clamp(max=rows_of(k) - 1)) * valid
+            valid = (rows < 5**k).unsqueeze(-1).to(table.weight.dtype)
+            found = table(rows.clamp(max=5**k - 1)) * valid
             total, count = (
                 x - F.pad(x, (0, 0, 0, 0, span, 0))[: len(x)]
                 for x in (found.cumsum(0), valid.float().cumsum(0))
@@ -93,7 +98,7 @@ def our_module(hidden: int, dtype: torch.dtype) -> GengramMemory:
         params_dtype=dtype,
         init_method=marker(0.02),
     )
-    shape = GengramShape(SIZES, DIM, WINDOW, KERNEL, init_std=0.02)
+    shape = GengramShape(PLACEMENTS, DIM, WINDOW, KERNEL, init_std=0.02)
     return GengramMemory(config, shape, ProcessGroupCollection.use_mpu_process_groups())
 
 
@@ -166,7 +171,7 @@ def compare(hidden: int, length: int, repeats: int) -> dict[str, dict[str, float
         modules[name] = our_module(hidden, dtype)
         copy_weights(modules[name], obvious[torch.bfloat16])
 
-    ids = KmerIds.of(read_tokens(length).to(device), SIZES, list(BASE_IDS))
+    ids = KmerIds.of(read_tokens(length).to(device), TABLES, list(BASE_IDS))
     x = torch.randn(length, 1, hidden, device=device)
     runs = {name: [] for name in modules}
     for repeat in range(repeats + 1):
@@ -189,12 +194,18 @@ def errors(modules: dict[str, nn.Module], ids: KmerIds) -> dict[str, float]:
     for name, module in modules.items():
         if isinstance(module, GengramMemory):
             tables = module.tables.parameters()
-            features = module.tables(ids, [Piece(0, ids.ids[0].shape[1])])
+            features = pooled(
+                *module.tables(ids, [Piece(0, ids.seq_length)]),
+                TABLES,
+                Pooling(WINDOW),
+                [Piece(0, ids.seq_length)],
+                documents=None,
+            )
         else:
             tables, features = [t.weight for t in module.tables], module.pooled(ids)
         for ours, table in zip(exact.tables, tables):
             ours.weight = nn.Parameter(table.double().cpu())
-        cpu = KmerIds(tuple(x.cpu() for x in ids.ids), SIZES)
+        cpu = KmerIds(tuple(x.cpu() for x in ids.ids), TABLES)
         found[name] = relative(features.cpu(), exact.pooled(cpu))
     return found
 

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.model.flops import (
     PEAK_BF16_FLOPS,
     count_parameters,
@@ -138,7 +139,7 @@ def counted_by_torch(config: Config, layout) -> dict[str, int]:
     model, device = build(config, layout), torch.cuda.current_device()
     tokens = torch.full((1, config.model.seq_length), 8, device=device)
     gengram = config.model.gengram
-    kmers = KmerIds.of(tokens, tuple(gengram.kmer_sizes), gengram.token_ids)
+    kmers = KmerIds.of(tokens, kmer_tables(gengram), gengram.token_ids)
     # The kernel with the products written out: torch does not count all of the fused ones.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(

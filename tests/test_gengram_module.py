@@ -49,6 +49,8 @@ def make_memory(kmer_sizes, window, dtype, scale: float = 1.0, options=PUBLISHED
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from gengram_megatron.config.placement import Placement
+    from gengram_megatron.config.tables import direct_table
     from gengram_megatron.model.gengram.memory import GengramMemory
     from gengram_megatron.model.gengram.shape import GengramShape
     from gengram_megatron.model.initialize import marker
@@ -62,7 +64,7 @@ def make_memory(kmer_sizes, window, dtype, scale: float = 1.0, options=PUBLISHED
         init_method=marker(1.0),
     )
     shape = GengramShape(
-        kmer_sizes,
+        tuple(Placement(direct_table(k, DIM), None, "") for k in kmer_sizes),
         DIM,
         window,
         KERNEL,
@@ -90,7 +92,7 @@ def add_to(memory, hidden, text, eod=None):
     from gengram_megatron.model.gengram.ids import KmerIds
 
     tokens = torch.tensor(text, dtype=torch.uint8)
-    return memory(hidden, KmerIds.of(tokens, memory.shape.kmer_sizes, ALPHABET, eod))
+    return memory(hidden, KmerIds.of(tokens, memory.shape.tables, ALPHABET, eod))
 
 
 def output_weight(memory) -> torch.Tensor | None:

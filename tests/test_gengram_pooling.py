@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gengram_megatron.config.tables import direct_table
 from gengram_megatron.tokenizer import BASE_IDS, EOD, DnaTokenizer
 
 DNA = Path(__file__).parent.parent / "sample_data/gorilla_chr22_sample.fa.gz"
@@ -44,7 +45,7 @@ def real_dna(length: int) -> Tensor:
 def kmer_ids(tokens: Tensor) -> tuple[Tensor, ...]:
     from gengram_megatron.model.gengram.ids import KmerIds
 
-    return KmerIds.of(tokens, SIZES, list(BASE_IDS)).ids
+    return KmerIds.of(tokens, tuple(direct_table(k, 1) for k in SIZES), list(BASE_IDS)).ids
 
 
 def make_table(k: int, dtype: torch.dtype, dim: int = DIM) -> Tensor:

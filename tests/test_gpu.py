@@ -104,11 +104,13 @@ def memory_results(memory, hidden: Tensor, kmers, upstream: Tensor) -> dict[str,
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", ROUNDING)])
 def test_memory_against_float64_on_the_cpu(one_process, precision, tolerance):
+    from gengram_megatron.config.tables import direct_table
     from gengram_megatron.model.gengram.ids import KmerIds
     from gengram_megatron.tokenizer import BASE_IDS
 
     tokens, shape = random_dna(2048), (2048, 1, 256)
-    kmers, on_cpu = (KmerIds.of(t, SIZES, list(BASE_IDS)) for t in (tokens.cuda(), tokens))
+    tables = tuple(direct_table(k, 1) for k in SIZES)
+    kmers, on_cpu = (KmerIds.of(t, tables, list(BASE_IDS)) for t in (tokens.cuda(), tokens))
     memory = make_memory(one_process, precision)
     dtype = memory.projection.weight.dtype
     upstream, keys = noise(shape, 2).to(dtype), []

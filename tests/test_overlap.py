@@ -31,7 +31,7 @@ def test_every_module_with_weights_is_called(one_process, name: str, recompute: 
             "train": {**RUN["train"], "recompute": recompute},
         }
     )
-    chunks = wrap_for_data_parallelism(build_model(config, one_process), config)
+    chunks = wrap_for_data_parallelism(build_model(config, one_process), config, one_process)
     build_optimizer(config, chunks)
     holders, called = set(), set()
     for path, module in chunks[0].module.named_modules():

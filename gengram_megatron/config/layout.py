@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import LARGEST_DIRECT
 from gengram_megatron.errors import UserError
 
 
@@ -230,18 +231,47 @@ def _gengram_problems(config: Config) -> Iterator[str]:
             f"model.gengram.window is {gengram.window}, too small for the {max(sizes)}-mers of "
             f"model.gengram.kmer_sizes; make it at least {max(sizes)}, or null for no window"
         )
-    if gengram.split == "rows" and config.parallel.tensor > 5 ** min(sizes):
-        yield (
-            f"model.gengram.split is rows, but the table of {min(sizes)}-mers has "
-            f"{5 ** min(sizes)} rows for parallel.tensor = {config.parallel.tensor} ranks; "
-            "set split to columns, or lower parallel.tensor"
-        )
+    yield from _table_problems(config)
     if len(set(gengram.token_ids)) < len(gengram.token_ids):
         yield f"model.gengram.token_ids is {gengram.token_ids}; A C G T N need an id each"
     if max(gengram.token_ids) >= model.vocab_size:
         yield (
             f"model.gengram.token_ids is {gengram.token_ids}, but model.vocab_size is "
             f"{model.vocab_size}; ids go from 0 to {model.vocab_size - 1}"
+        )
+
+
+def _table_problems(config: Config) -> Iterator[str]:
+    """What hashing and splitting by rows ask for."""
+    gengram, parallel = config.model.gengram, config.parallel
+    if max(gengram.kmer_sizes) > LARGEST_DIRECT:
+        yield from _multiple(
+            "model.gengram.dim", gengram.dim, "model.gengram.hashing.heads", gengram.hashing.heads
+        )
+        if gengram.dim % gengram.hashing.heads == 0:
+            yield from _multiple(
+                "model.gengram.dim / hashing.heads",
+                gengram.dim // gengram.hashing.heads,
+                "parallel.tensor",
+                parallel.tensor,
+            )
+    over = gengram.rows_over
+    if over and gengram.split == "columns":
+        yield (
+            f"model.gengram.rows_over is {over}, but model.gengram.split is columns: set rows_over "
+            "to null, or split to rows or auto"
+        )
+    if over == "expert" and parallel.expert == 1:
+        yield (
+            "model.gengram.rows_over is expert, but parallel.expert is 1: set rows_over to data, "
+            "or parallel.expert to 2 or more"
+        )
+    if over == "expert" and _expert_tensor(config) != parallel.tensor:
+        # Ranks that share experts would then hold different columns of the tables.
+        yield (
+            f"model.gengram.rows_over is expert, which needs parallel.expert_tensor = "
+            f"parallel.tensor, but they are {_expert_tensor(config)} and {parallel.tensor}: set "
+            "rows_over to data or tensor, or expert_tensor to null"
         )
 
 

@@ -29,13 +29,30 @@ class Run(Section):
     seed: NonNegative = Field(1234, description="weights, and the order of the samples")
 
 
+class Hashing(Section):
+    """Tables for k above 8, whose rows are found by hashing."""
+
+    rows: Annotated[int, Field(ge=64, lt=2**31)] = Field(
+        1_048_576,
+        description="of each table at most: the largest primes up to it, another for each table",
+    )
+    heads: Positive = Field(2, description="tables a k; each has dim / heads columns")
+    seed: NonNegative = Field(0, description="another seed, other collisions")
+
+
 class Gengram(Section):
     """The k-mer memory (Gengram paper, section 3). Layers count from 1."""
 
     enabled: bool = Field(False, description="false: the baseline without memory")
     layers: list[Positive] = Field([3, 6, 10], description="decoder layers with memory, from 1")
-    kmer_sizes: list[Annotated[int, Field(ge=1, le=8)]] = Field(
-        [1, 2, 3, 4, 5, 6], description="a table of 5^k rows for each k", min_length=1
+    kmer_sizes: list[Annotated[int, Field(ge=1, le=27)]] = Field(
+        [1, 2, 3, 4, 5, 6],
+        description="a table of 5^k rows for each k up to 8; hashed tables above",
+        min_length=1,
+    )
+    hashing: Hashing = Hashing()
+    share_reverse_complements: bool = Field(
+        False, description="a k-mer and its reverse complement share a row"
     )
     dim: Positive = Field(1024, description="d_m, columns of each table")
     window: Positive | None = Field(
@@ -61,8 +78,14 @@ class Gengram(Section):
         description="o + SiLU(conv(o)) of the published code, SiLU(RMSNorm(o)) of equation 13, "
         "or o; o is the gated value",
     )
-    split: Literal["columns", "rows"] = Field(
-        "columns", description="how tensor-parallel ranks share a table; rows for tall ones"
+    split: Literal["auto", "columns", "rows"] = Field(
+        "auto",
+        description="how ranks share a table; auto: columns up to k = 6, above it rows where a "
+        "rank would hold 1 GiB or more of it, its gradient and Adam's states",
+    )
+    rows_over: Literal["tensor", "expert", "data"] | None = Field(
+        None,
+        description="the ranks that share tables split by rows; null: data, all that hold copies",
     )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
     init_std: Annotated[float, Field(gt=0)] | None = Field(

@@ -3,14 +3,17 @@
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from gengram_megatron.config.layout import Layout
+from gengram_megatron.config.placement import placements
 from gengram_megatron.config.schema import Config
+from gengram_megatron.model.data_parallel import DataParallel
+from gengram_megatron.model.gengram.shape import GengramShape
 from gengram_megatron.model.initialize import initialize, marker
 from gengram_megatron.model.specs import block_spec
 
@@ -20,13 +23,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_model(config: Config, layout: Layout) -> list[GPTModel]:
     """This rank's model chunks (one, or one a virtual pipeline stage), with initial weights that
     the seed alone decides. Not yet wrapped for data parallelism."""
-    transformer = transformer_config(config, layout)
+    transformer, memory = transformer_config(config, layout), memory_shape(config, layout)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
         vp_stage = stage if layout.virtual_pipeline else None
         chunk = GPTModel(
             config=transformer,
-            transformer_layer_spec=block_spec(config.model, transformer, vp_stage),
+            transformer_layer_spec=block_spec(config.model, memory, transformer, vp_stage),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.model.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(
@@ -47,8 +50,8 @@ def build_model(config: Config, layout: Layout) -> list[GPTModel]:
 
 
 def wrap_for_data_parallelism(
-    chunks: list[GPTModel], config: Config
-) -> list[DistributedDataParallel]:
+    chunks: list[GPTModel], config: Config, layout: Layout
+) -> list[DataParallel]:
     """Chunks whose gradients are summed in float32 over the data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -60,15 +63,41 @@ def wrap_for_data_parallelism(
     for index, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if config.train.precision == "bf16" else chunk
         wrapped.append(
-            DistributedDataParallel(
-                config=chunk.config,
-                ddp_config=ddp,
-                module=module,
+            DataParallel(
+                chunk.config,
+                ddp,
+                module,
+                row_table_ranks(config, layout),
                 # With overlap, later chunks must not start their communication out of turn.
                 disable_bucketing=index > 0,
             )
         )
     return wrapped
+
+
+def row_table_ranks(config: Config, layout: Layout) -> str | None:
+    """Whether tables are shared by rows over the data- or expert-parallel ranks, and which."""
+    if not config.model.gengram.enabled:
+        return None
+    groups = {place.over for place in placements(config, layout.world_size)} - {None, "tensor"}
+    return groups.pop() if groups else None
+
+
+def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
+    """The memory of the layers that have one; None: the baseline."""
+    gengram = config.model.gengram
+    if not gengram.enabled:
+        return None
+    return GengramShape(
+        placements=placements(config, layout.world_size),
+        dim=gengram.dim,
+        window=gengram.window,
+        conv_kernel=gengram.conv_kernel,
+        init_std=gengram.init_std or config.model.init_std,
+        deduplicate=gengram.deduplicate,
+        signed_sqrt=gengram.signed_sqrt,
+        output=gengram.output,
+    )
 
 
 def transformer_config(config: Config, layout: Layout) -> TransformerConfig:

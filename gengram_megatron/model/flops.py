@@ -13,7 +13,7 @@ out too: utilisation is about the work that the model needs, not about work done
 from dataclasses import dataclass
 
 from gengram_megatron.config.schema import Config, Model
-from gengram_megatron.model.gengram.ids import table_rows
+from gengram_megatron.config.tables import kmer_tables
 
 PEAK_BF16_FLOPS = {
     "NVIDIA H200": 989e12,
@@ -161,7 +161,7 @@ def _memory_layers(model: Model) -> int:
 
 def _table_weights(model: Model) -> int:
     """Of one layer's tables."""
-    return model.gengram.dim * table_rows(tuple(model.gengram.kmer_sizes))
+    return sum(table.rows * table.columns for table in kmer_tables(model.gengram))
 
 
 def _memory_projection(model: Model) -> int:

@@ -44,13 +44,16 @@ class TorchBackend(LocalSpecProvider):
         return GroupedExperts, None
 
 
-def block_spec(model: Model, config, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    model: Model, memory: GengramShape | None, config, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers that this pipeline stage builds, memory in those that have it."""
     if model.implementation == "transformer_engine":
         layer, norm = _transformer_engine_layer(config)
     else:
         layer, norm = _torch_layer(config), RMSNorm
-    memory = _memory(model)
+    if memory is not None:
+        memory = ModuleSpec(module=GengramMemory, params={"gengram": memory})
     first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1  # layers count from 1
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
@@ -60,24 +63,6 @@ def block_spec(model: Model, config, vp_stage: int | None) -> TransformerBlockSu
         ],
         layer_norm=norm,
     )
-
-
-def _memory(model: Model) -> ModuleSpec | None:
-    gengram = model.gengram
-    if not gengram.enabled:
-        return None
-    shape = GengramShape(
-        kmer_sizes=tuple(gengram.kmer_sizes),
-        dim=gengram.dim,
-        window=gengram.window,
-        conv_kernel=gengram.conv_kernel,
-        init_std=gengram.init_std or model.init_std,
-        deduplicate=gengram.deduplicate,
-        signed_sqrt=gengram.signed_sqrt,
-        output=gengram.output,
-        split=gengram.split,
-    )
-    return ModuleSpec(module=GengramMemory, params={"gengram": shape})
 
 
 def _torch_layer(config) -> ModuleSpec:

@@ -1,8 +1,9 @@
 """Adam and its schedule, and their ties to the model's gradients."""
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     ParamGroupOverride,
@@ -14,9 +15,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
+from gengram_megatron.model.data_parallel import DataParallel, frozen
 
 
-def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(config: Config, chunks: list[DataParallel]) -> MegatronOptimizer:
     """megatron-core's optimizer over a rank's chunks. Gengram tables may have their own learning
     rate and weight decay; norm weights are not decayed."""
     settings = config.optimizer
@@ -38,11 +40,29 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
     overrides = get_standard_config_overrides(optimizer_config)
     if config.model.gengram.enabled:
         overrides[ParamKey(attr="is_gengram_table")] = _tables(config)
-    optimizer = get_megatron_optimizer(
-        optimizer_config, chunks, config_overrides=overrides, use_gloo_process_groups=False
-    )
+    tables = [parameter for chunk in chunks for parameter in chunk.table_parameters]
+    with frozen(tables):
+        optimizer = get_megatron_optimizer(
+            optimizer_config, chunks, config_overrides=overrides, use_gloo_process_groups=False
+        )
+    row_tables = [chunk.row_tables for chunk in chunks if chunk.row_tables is not None]
+    if row_tables:
+        tables = _of_row_tables(optimizer_config, row_tables, overrides)
+        optimizer = ChainedOptimizer([*optimizer.chained_optimizers, tables])
     _connect(config, chunks, optimizer)
     return optimizer
+
+
+def _of_row_tables(optimizer_config, row_tables: list, overrides: dict) -> MegatronOptimizer:
+    """An optimizer for tables that data- or expert-parallel ranks share by rows."""
+    chained = get_megatron_optimizer(
+        optimizer_config,
+        row_tables,
+        config_overrides=overrides,
+        use_gloo_process_groups=False,
+        pg_collection=row_tables[0].groups,
+    )
+    return chained.chained_optimizers[-1]  # the one for experts; that for the rest has nothing
 
 
 def _tables(config: Config) -> ParamGroupOverride:
@@ -59,9 +79,7 @@ def _tables(config: Config) -> ParamGroupOverride:
     )
 
 
-def _connect(
-    config: Config, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer
-) -> None:
+def _connect(config: Config, chunks: list[DataParallel], optimizer: MegatronOptimizer) -> None:
     """Tell the schedule how gradients are scaled, reduced and finished."""
     one = len(chunks) == 1
     transformer = chunks[0].config

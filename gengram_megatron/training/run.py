@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.folder import make_folder, write_config
 from gengram_megatron.training.processes import end_processes, start_processes
@@ -52,12 +53,12 @@ class _Run:
 
         self.config, self.layout, self.data = config, layout, data
         self.data_rank = parallel_state.get_data_parallel_rank()
-        self.chunks = wrap_for_data_parallelism(build_model(config, layout), config)
+        self.chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config, layout, self.optimizer)
         self.state = TrainingState(config, layout, self.chunks, self.optimizer, self.schedule)
         gengram = config.model.gengram
-        self.touched = RowsTouched(tuple(gengram.kmer_sizes)) if gengram.enabled else None
+        self.touched = RowsTouched(kmer_tables(gengram)) if gengram.enabled else None
         self.implementations = implementations(self.chunks, self.optimizer)
         self.first_rank = dist.get_rank() == 0
         self.folder = Path(config.run.dir)

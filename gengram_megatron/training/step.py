@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.data.batches import split_batch
 from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.touched import RowsTouched
@@ -55,7 +56,7 @@ def forward_step(batches: Iterator[Tensor], model, config: Config, touched: Rows
     if gengram.enabled:
         kmers = KmerIds.of(
             inputs,
-            tuple(gengram.kmer_sizes),
+            kmer_tables(gengram),
             gengram.token_ids,
             eod=EOD if gengram.reset_at_document else None,
         )

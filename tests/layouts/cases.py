@@ -40,7 +40,24 @@ DOCUMENTS = {
         "signed_sqrt": False,
     }
 }
-ROWS = {"gengram": {**MODEL["gengram"], "split": "rows"}}
+
+
+def gengram(**keys) -> dict:
+    """The model with other settings of its memory."""
+    return {"gengram": {**MODEL["gengram"], **keys}}
+
+
+ROWS = gengram(split="rows", rows_over="tensor")
+ROWS_DATA = gengram(split="rows", rows_over="data")
+ROWS_EXPERT = gengram(split="rows", rows_over="expert")
+# Hashed tables of 10-mers beside direct ones; collisions, and more rows than anyone looks up.
+HASHED = gengram(
+    kmer_sizes=[1, 3, 10], hashing={"rows": 400, "heads": 2}, share_reverse_complements=True
+)
+HASHED_ROWS = {"gengram": {**HASHED["gengram"], "split": "rows", "rows_over": "data"}}
+HASHED_ROWS_TENSOR = {"gengram": {**HASHED["gengram"], "split": "rows", "rows_over": "tensor"}}
+ROWS_NO_WINDOW = gengram(split="rows", rows_over="data", window=None)
+ROWS_DOCUMENTS = {"gengram": {**DOCUMENTS["gengram"], "split": "rows", "rows_over": "data"}}
 NORM_OUTPUT = {"gengram": {**MODEL["gengram"], "output": "norm"}}
 NO_WINDOW = {"gengram": {**MODEL["gengram"], "window": None}}
 
@@ -71,6 +88,22 @@ CASES = {
     "cp2_full": (2, {}, {"context": 2}, {"recompute": "full"}),
     "cp2_documents": (2, DOCUMENTS, {"context": 2}, {}),
     "cp2_mla": (2, MLA, {"context": 2}, {}),
+    "tp2_sp_hashed": (2, HASHED, {"tensor": 2}, {}),
+    "tp2_sp_hashed_rows": (2, HASHED_ROWS_TENSOR, {"tensor": 2}, {}),
+    "dp2_rows": (2, ROWS_DATA, {}, {}),
+    "dp2_rows_dense_full": (2, {**DENSE, **ROWS_DATA}, {}, {"recompute": "full"}),
+    "cp2_rows": (2, ROWS_DATA, {"context": 2}, {}),
+    "cp2_rows_no_window_full": (2, ROWS_NO_WINDOW, {"context": 2}, {"recompute": "full"}),
+    "ep2_rows": (2, ROWS_EXPERT, {"expert": 2}, {}),
+    "ep2_rows_selective": (2, ROWS_EXPERT, {"expert": 2}, {"recompute": "selective"}),
+    "dp4_rows_hashed": (4, HASHED_ROWS, {}, {}),
+    "ep2_dp4_rows": (4, ROWS_EXPERT, {"expert": 2}, {}),
+    "tp2_sp_dp2_rows_full": (4, ROWS_DATA, {"tensor": 2}, {"recompute": "full"}),
+    "tp2_sp_ep2_rows": (4, ROWS_EXPERT, {"tensor": 2, "expert": 2}, {}),
+    "pp2_dp2_rows_full": (4, ROWS_DATA, {"pipeline": 2}, {"recompute": "full"}),
+    "pp2_vpp3_dp2_rows": (4, HASHED_ROWS, {"pipeline": 2, "virtual_pipeline": 3}, {}),
+    "cp2_dp2_rows_documents": (4, ROWS_DOCUMENTS, {"context": 2}, {}),
+    "cp2_ep2_rows": (4, ROWS_DATA, {"context": 2, "expert": 2}, {}),
     "tp2_sp_pp2": (4, {}, {"tensor": 2, "pipeline": 2}, {}),
     "tp2_sp_pp2_full": (4, {}, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
     "tp2_sp_cp2": (4, {}, {"tensor": 2, "context": 2}, {}),
@@ -90,11 +123,15 @@ CASES = {
 
 def config_of(name: str, alone: bool, **train) -> Config:
     """The config of a case, or of the same model on one process without recomputation."""
-    _, model, parallel, training = CASES[name]
+    _, changes, parallel, training = CASES[name]
+    model = {**MODEL, **changes}
+    if alone:
+        own = {key: v for key, v in model["gengram"].items() if key not in ("split", "rows_over")}
+        model["gengram"] = own
     return Config.model_validate(
         {
             "run": {"dir": "unused", "seed": SEED},
-            "model": {**MODEL, **model},
+            "model": model,
             "parallel": {} if alone else parallel,
             "data": {"path": "unused"},
             "optimizer": {"distributed": False},

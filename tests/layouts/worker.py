@@ -65,7 +65,7 @@ def run(name: str, mode: str, out: Path) -> None:
     start_processes(layout, config.run.seed, rank)
     from megatron.core import parallel_state
 
-    chunks = wrap_for_data_parallelism(build_model(config, layout), config)
+    chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
     build_optimizer(config, chunks)
     tokens = batch(config.train.global_batch_size, config.model.seq_length)
     data_rank = parallel_state.get_data_parallel_rank()

@@ -1,60 +1,112 @@
-"""Row numbers of k-mers: which row of table k belongs to the k-mer that ends at each token.
+"""Row numbers of k-mers: which row of each table belongs to the k-mer that ends at each token.
 
-Paper section 3.1: the alphabet is {A, C, G, T, N}, table k has 5^k rows, and the row of a k-mer is
-its number in base 5, the last token being the least significant digit.
+Paper section 3.1: the alphabet is {A, C, G, T, N}, and the row of a k-mer is its number in base 5,
+the last token being the least significant digit. Tables of large k hash that number to a row, and
+with shared rows it is the smaller of the k-mer's number and its reverse complement's
+(config/tables.py says which tables there are).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
-ALPHABET_SIZE = 5
+from gengram_megatron.config.tables import ALPHABET_SIZE, KmerTable
 
-
-def rows_of(k: int) -> int:
-    """Rows of the table of k-mers."""
-    return ALPHABET_SIZE**k
+COMPLEMENT = (3, 2, 1, 0, 4)  # of the digits of A, C, G, T, N
 
 
 @dataclass(frozen=True)
 class KmerIds:
     """The k-mers of a microbatch of whole sequences, shared by all layers with memory.
 
-    ids[i]: [b, s] int32, the row of table kmer_sizes[i] for the k-mer that ends at each token.
-    A k-mer that reaches before the sequence or holds a token outside the alphabet (EOD, PAD) is
-    not valid; its id is 5^k, one past the last row.
+    ids[i]: [b, s] int32, the row of tables[i] for the k-mer that ends at each token. A k-mer that
+    reaches before the sequence or holds a token outside the alphabet (EOD, PAD) is not valid; its
+    id is tables[i].rows, one past the last row.
     documents: [b, s] int32, the number of each token's document, or None where memory may look
     across documents. An EOD counts to the document that it precedes: nothing crosses it.
     """
 
     ids: tuple[Tensor, ...]
-    kmer_sizes: tuple[int, ...]
+    tables: tuple[KmerTable, ...]
     documents: Tensor | None = None
+    plans: list = field(default_factory=list)
+    """Where rows lie on other ranks: who sends which (exchange.py), once it is settled."""
 
     @classmethod
     def of(
         cls,
         tokens: Tensor,
-        kmer_sizes: tuple[int, ...],
+        tables: tuple[KmerTable, ...],
         token_ids: list[int],
         eod: int | None = None,
     ) -> "KmerIds":
         """tokens: [b, s], any integer dtype; token_ids: the ids of A C G T N, digits 0 to 4;
         eod: the id that ends a document, where memory must stop there."""
-        digit = torch.full((256,), -1, dtype=torch.int32, device=tokens.device)
-        digit[token_ids] = torch.arange(ALPHABET_SIZE, dtype=torch.int32, device=tokens.device)
-        digits = digit[tokens.long()]
-
-        row, valid, rows = torch.zeros_like(digits), torch.ones_like(digits, dtype=torch.bool), {}
-        for k in range(1, max(kmer_sizes) + 1):
-            # The k-mer that ends here: the (k-1)-mer that ends one token earlier, then this token.
-            before = 0 if k == 1 else 1
-            row = _shift(row, before, 0) * ALPHABET_SIZE + digits
-            valid = _shift(valid, before, False) & (digits >= 0)
-            rows[k] = torch.where(valid, row, rows_of(k))
+        digit = torch.full((256,), -1, dtype=torch.int64, device=tokens.device)
+        digit[token_ids] = torch.arange(ALPHABET_SIZE, device=tokens.device)
+        numbers = _numbers(digit[tokens.long()], max(table.k for table in tables))
+        ids = tuple(_rows(table, *numbers[table.k]).to(torch.int32) for table in tables)
         documents = None if eod is None else (tokens == eod).cumsum(1, dtype=torch.int32)
-        return cls(tuple(rows[k] for k in kmer_sizes), kmer_sizes, documents)
+        return cls(ids, tables, documents)
+
+    @property
+    def seq_length(self) -> int:
+        """s."""
+        return self.ids[0].shape[1]
+
+
+def _numbers(digits: Tensor, largest: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """k -> for the k-mer that ends at each token: its number, that of its reverse complement, and
+    whether it is valid. digits: [b, s] int64, -1 outside the alphabet. Exact up to k = 27."""
+    complements = torch.tensor(COMPLEMENT, device=digits.device)[digits.clamp(min=0)]
+    forward, backward = torch.zeros_like(digits), torch.zeros_like(digits)
+    valid, found = torch.ones_like(digits, dtype=torch.bool), {}
+    for k in range(1, largest + 1):
+        # The k-mer that ends here: the (k-1)-mer that ends one token earlier, then this token.
+        before = 0 if k == 1 else 1
+        forward = _shift(forward, before, 0) * ALPHABET_SIZE + digits.clamp(min=0)
+        # Its reverse complement begins with this token's complement.
+        backward = _shift(backward, before, 0) + complements * ALPHABET_SIZE ** (k - 1)
+        valid = _shift(valid, before, False) & (digits >= 0)
+        found[k] = forward, backward, valid
+    return found
+
+
+def _rows(table: KmerTable, forward: Tensor, backward: Tensor, valid: Tensor) -> Tensor:
+    """[b, s] int64: rows of a table; not valid: table.rows."""
+    number = torch.minimum(forward, backward) if table.shared else forward
+    if table.hash_seed is not None:
+        number = mixed(number, table.hash_seed) % table.rows
+    elif table.shared:
+        number = _rows_of_pairs(table.k).to(number.device)[number]
+    return torch.where(valid, number, table.rows)
+
+
+def mixed(number: Tensor, seed: int) -> Tensor:
+    """63 bits in which the bits of an int64 are well mixed: the finalizer of SplitMix64 (Steele,
+    Lea and Flood, 2014). Integers alone, so the same on every device."""
+    x = number ^ seed
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _logical_shift(x, shift)) * (factor - (1 << 64))  # as int64, whose product wraps
+    return (x ^ _logical_shift(x, 31)) & ((1 << 63) - 1)
+
+
+def _logical_shift(x: Tensor, places: int) -> Tensor:
+    """x >> places, filled with zeros."""
+    return (x >> places) & ((1 << (64 - places)) - 1)
+
+
+@cache
+def _rows_of_pairs(k: int) -> Tensor:
+    """[5^k]: for a number that is the smaller of its pair, how many such numbers come before it."""
+    digits = torch.arange(ALPHABET_SIZE**k)
+    number, backward = digits.clone(), torch.zeros_like(digits)
+    for _ in range(k):
+        backward = backward * ALPHABET_SIZE + torch.tensor(COMPLEMENT)[number % ALPHABET_SIZE]
+        number = number // ALPHABET_SIZE
+    return (digits <= backward).cumsum(0) - 1
 
 
 def _shift(x: Tensor, places: int, fill) -> Tensor:
@@ -62,8 +114,3 @@ def _shift(x: Tensor, places: int, fill) -> Tensor:
     if places == 0:
         return x
     return torch.cat([torch.full_like(x[:, :places], fill), x[:, :-places]], dim=1)
-
-
-def table_rows(kmer_sizes: tuple[int, ...]) -> int:
-    """Rows of all tables together: 19,530 for k = 1..6."""
-    return sum(map(rows_of, kmer_sizes))

@@ -9,9 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from gengram_megatron.model.gengram.gate import Gate
 from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.output import ConvolutionOutput, NormOutput, PlainOutput
+from gengram_megatron.model.gengram.pooling import pooled
 from gengram_megatron.model.gengram.projection import KeyValueProjection
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.gengram.tables import TablesByColumns, TablesByRows
+from gengram_megatron.model.gengram.tables import Tables
 from gengram_megatron.model.zigzag import Piece, context_pieces, sequence_pieces
 
 
@@ -23,8 +24,7 @@ class GengramMemory(MegatronModule):
         self.shape = gengram
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         dp_group = pg_collection.dp_cp
-        split = TablesByRows if gengram.split == "rows" else TablesByColumns
-        self.tables = split(config, gengram, self.tp_group, dp_group)
+        self.tables = Tables(config, gengram, pg_collection)
         self.projection = KeyValueProjection(
             config, len(gengram.kmer_sizes), gengram.dim, self.tp_group, dp_group
         )
@@ -43,10 +43,17 @@ class GengramMemory(MegatronModule):
 
     def forward(self, hidden: Tensor, kmers: KmerIds) -> Tensor:
         """hidden: [s_local, b, h]; returns what the layer adds to it, in the same shape."""
-        pieces = context_pieces(kmers.ids[0].shape[1], self.cp_group.size(), self.cp_group.rank())
-        key, value = self.projection(
-            partial(self.tables, kmers, pieces), list(self.tables.parameters())
+        pieces = context_pieces(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
+        rows, ids = self.tables(kmers, pieces)
+        pool = partial(
+            pooled,
+            ids=ids,
+            tables=self.shape.tables,
+            pooling=self.shape.pooling,
+            pieces=pieces,
+            documents=kmers.documents,
         )
+        key, value = self.projection(pool, rows)
         if self.config.sequence_parallel:
             pieces = sequence_pieces(pieces, self.tp_group.size(), self.tp_group.rank())
         # Everything from here on is cheap to compute again, and would keep a dozen tensors.

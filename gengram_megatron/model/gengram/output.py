@@ -57,7 +57,7 @@ class ConvolutionOutput(nn.Module):
 
     def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
         """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
-        halos = self.halo(gated, pieces, kmers.ids[0].shape[1])
+        halos = self.halo(gated, pieces, kmers.seq_length)
         parts = gated.split([len(piece) for piece in pieces])
         convolved = [
             self._convolve(torch.cat([halo, part]), self._documents(piece, kmers.documents))

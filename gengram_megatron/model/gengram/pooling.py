@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gengram_megatron.model.gengram.ids import rows_of
+from gengram_megatron.config.tables import KmerTable
 from gengram_megatron.model.gengram.windows import Windows
 from gengram_megatron.model.zigzag import Piece
 
@@ -34,6 +34,29 @@ class Pooling:
         return 1 if self.window is None else self.window - k + 1
 
 
+def pooled(
+    rows: list[Tensor],
+    ids: list[Tensor],
+    tables: tuple[KmerTable, ...],
+    pooling: Pooling,
+    pieces: list[Piece],
+    documents: Tensor | None,
+) -> Tensor:
+    """The pooled features, k after k: [s_local, b, number of k * d / tp]. The heads of one k are
+    interleaved, so that a tensor-parallel rank's columns of them are neighbours."""
+    means: dict[int, list[Tensor]] = {}
+    for table, own, places in zip(tables, rows, ids):
+        mean = window_mean(own, places, table.k, pooling, pieces, documents)
+        means.setdefault(table.k, []).append(mean)
+    return torch.cat(
+        [
+            heads[0] if len(heads) == 1 else torch.stack(heads, dim=-1).flatten(-2)
+            for heads in means.values()
+        ],
+        dim=-1,
+    )
+
+
 def window_mean(
     table: Tensor,
     ids: Tensor,
@@ -41,35 +64,31 @@ def window_mean(
     pooling: Pooling,
     pieces: list[Piece],
     documents: Tensor | None = None,
-    first_row: int = 0,
 ) -> Tensor:
-    """Mean of the rows of table k over each position's window.
+    """Mean of the rows of a table of k-mers over each position's window.
 
-    table: [rows, d], rows first_row, first_row + 1, ... of the 5^k; ids: [b, s] of whole sequences;
+    table: [rows, d]; ids: [b, s] of whole sequences, `rows` for k-mers that are not valid;
     documents: [b, s], windows end at their borders; returns [s_local, b, d], for the positions of
-    `pieces` only. With all rows it is the mean, in the table's dtype; with some of them their part
-    of it, in float32, as the parts are still to be added up.
+    `pieces` only, in the table's dtype.
     """
-    return _WindowMean.apply(table, ids, documents, k, pooling, pieces, first_row)
+    return _WindowMean.apply(table, ids, documents, k, pooling, pieces)
 
 
 class _WindowMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, ids, documents, k, pooling, pieces, first_row):
+    def forward(ctx, table, ids, documents, k, pooling, pieces):
         ctx.save_for_backward(ids, documents)
         pieces = _blocks(pieces, table.is_cuda)
-        ctx.k, ctx.pooling, ctx.pieces, ctx.first_row = k, pooling, pieces, first_row
+        ctx.k, ctx.pooling, ctx.pieces = k, pooling, pieces
         ctx.rows, ctx.dtype = table.shape[0], table.dtype
-        whole = ctx.rows == rows_of(k)
         wide, out = _wide(table.dtype), []
         for piece in pieces:
             own, windows = _windows_of(ctx, ids, documents, piece)
-            held = _held(ctx, own)
-            rows = F.embedding(held.clamp(max=ctx.rows - 1), table).to(wide)
-            rows.masked_fill_((held == ctx.rows).unsqueeze(-1), 0)
+            rows = F.embedding(own.clamp(max=ctx.rows - 1), table).to(wide)
+            rows.masked_fill_((own == ctx.rows).unsqueeze(-1), 0)
             total = windows.sums(rows)[-len(piece) :]
-            out.append(total.div_(_valid(own, k, windows, len(piece))))
-        return torch.cat(out).to(table.dtype if whole else wide)
+            out.append(total.div_(_valid(own, ctx.rows, windows, len(piece))))
+        return torch.cat(out).to(table.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -80,9 +99,9 @@ class _WindowMean(torch.autograd.Function):
         for piece in ctx.pieces:
             own, windows = _windows_of(ctx, ids, documents, piece)
             share = grad[offset : offset + len(piece)].to(_wide(grad.dtype))
-            share = share / _valid(own, ctx.k, windows, len(piece))
+            share = share / _valid(own, ctx.rows, windows, len(piece))
             grads.append(windows.spread(F.pad(share, (0, 0, 0, 0, len(own) - len(piece), 0))))
-            indices.append(_held(ctx, own))
+            indices.append(own)
             offset += len(piece)
         table_grad = torch.ops.aten.embedding_dense_backward(  # deterministic on GPUs too
             torch.cat(grads).flatten(0, 1),
@@ -91,7 +110,7 @@ class _WindowMean(torch.autograd.Function):
             ctx.rows,
             False,
         )
-        return table_grad[: ctx.rows].to(ctx.dtype), None, None, None, None, None, None
+        return table_grad[: ctx.rows].to(ctx.dtype), None, None, None, None, None
 
 
 def _blocks(pieces: list[Piece], on_gpu: bool) -> list[Piece]:
@@ -103,13 +122,6 @@ def _blocks(pieces: list[Piece], on_gpu: bool) -> list[Piece]:
         for piece in pieces
         for start in range(piece.start, piece.stop, CPU_BLOCK)
     ]
-
-
-def _held(ctx, ids: Tensor) -> Tensor:
-    """Place of each k-mer's row among the rows that are held here; one past the last for k-mers
-    that are not valid or whose row is held elsewhere."""
-    local = ids - ctx.first_row
-    return torch.where((local >= 0) & (local < ctx.rows), local, ctx.rows)
 
 
 def _windows_of(ctx, ids: Tensor, documents: Tensor | None, piece: Piece) -> tuple[Tensor, Windows]:
@@ -124,9 +136,9 @@ def _windows_of(ctx, ids: Tensor, documents: Tensor | None, piece: Piece) -> tup
     )
 
 
-def _valid(ids: Tensor, k: int, windows: Windows, length: int) -> Tensor:
+def _valid(ids: Tensor, rows: int, windows: Windows, length: int) -> Tensor:
     """Valid k-mers in the windows of the last `length` positions, at least 1: [s, b, 1]."""
-    counts = windows.sums((ids != rows_of(k)).to(torch.int32).unsqueeze(-1))[-length:]
+    counts = windows.sums((ids != rows).to(torch.int32).unsqueeze(-1))[-length:]
     return counts.clamp_(min=1)
 
 

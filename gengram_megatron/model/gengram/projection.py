@@ -39,11 +39,11 @@ class KeyValueProjection(nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, 3, 1)
 
     def forward(
-        self, pool: Callable[[], Tensor], tables: list[nn.Parameter]
+        self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """pool: makes the features [s, b, number of k * d / tp] from the tables; returns key and
+        """pool: makes the features [s, b, number of k * d / tp] from the rows; returns key and
         value, each [s, b, h], or [s / tp, b, h] under sequence parallelism."""
-        partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *tables)
+        partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *rows)
         if self.sequence_parallel:
             both = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         else:
@@ -65,20 +65,20 @@ class KeyValueProjection(nn.Module):
 
 
 class _LinearOfPooled(torch.autograd.Function):
-    """pool() @ weight^T, with the gradients of the weight and of the tables that pool() reads."""
+    """pool(rows) @ weight^T, with the gradients of the weight and of the rows."""
 
     @staticmethod
-    def forward(ctx, pool, weight, *tables):
+    def forward(ctx, pool, weight, *rows):
         ctx.pool = pool
-        ctx.save_for_backward(weight, *tables)
-        return F.linear(pool(), weight)
+        ctx.save_for_backward(weight, *rows)
+        return F.linear(pool(rows), weight)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, *tables = ctx.saved_tensors
+        weight, *rows = ctx.saved_tensors
+        rows = [x.detach().requires_grad_() for x in rows]
         with torch.enable_grad():
-            features = ctx.pool()
-        rows = grad.flatten(0, 1)
-        weight_grad = rows.t() @ features.detach().flatten(0, 1)
-        table_grads = torch.autograd.grad(features, tables, grad @ weight)
-        return None, weight_grad, *table_grads
+            features = ctx.pool(rows)
+        tokens = grad.flatten(0, 1)
+        weight_grad = tokens.t() @ features.detach().flatten(0, 1)
+        return None, weight_grad, *torch.autograd.grad(features, rows, grad @ weight)

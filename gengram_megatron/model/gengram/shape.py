@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from gengram_megatron.config.placement import Placement
+from gengram_megatron.config.tables import KmerTable
 from gengram_megatron.model.gengram.pooling import Pooling
 
 
@@ -10,7 +12,7 @@ from gengram_megatron.model.gengram.pooling import Pooling
 class GengramShape:
     """See the schema of the config for what each means."""
 
-    kmer_sizes: tuple[int, ...]
+    placements: tuple[Placement, ...]
     dim: int
     window: int | None
     conv_kernel: int
@@ -18,7 +20,16 @@ class GengramShape:
     deduplicate: bool = False
     signed_sqrt: bool = True
     output: Literal["convolution", "norm", "plain"] = "convolution"
-    split: Literal["columns", "rows"] = "columns"
+
+    @property
+    def kmer_sizes(self) -> tuple[int, ...]:
+        """Each k once, rising."""
+        return tuple(sorted({place.table.k for place in self.placements}))
+
+    @property
+    def tables(self) -> tuple[KmerTable, ...]:
+        """In the order of their placements."""
+        return tuple(place.table for place in self.placements)
 
     @property
     def pooling(self) -> Pooling:

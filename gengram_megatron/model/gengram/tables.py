@@ -1,134 +1,158 @@
-"""The k-mer tables of a layer, one [5^k, d] a k, split over the tensor-parallel ranks in one of two
-ways that give the same features and the same checkpoint.
+"""This rank's parts of a layer's tables, and the look-up: the rows that its tokens need.
 
-By columns: a rank holds d / tp columns of every row, and pools them for the whole sequence; nothing
-is communicated. By rows: a rank holds a run of whole rows, for tables so tall that it matters;
-each rank pools the rows it has, and a reduce-scatter adds the parts up, leaving each rank the
-columns that it would have had.
+However a table is split, a rank ends up with d / tp columns of each row that it needs, and the
+checkpoint holds whole tables.
 """
-
-from abc import ABC, abstractmethod
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.tensor_parallel import reduce_scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from gengram_megatron.model.gengram.ids import KmerIds, rows_of
-from gengram_megatron.model.gengram.pooling import window_mean
+from gengram_megatron.config.placement import Placement
+from gengram_megatron.model.gengram.exchange import FetchRows, RowPlan, first_row
+from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.shape import GengramShape
 from gengram_megatron.model.initialize import mark
 from gengram_megatron.model.zigzag import Piece
 
 
 class _Weights(nn.Module):
-    """The tables by name, k1 and so on. What is looked up is asked for by a call: where updated
-    weights are gathered while the forward pass goes on, megatron-core waits for those of a module
-    when the module is called, and a table that is only read might still be the old one."""
+    """The tables by name. What is looked up is asked for by a call: where updated weights are
+    gathered while the forward pass goes on, megatron-core waits for those of a module when the
+    module is called, and a table that is only read might still be the old one."""
 
     def __init__(self, tables: dict[str, nn.Parameter]):
         super().__init__()
         for name, table in tables.items():
             self.register_parameter(name, table)
 
-    def forward(self, k: int) -> nn.Parameter:
-        return self[f"k{k}"]
+    def forward(self, name: str) -> nn.Parameter:
+        return self[name]
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return getattr(self, name)
 
 
-class _Tables(nn.Module, ABC):
-    """What both ways share. weights["k6"] is this rank's part of the table of 6-mers."""
+class Tables(nn.Module):
+    """weights["k6"] is this rank's part of the table of 6-mers."""
 
-    split_axis: int
-
-    def __init__(self, config, gengram: GengramShape, tp_group, dp_group):
+    def __init__(self, config, gengram: GengramShape, pg_collection):
         super().__init__()
-        self.shape, self.tp_group, self.dp_group = gengram, tp_group, dp_group
-        self.weights = _Weights({f"k{k}": self._table(config, k) for k in gengram.kmer_sizes})
+        self.shape, self.groups = gengram, pg_collection
+        self.weights = _Weights(
+            {place.table.name: self._parameter(config, place) for place in gengram.placements}
+        )
 
-    @abstractmethod
-    def _local(self, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shape of this rank's part of table k, and its first row and column."""
+    def forward(self, kmers: KmerIds, pieces: list[Piece]) -> tuple[list[Tensor], list[Tensor]]:
+        """The rows that the windows of `pieces` need, [n, columns / tp] a table, and the place of
+        each k-mer's row among them, [b, s] a table; not valid: n."""
+        rows = [self.weights(place.table.name) for place in self.shape.placements]
+        ids = list(kmers.ids)
+        remote = [i for i, place in enumerate(self.shape.placements) if place.over]
+        if remote:
+            plan, places = self._plan(kmers, pieces, remote)
+            fetched = FetchRows.apply(plan, self._columns(remote), *[rows[i] for i in remote])
+            for i, found, place in zip(remote, fetched, places):
+                # Where nothing is valid: a row that nobody holds, for ids to point at.
+                rows[i] = found if len(found) else found.new_zeros((1, found.shape[1]))
+                ids[i] = place
+        return rows, ids
 
-    def _table(self, config, k: int) -> nn.Parameter:
+    def _plan(
+        self, kmers: KmerIds, pieces: list[Piece], remote: list[int]
+    ) -> tuple[RowPlan, list[Tensor]]:
+        """Made by the first layer that a microbatch meets, kept for the others."""
+        if not kmers.plans:
+            addresses, places = [], []
+            for i in remote:
+                table = self.shape.placements[i].table
+                wanted, place = _distinct(
+                    kmers.ids[i], table.rows, self.shape.pooling.span(table.k), pieces
+                )
+                addresses.append(wanted)
+                places.append(place)
+            rows = [self.shape.placements[i].table.rows for i in remote]
+            group = self._rows_group(self.shape.placements[remote[0]])
+            kmers.plans.append((RowPlan.agree(addresses, rows, group), places))
+        return kmers.plans[0]
+
+    def _columns(self, remote: list[int]) -> list[int] | None:
+        """Columns that each rank of a tensor-parallel group wants; in other groups all want those
+        that are held."""
+        places = [self.shape.placements[i] for i in remote]
+        if places[0].over != "tensor":
+            return None
+        return [place.table.columns // self.groups.tp.size() for place in places]
+
+    def _rows_group(self, place: Placement):
+        of = {"tensor": self.groups.tp, "expert": self.groups.ep, "data": self.groups.dp_cp}
+        return of[place.over]
+
+    def _local(self, place: Placement) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shape of this rank's part of a table, and its first row and column."""
+        table, tp = place.table, self.groups.tp
+        first, last, column, columns = 0, table.rows, 0, table.columns
+        if place.over is not None:
+            group = self._rows_group(place)
+            first, last = (
+                first_row(table.rows, r, group.size()) for r in (group.rank(), group.rank() + 1)
+            )
+        if place.over != "tensor":
+            columns = table.columns // tp.size()
+            column = tp.rank() * columns
+        return (last - first, columns), (first, column)
+
+    def _parameter(self, config, place: Placement) -> nn.Parameter:
         table = nn.Parameter(
             torch.empty(
-                self._local(k)[0], dtype=config.params_dtype, device=torch.cuda.current_device()
+                self._local(place)[0],
+                dtype=config.params_dtype,
+                device=torch.cuda.current_device(),
             )
         )
         mark(table, std=self.shape.init_std)
-        set_tensor_model_parallel_attributes(table, True, self.split_axis, 1)
+        axis = 0 if place.over == "tensor" else 1
+        set_tensor_model_parallel_attributes(table, True, axis, 1)
         table.is_gengram_table = True  # may have its own learning rate and weight decay
+        # Data-parallel ranks hold different rows: their gradients are not to be added up
+        # (training/row_tables.py).
+        table.rows_over = place.over if place.over in ("expert", "data") else None
+        table.allreduce = table.rows_over is None
         return table
-
-    def _means(self, kmers: KmerIds, pieces: list[Piece]) -> list[Tensor]:
-        """The means over this rank's part of each table: [s, b, columns] each."""
-        return [
-            window_mean(
-                self.weights(k),
-                ids,
-                k,
-                self.shape.pooling,
-                pieces,
-                documents=kmers.documents,
-                first_row=self._local(k)[1][0],
-            )
-            for k, ids in zip(kmers.kmer_sizes, kmers.ids)
-        ]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
         state = {}
-        for k in self.shape.kmer_sizes:
-            key, table = f"{prefix}weights.k{k}", self.weights[f"k{k}"]
+        for place in self.shape.placements:
+            name = place.table.name
+            key, table = f"{prefix}weights.{name}", self.weights[name]
             state[key] = ShardedTensor(
                 key=key,
                 data=table,
                 dtype=table.dtype,
                 local_shape=tuple(table.shape),
-                global_shape=(rows_of(k), self.shape.dim),
-                global_offset=self._local(k)[1],
+                global_shape=(place.table.rows, place.table.columns),
+                global_offset=self._local(place)[1],
                 axis_fragmentations=None,
-                replica_id=(0, 0, self.dp_group.rank()),
+                replica_id=(0, 0, self._copy(place)),
             )
         return state
 
-
-class TablesByColumns(_Tables):
-    """A rank holds d / tp columns of each table."""
-
-    split_axis = 1
-
-    def _local(self, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        columns = self.shape.dim // self.tp_group.size()
-        return (rows_of(k), columns), (0, self.tp_group.rank() * columns)
-
-    def forward(self, kmers: KmerIds, pieces: list[Piece]) -> Tensor:
-        """The pooled features of this rank's columns, k after k: [s, b, number of k * d / tp]."""
-        return torch.cat(self._means(kmers, pieces), dim=-1)
+    def _copy(self, place: Placement) -> int:
+        """Which of the copies of its part this rank holds."""
+        if place.over == "data":
+            return 0
+        return (self.groups.expt_dp if place.over == "expert" else self.groups.dp_cp).rank()
 
 
-class TablesByRows(_Tables):
-    """A rank holds whole rows of each table, as many as the others or one less."""
-
-    split_axis = 0
-
-    def _local(self, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        size, rank = self.tp_group.size(), self.tp_group.rank()
-        first, last = (rows_of(k) * r // size for r in (rank, rank + 1))
-        return (last - first, self.shape.dim), (first, 0)
-
-    def forward(self, kmers: KmerIds, pieces: list[Piece]) -> Tensor:
-        """As by columns. The parts are added up in float32."""
-        size = self.tp_group.size()
-        parts = torch.stack(self._means(kmers, pieces), dim=2)  # [s, b, number of k, d]
-        if size > 1:
-            by_rank = parts.unflatten(-1, (size, -1)).movedim(
-                -2, 0
-            )  # [tp, s, b, number of k, d/tp]
-            parts = reduce_scatter_to_sequence_parallel_region(
-                by_rank.flatten(0, 1), group=self.tp_group
-            )
-        return parts.flatten(2).to(self.weights[f"k{self.shape.kmer_sizes[0]}"].dtype)
+def _distinct(ids: Tensor, rows: int, span: int, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+    """The rows, rising and each once, that the windows of `pieces` look up, and for each k-mer its
+    place among them; one past the last: not valid, or in no such window. ids: [b, s]."""
+    needed = [slice(max(piece.start - span + 1, 0), piece.stop) for piece in pieces]
+    here = torch.cat([ids[:, where] for where in needed], dim=1)
+    found, inverse = torch.unique(here, return_inverse=True)
+    valid = int((found < rows).sum())
+    places = torch.full_like(ids, valid)
+    for where, part in zip(needed, inverse.split([w.stop - w.start for w in needed], dim=1)):
+        places[:, where] = part.to(ids.dtype)
+    return found[:valid].long(), places

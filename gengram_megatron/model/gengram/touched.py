@@ -3,7 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from gengram_megatron.model.gengram.ids import KmerIds, rows_of
+from gengram_megatron.config.tables import KmerTable
+from gengram_megatron.model.gengram.ids import KmerIds
 
 
 class RowsTouched:
@@ -12,11 +13,11 @@ class RowsTouched:
     Ids depend on tokens only, so the count is the same in every layer with memory.
     """
 
-    def __init__(self, kmer_sizes: tuple[int, ...]):
+    def __init__(self, tables: tuple[KmerTable, ...]):
         device = torch.cuda.current_device()
         # One place more than rows: k-mers that are not valid have the id one past the last row.
         self._marks = [
-            torch.zeros(rows_of(k) + 1, dtype=torch.uint8, device=device) for k in kmer_sizes
+            torch.zeros(table.rows + 1, dtype=torch.uint8, device=device) for table in tables
         ]
 
     def mark(self, kmers: KmerIds) -> None:

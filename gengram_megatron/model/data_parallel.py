@@ -1,0 +1,81 @@
+"""A model chunk whose gradients are summed over the data-parallel ranks, row tables apart.
+
+Tables whose rows the data- or expert-parallel ranks share are no copies of one another: a row's
+gradient comes whole from its own lookups (exchange.py) and is summed only over ranks that hold the
+same rows. megatron-core knows two kinds of parameters, copied ones and experts; the tables would
+need a third, so they get a DistributedDataParallel of their own, in which they count as experts
+whose copies are those ranks.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+_singles: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+class DataParallel(DistributedDataParallel):
+    """megatron-core's, with row_tables: another one around this chunk's tables split by rows over
+    data- or expert-parallel ranks; None where the config has no such tables."""
+
+    def __init__(self, config, ddp_config: DistributedDataParallelConfig, module, rows_over, **kw):
+        tables = [p for p in module.parameters() if getattr(p, "rows_over", None)]
+        with frozen(tables):
+            super().__init__(config=config, ddp_config=ddp_config, module=module, **kw)
+        self.table_parameters = tables
+        self.row_tables = None
+        if rows_over is not None:
+            plain = replace(ddp_config, overlap_grad_reduce=False, overlap_param_gather=False)
+            groups = row_table_groups(rows_over)
+            self.row_tables = DistributedDataParallel(
+                config=config,
+                ddp_config=plain,
+                module=nn.ParameterList(tables),
+                pg_collection=groups,
+            )
+            self.row_tables.groups = groups
+
+    def zero_grad_buffer(self):
+        """Both kinds of gradients, before a step."""
+        super().zero_grad_buffer()
+        if self.row_tables is not None:
+            self.row_tables.zero_grad_buffer()
+
+    def finish_grad_sync(self, *args, **kwargs):
+        """Both kinds of gradients, after the last microbatch."""
+        super().finish_grad_sync(*args, **kwargs)
+        if self.row_tables is not None:
+            self.row_tables.finish_grad_sync()
+
+
+@contextmanager
+def frozen(parameters: list[nn.Parameter]):
+    """While what is made from a module's parameters is to leave these out."""
+    for parameter in parameters:
+        parameter.requires_grad = False
+    yield
+    for parameter in parameters:
+        parameter.requires_grad = True
+
+
+def row_table_groups(over: str) -> ProcessGroupCollection:
+    """megatron-core's groups, and as the experts' copies the ranks that hold the same rows."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if over == "data":
+        groups.expt_dp = _alone()
+        groups.tp_ep_pp = dist.group.WORLD  # over which the gradients' norm is summed
+    return groups
+
+
+def _alone() -> dist.ProcessGroup:
+    """The group of this rank only. Made once: making a group is for all ranks to do together."""
+    world = dist.group.WORLD
+    if world not in _singles:
+        made = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        _singles.clear()
+        _singles[world] = made[dist.get_rank()]
+    return _singles[world]
