@@ -271,3 +271,56 @@ def test_a_hidden_state_reaches_itself_and_the_taps_of_the_convolution(one_proce
     before, after = (add_to(memory, x, text) for x in (hidden, changed))
     differs = before.ne(after).any(dim=-1).flatten().nonzero().flatten().tolist()
     assert differs == [30, 36, 42, 48]
+
+
+def features_of(tables, weights: list[torch.Tensor], text) -> torch.Tensor:
+    """The pooled features of the package, [s, b, number of k * d]."""
+    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.model.gengram.pooling import Pooling, pooled
+    from gengram_megatron.model.zigzag import Piece
+
+    kmers = KmerIds.of(torch.tensor(text), tables, ALPHABET)
+    return pooled(weights, list(kmers.ids), tables, Pooling(21), [Piece(0, len(text[0]))], None)
+
+
+def random_tables(tables) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(15)
+    return [
+        torch.randn(t.rows, t.columns, generator=generator, dtype=torch.float64) for t in tables
+    ]
+
+
+def test_shared_rows_are_those_of_a_direct_table_with_equal_rows(one_process):
+    """A direct table in which each k-mer has a copy of its pair's row gives the same features."""
+    from gengram_megatron.config.tables import direct_table
+    from gengram_megatron.model.gengram.ids import KmerIds
+
+    text = TEXTS["bases and all other tokens"]
+    shared, plain = ((direct_table(k, DIM, s),) for s in (True, False) for k in (4,))
+    (weight,) = random_tables(shared)
+    expanded = torch.zeros(5**4, DIM, dtype=torch.float64)
+    kmers = [KmerIds.of(torch.tensor(text), tables, ALPHABET).ids[0] for tables in (shared, plain)]
+    for pair, row in zip(*(ids.flatten().tolist() for ids in kmers)):
+        if row < 5**4:
+            expanded[row] = weight[pair]
+    ours, expected = features_of(shared, [weight], text), features_of(plain, [expanded], text)
+    assert torch.equal(ours, expected) and ours.abs().sum() > 0
+
+
+def test_heads_of_a_hashed_size_are_interleaved_window_means(one_process):
+    """Position by position: column c of head j is column 2 c + j of the features."""
+    from gengram_megatron.config.schema import Gengram
+    from gengram_megatron.config.tables import kmer_tables
+    from gengram_megatron.model.gengram.ids import KmerIds
+
+    text = TEXTS["bases and all other tokens"]
+    tables = kmer_tables(Gengram(kmer_sizes=[9], dim=DIM, hashing={"rows": 100, "heads": 2}))
+    weights = random_tables(tables)
+    ours = features_of(tables, weights, text)
+    ids = KmerIds.of(torch.tensor(text), tables, ALPHABET).ids
+    for head, (table, weight) in enumerate(zip(tables, weights)):
+        for b, position in ((b, p) for b in range(2) for p in range(len(text[0]))):
+            window = ids[head][b, max(position - 21 + 9, 0) : position + 1]
+            rows = [row for row in window.tolist() if row < table.rows]
+            mean = weight[rows].sum(0) / max(len(rows), 1)
+            torch.testing.assert_close(ours[position, b, head::2], mean)

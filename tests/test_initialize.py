@@ -182,3 +182,28 @@ def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks):
         together = torch.cat([part(rank, expert) for rank in range(ranks)], axis)
         assert torch.equal(together, whole(expert))
     assert not torch.equal(whole(0), whole(1))
+
+
+def test_large_tensors_are_drawn_in_blocks_that_ranks_agree_on(one_process, monkeypatch):
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from gengram_megatron.model import initialize
+
+    def draw(first: int, last: int) -> torch.Tensor:
+        part = ShardedTensor(
+            key="table",
+            data=torch.empty(last - first, 3),
+            dtype=torch.float32,
+            local_shape=(last - first, 3),
+            global_shape=(50, 3),
+            global_offset=(first, 0),
+            axis_fragmentations=None,
+        )
+        return initialize._own_part(part, STD, seed=1)
+
+    monkeypatch.setattr(initialize, "LARGEST_DRAW", 24)  # eight rows
+    whole = draw(0, 50)
+    assert whole.std() == pytest.approx(STD, rel=0.2)
+    assert len(whole.unique()) == whole.numel()  # no block repeats another
+    for first, last in [(0, 50), (3, 5), (7, 17), (24, 32), (40, 50)]:
+        assert torch.equal(draw(first, last), whole[first:last])

@@ -40,6 +40,14 @@ def test_layout_gives_the_answer_of_one_process(results: Path, name: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_added_up_over_the_ranks_are_there_exactly_once(results, name: str) -> None:
+    split = torch.load(results / f"split_{name}.pt")
+    sizes = {key: grad.numel() for key, grad in split["gradients"].items()}
+    assert split["held_once"] == sizes
+
+
+@pytest.mark.slow
 def test_tables_of_the_reference_get_gradients_only_where_tokens_touch_them(results: Path) -> None:
     gradients = torch.load(results / "alone_pp2.pt")["gradients"]
     table = gradients["decoder.layers.1.memory.tables.weights.k6"]

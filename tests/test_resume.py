@@ -23,7 +23,18 @@ COMMON = [
     "optimizer.warmup_fraction=0.2",
 ]
 BF16, FP32 = "train.precision=bf16", "train.precision=fp32"
+HASHED = [
+    "model.gengram.kmer_sizes=[1, 6, 11]",
+    "model.gengram.hashing={rows: 5000, heads: 2}",
+    "model.gengram.share_reverse_complements=true",
+]
 AT_ONCE, LATER = "checkpoint.asynchronous=false", "checkpoint.asynchronous=true"
+
+
+def rows_over(group: str) -> list[str]:
+    """Settings of tables that are split by rows."""
+    return ["model.gengram.split=rows", f"model.gengram.rows_over={group}"]
+
 
 #   name: (processes, settings)
 CASES = {
@@ -31,6 +42,11 @@ CASES = {
     "bf16": (1, [BF16, LATER, "checkpoint.keep=2"]),
     "dp2": (2, [BF16, LATER, "optimizer.overlap_grad_reduce=true",
                 "optimizer.overlap_param_gather=true"]),
+    # Tables that the ranks share by rows, hashed and direct.
+    "dp2_rows": (2, [BF16, LATER, "optimizer.overlap_grad_reduce=true",
+                     "optimizer.overlap_param_gather=true", *HASHED, *rows_over("data")]),
+    "ep2_rows": (2, [FP32, LATER, "parallel.expert=2", *rows_over("expert")]),
+    "tp2_rows": (2, [FP32, AT_ONCE, "parallel.tensor=2", *HASHED, *rows_over("tensor")]),
     "tp2_pp2": (4, [FP32, LATER, "parallel.tensor=2", "parallel.pipeline=2"]),
 }  # fmt: skip
 

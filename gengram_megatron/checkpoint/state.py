@@ -19,6 +19,7 @@ from megatron.core.utils import unwrap_model
 from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts, read_facts
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
 
 # Tensors are described by the model, not by the layout that wrote them, and layers may differ
@@ -57,6 +58,7 @@ class TrainingState:
             samples=step * self.config.train.global_batch_size,
             seed=self.config.run.seed,
             layout=asdict(self.layout),
+            tables=self._tables(),
         )
 
         def finish() -> None:
@@ -113,6 +115,21 @@ class TrainingState:
                 "which decides the order of the samples: set it as it was, or start in another "
                 "run.dir"
             )
+
+        for name, table in facts.tables.items():
+            if name in self._tables() and table != self._tables()[name]:
+                raise UserError(
+                    f"{path} was trained with other rows of table {name}: {table}, not "
+                    f"{self._tables()[name]}; set kmer_sizes, dim, hashing and "
+                    "share_reverse_complements of model.gengram as they were, or start in another "
+                    "run.dir"
+                )
+
+    def _tables(self) -> dict[str, dict]:
+        gengram = self.config.model.gengram
+        if not gengram.enabled:
+            return {}
+        return {table.name: asdict(table) for table in kmer_tables(gengram)}
 
     def _state(self, step: int, is_loading: bool) -> dict:
         metadata = {

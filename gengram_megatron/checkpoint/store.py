@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gengram_megatron.errors import UserError
@@ -29,6 +29,8 @@ class Facts:
     samples: int
     seed: int
     layout: dict
+    tables: dict = field(default_factory=dict)
+    """Gengram's tables by name, with what decides which row a k-mer has."""
 
 
 class CheckpointStore:

@@ -8,6 +8,7 @@ from the same weights under any tensor, pipeline, expert or data parallelism.
 """
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,8 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
+
+LARGEST_DRAW = 2**27  # numbers at a time; 512 MiB
 
 
 def mark(parameter: nn.Parameter, std: float | None = None, constant: float | None = None) -> None:
@@ -65,18 +68,28 @@ def parts(chunk: nn.Module) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]
 def _own_part(part: ShardedTensor, std: float, seed: int) -> Tensor:
     """This rank's slice of the full tensor [global shape], drawn in float32.
 
-    Leading axes that megatron-core prepends (experts, say) are drawn one index at a time.
+    Leading axes that megatron-core prepends (experts, say) are drawn one index at a time, and
+    tensors too large for one rank by blocks of their rows, of which only those needed are drawn.
     """
-    device = torch.cuda.current_device()
     prepended = part.prepend_axis_num
-    digest = hashlib.blake2b(
-        repr((seed, part.key, part.global_offset[:prepended])).encode(), digest_size=7
-    ).digest()
+    rows, *others = part.global_shape[prepended:]
+    place = [slice(o, o + n) for o, n in zip(part.global_offset[prepended:], part.local_shape)]
+    size = max(LARGEST_DRAW // math.prod(others), 1)
+    first = place[0].start // size * size
+    own = []
+    for start in range(first, place[0].stop, size):
+        stop = min(start + size, rows)
+        # The first block's name is the tensor's own, so that small tensors are drawn as one.
+        name = (seed, part.key, part.global_offset[:prepended], *((start,) if start else ()))
+        block = _draw(name, (stop - start, *others))
+        inside = slice(max(place[0].start - start, 0), min(place[0].stop, stop) - start)
+        own.append(block[(inside, *place[1:])] * std)
+    return torch.cat(own) if len(own) > 1 else own[0]
+
+
+def _draw(name: tuple, shape: tuple[int, ...]) -> Tensor:
+    """Normal numbers that the name alone decides."""
+    device = torch.cuda.current_device()
+    digest = hashlib.blake2b(repr(name).encode(), digest_size=7).digest()
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big"))
-    shape = part.global_shape[prepended:]
-    full = torch.randn(shape, generator=generator, device=device) * std
-    slices = tuple(
-        slice(start, start + length)
-        for start, length in zip(part.global_offset[prepended:], part.local_shape)
-    )
-    return full[slices]
+    return torch.randn(shape, generator=generator, device=device)

@@ -31,26 +31,28 @@ def batch(samples: int, seq_length: int) -> torch.Tensor:
     return tokens
 
 
-def gradients(chunks) -> dict[str, torch.Tensor]:
+def gradients(chunks) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Every parameter's gradient at its full shape, put together on rank 0. Copies of one part
-    on several ranks must agree."""
+    on several ranks must agree. And how many elements of it lie on ranks that hold no copy of
+    another rank's: those that a checkpoint is written from."""
     own = []
     for chunk in chunks:
         for part, parameter, start in parts(chunk.module):
             grad = parameter.main_grad.flatten()[start : start + part.data.numel()]
-            own.append(
-                (part.key, part.global_shape, part.global_offset, grad.view(part.local_shape))
-            )
+            first = part.replica_id in (0, (0, 0, 0))
+            grad = grad.view(part.local_shape)
+            own.append((part.key, part.global_shape, part.global_offset, grad, first))
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
-    full = {}
-    for key, shape, offset, grad in (item for rank in gathered for item in rank):
+    full, once = {}, {}
+    for key, shape, offset, grad, first in (item for rank in gathered for item in rank):
+        once[key] = once.get(key, 0) + first * grad.numel()
         tensor = full.setdefault(key, torch.full(shape, float("nan")))
         place = tuple(slice(o, o + n) for o, n in zip(offset, grad.shape))
         if not tensor[place].isnan().all():
             torch.testing.assert_close(tensor[place], grad, rtol=1e-6, atol=1e-9, msg=key)
         tensor[place] = grad
-    return full
+    return full, once
 
 
 def run(name: str, mode: str, out: Path) -> None:
@@ -73,7 +75,8 @@ def run(name: str, mode: str, out: Path) -> None:
     report = forward_backward(
         chunks, iter(micro[data_rank :: layout.data]), config, layout, forward_only=False
     )
-    result = {"loss": mean_loss(report), "gradients": gradients(chunks)}
+    full, once = gradients(chunks)
+    result = {"loss": mean_loss(report), "gradients": full, "held_once": once}
     if rank == 0:
         torch.save(result, out / f"{mode}_{name}.pt")
     end_processes()

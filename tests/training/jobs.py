@@ -23,6 +23,7 @@ SHORT = (TABLES, "train.validation_interval=2")
 PLAIN = ("optimizer.distributed=false",)
 REDUCE = ("optimizer.overlap_grad_reduce=true",)
 GATHER = (*REDUCE, "optimizer.overlap_param_gather=true")
+ROWS = ("model.gengram.split=rows",)
 VPP = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
 
 # The first step of a warm-up has a learning rate of 0: what is validated are the initial weights.
@@ -34,6 +35,16 @@ SCHEDULE = (
     "train.global_batch_size=4",
     "optimizer={lr: 0.01, min_lr: 0.001, warmup_fraction: 0.25, decay_fraction: 0.75}",
     TABLES,
+)
+
+# Two heads of about 2^24 rows each, in two layers.
+LARGE = (
+    "train.steps=3",
+    "model.gengram.kmer_sizes=[1, 12]",
+    "model.gengram.dim=4",
+    "model.gengram.hashing={rows: 16777216, heads: 2}",
+    "model.gengram.split=rows",
+    "checkpoint.at_end=false",
 )
 
 ALONE = {
@@ -59,6 +70,9 @@ TWO = {
     "dp2": SHORT,
     "dp2_reduce": (*SHORT, *REDUCE),
     "dp2_gather": (*SHORT, *GATHER),
+    "dp2_rows": (*SHORT, *ROWS),
+    "dp2_rows_plain": (*SHORT, *PLAIN, *ROWS),
+    "dp2_2_24_rows": LARGE,
     "dp2_initial": INITIAL,
     "pp2_initial": (*INITIAL, "parallel.pipeline=2"),
 }
@@ -67,4 +81,7 @@ FOUR = {
     "dp2_vpp2_reduce": (*SHORT, *VPP, *REDUCE),
     "dp2_vpp2_gather": (*SHORT, *VPP, *GATHER),
     "dp4_ep2_gather": (*SHORT, *GATHER, "parallel.expert=2"),
+    "dp4_ep2_rows": (*SHORT, *GATHER, *ROWS, "parallel.expert=2", "model.gengram.rows_over=expert"),
+    "dp4_ep2_rows_over_data": (*SHORT, *ROWS, "parallel.expert=2"),
+    "dp2_vpp2_rows": (*SHORT, *VPP, *ROWS),
 }
