@@ -31,6 +31,8 @@ CASES = {
     "bf16": (1, [BF16, LATER, "checkpoint.keep=2"]),
     "dp2": (2, [BF16, LATER, "optimizer.overlap_grad_reduce=true",
                 "optimizer.overlap_param_gather=true"]),
+    # The first stage has no memory, so no tables for the optimizer.
+    "pp2_uneven": (2, [FP32, LATER, "parallel.pipeline=2", "parallel.first_stage_layers=1"]),
     "tp2_pp2": (4, [FP32, LATER, "parallel.tensor=2", "parallel.pipeline=2"]),
 }  # fmt: skip
 
