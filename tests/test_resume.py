@@ -47,6 +47,8 @@ CASES = {
                      "optimizer.overlap_param_gather=true", *HASHED, *rows_over("data")]),
     "ep2_rows": (2, [FP32, LATER, "parallel.expert=2", *rows_over("expert")]),
     "tp2_rows": (2, [FP32, AT_ONCE, "parallel.tensor=2", *HASHED, *rows_over("tensor")]),
+    # The first stage has no memory, so no tables for the optimizer.
+    "pp2_uneven": (2, [FP32, LATER, "parallel.pipeline=2", "parallel.first_stage_layers=1"]),
     "tp2_pp2": (4, [FP32, LATER, "parallel.tensor=2", "parallel.pipeline=2"]),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from tests.layouts.launch import ROOT
-from tests.training.jobs import ALONE, FOUR, MODELS, RECOMPUTED, TWO
+from tests.training.jobs import ALONE, FOUR, MODELS, RECOMPUTED, SHORT, TWO
 from tests.training.launch import Ended, python, run_jobs
 from tests.training.tiny import (
     build_data,

@@ -302,23 +302,74 @@ def _split_problems(config: Config) -> Iterator[str]:
 
 
 def _pipeline_problems(config: Config) -> Iterator[str]:
-    layers, parallel = config.model.num_layers, config.parallel
+    parallel = config.parallel
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
-    if virtual is None:
-        yield from _multiple("model.num_layers", layers, "parallel.pipeline", pipeline)
-    elif virtual == 1:
+    if virtual == 1:
         yield "parallel.virtual_pipeline is 1, which means no interleaving; write null for that"
-    elif pipeline == 1:
+    elif virtual is not None and pipeline == 1:
         yield (
             f"parallel.virtual_pipeline is {virtual}, but parallel.pipeline is 1: set "
             "virtual_pipeline to null, or pipeline to 2 or more"
         )
+    elif own := _stages_of_their_own(config):
+        yield from _uneven_problems(config, own)
     else:
         yield from _multiple(
             "model.num_layers",
-            layers,
-            "parallel.pipeline * parallel.virtual_pipeline",
-            pipeline * virtual,
+            config.model.num_layers,
+            "parallel.pipeline * parallel.virtual_pipeline" if virtual else "parallel.pipeline",
+            pipeline * (virtual or 1),
+        )
+
+
+def _stages_of_their_own(config: Config) -> dict[str, int]:
+    """The keys that give a pipeline stage its number of layers, where they are set."""
+    parallel = config.parallel
+    layers = {
+        "parallel.first_stage_layers": parallel.first_stage_layers,
+        "parallel.last_stage_layers": parallel.last_stage_layers,
+    }
+    return {name: count for name, count in layers.items() if count is not None}
+
+
+def _uneven_problems(config: Config, own: dict[str, int]) -> Iterator[str]:
+    """The stages that no key is about must get as many layers each, in chunks of one size."""
+    layers, pipeline = config.model.num_layers, config.parallel.pipeline
+    virtual = config.parallel.virtual_pipeline
+    if pipeline == 1:
+        for name, count in own.items():
+            yield (
+                f"{name} is {count}, but parallel.pipeline is 1, so that one stage has all "
+                "layers: set it to null, or pipeline to 2 or more"
+            )
+        return
+    for name, count in own.items():
+        yield from _multiple(name, count, "parallel.virtual_pipeline", virtual or 1)
+    names, given, others = " + ".join(own), sum(own.values()), pipeline - len(own)
+    rest = layers - given
+    if others == 0 and rest:
+        yield (
+            f"{names} is {given}, but model.num_layers is {layers} and parallel.pipeline = 2 has "
+            f"no other stage: set one of them to null, or make their sum {layers}"
+        )
+    elif others == 0 and virtual:
+        # megatron-core 0.16.1 divides by the number of other stages.
+        yield (
+            f"{names} is {given} on parallel.pipeline = 2, where parallel.virtual_pipeline = "
+            f"{virtual} allows only one of them: set the other to null, which places the same "
+            "layers"
+        )
+    elif others and rest < 1:
+        yield (
+            f"{names} is {given}, which leaves none of model.num_layers = {layers} for the other "
+            f"stages of parallel.pipeline = {pipeline}; lower it, or raise num_layers"
+        )
+    elif others:
+        yield from _multiple(
+            f"what {names} leaves of model.num_layers",
+            rest,
+            "the other stages" + (" * parallel.virtual_pipeline" if virtual else ""),
+            others * (virtual or 1),
         )
 
 

@@ -147,6 +147,12 @@ class Parallel(Section):
     virtual_pipeline: Positive | None = Field(
         None, description="model chunks a pipeline rank (interleaved schedule); null: one"
     )
+    first_stage_layers: Positive | None = Field(
+        None, description="decoder layers of the first pipeline rank; null: as many as the others"
+    )
+    last_stage_layers: Positive | None = Field(
+        None, description="decoder layers of the last pipeline rank; null: as many as the others"
+    )
     context: Positive = Field(1, description="ranks that share each sequence")
     expert: Positive = Field(1, description="ranks that experts are dealt out to")
     expert_tensor: Positive | None = Field(

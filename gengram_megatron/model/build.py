@@ -131,6 +131,8 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+        "num_layers_in_first_pipeline_stage": config.parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": config.parallel.last_stage_layers,
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence,
         **_experts(config, layout),

@@ -6,7 +6,7 @@ from gengram_megatron.config.schema import Config
 # it, rounding alone moves gradients by more than 1e-4. With this seed none does.
 SEED = 1
 
-# Six layers, memory in three of them, on both sides of every pipeline cut.
+# Six layers, memory in three of them, on both sides of every even pipeline cut.
 MODEL = {
     "hidden_size": 32,
     "num_layers": 6,
@@ -81,6 +81,10 @@ CASES = {
     "pp2_vpp2": (2, EIGHT_LAYERS, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "pp2_vpp3": (2, {}, {"pipeline": 2, "virtual_pipeline": 3}, {}),
     "pp2_vpp3_full": (2, {}, {"pipeline": 2, "virtual_pipeline": 3}, {"recompute": "full"}),
+    "pp2_uneven_first": (2, {}, {"pipeline": 2, "first_stage_layers": 2}, {}),
+    "pp2_uneven_last": (2, {}, {"pipeline": 2, "last_stage_layers": 1}, {}),
+    "pp2_uneven_no_memory": (2, {}, {"pipeline": 2, "first_stage_layers": 1}, {"recompute": "full"}),
+    "pp2_vpp2_uneven": (2, {}, {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 2}, {}),
     "ep2_top1": (2, {"moe_router_topk": 1}, {"expert": 2}, {}),
     "ep2": (2, {}, {"expert": 2}, {}),
     "dp2": (2, {}, {}, {}),
@@ -106,6 +110,8 @@ CASES = {
     "cp2_ep2_rows": (4, ROWS_DATA, {"context": 2, "expert": 2}, {}),
     "tp2_sp_pp2": (4, {}, {"tensor": 2, "pipeline": 2}, {}),
     "tp2_sp_pp2_full": (4, {}, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
+    "tp2_sp_pp2_uneven": (4, {}, {"tensor": 2, "pipeline": 2, "first_stage_layers": 2}, {"recompute": "full"}),
+    "pp4_uneven": (4, {}, {"pipeline": 4, "first_stage_layers": 2, "last_stage_layers": 2}, {}),
     "tp2_sp_cp2": (4, {}, {"tensor": 2, "context": 2}, {}),
     "tp2_sp_cp2_full": (4, {}, {"tensor": 2, "context": 2}, {"recompute": "full"}),
     "tp2_sp_cp2_documents": (4, DOCUMENTS, {"tensor": 2, "context": 2}, {"recompute": "full"}),
