@@ -4,6 +4,7 @@ torch and megatron-core are imported only by the commands that compute, so that 
 and mistakes are shown at once.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -172,3 +173,30 @@ def config(
     if nproc is not None:
         check_layout(loaded, nproc)
     print(dump_config(loaded), end="")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes of the run.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a run will be, without starting it.
+
+    Steps, tokens and parameters; of Gengram's tables, how each is split over the ranks, what a
+    rank holds of it, and why.
+
+    \b
+      gengram plan configs/smoke/cpu.yaml --nproc 4
+      gengram plan my_run.yaml --nproc 64 'model.gengram.kmer_sizes=[1,2,3,4,5,6,12]'
+    """
+    from gengram_megatron.plan import plan as work_out
+    from gengram_megatron.plan import show
+
+    loaded = load_config(config, overrides or [], Config)
+    found = work_out(loaded, check_layout(loaded, nproc))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)

@@ -1,5 +1,6 @@
 """The command `gengram` as a user meets it: help, configs, and mistakes without a traceback."""
 
+import json
 import os
 import subprocess
 import sys
@@ -124,3 +125,42 @@ def test_a_run_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         make_folder(tmp_path / "file" / "run")
+
+
+def test_plan_says_how_tables_are_split_and_why() -> None:
+    words = [
+        ONE_GPU,
+        "model.gengram={kmer_sizes: [1, 6, 8, 12], dim: 1024, hashing: {rows: 16777216}}",
+        "parallel.tensor=2",
+        "train.global_batch_size=32",
+    ]
+    said = gengram("plan", *words, "--nproc", "8", "--json")
+    assert said.returncode == 0, said.stderr
+    tables = {table["name"]: table for table in json.loads(said.stdout)["tables"]}
+    held = {
+        name: (table["split"], table["over"], table["rows_per_rank"], table["columns_per_rank"])
+        for name, table in tables.items()
+    }
+    assert held == {
+        "k1": ("columns", "tensor", 5, 512),
+        "k6": ("columns", "tensor", 15_625, 512),
+        "k8": ("rows", "data", 97_657, 512),
+        "k12_0": ("rows", "data", 4_194_304, 256),
+        "k12_1": ("rows", "data", 4_194_300, 256),
+    }
+    assert tables["k6"]["reason"] == "k is at most 6"
+    # bf16 weights, float32 gradients, and 12 bytes of Adam's over four data-parallel ranks.
+    gib = 390_625 * 512 * (2 + 4 + 12 / 4) / 2**30
+    assert tables["k8"]["reason"] == f"by columns {gib:.2f} GiB a rank"
+    shown = gengram("plan", *words, "--nproc", "8", COLUMNS="120")
+    assert shown.returncode == 0 and "by columns" in shown.stdout
+
+
+def test_plan_counts_what_config_says() -> None:
+    from gengram_megatron.model.flops import count_parameters
+
+    found = json.loads(gengram("plan", SMOKE / "cpu.yaml", "--nproc", "4", "--json").stdout)
+    loaded = load_config(SMOKE / "cpu.yaml", [], Config)
+    assert found["parameters"]["total"] == count_parameters(loaded).total
+    assert found["tokens"] == found["samples"] * loaded.model.seq_length
+    assert found["samples"] == found["steps"] * loaded.train.global_batch_size

@@ -41,19 +41,19 @@ def _place(table: KmerTable, config: Config, world_size: int) -> Placement:
     ranks = group_sizes(config, world_size)[over]
     if gengram.split == "columns":
         return Placement(table, None, "gengram.split is columns")
+    if gengram.split == "auto" and table.k <= SMALL_K:
+        return Placement(table, None, f"k is at most {SMALL_K}")
     if ranks == 1:
         return Placement(table, None, f"there is one {over}-parallel rank")
     if table.rows < ranks:
         return Placement(table, None, f"{table.rows} rows for {ranks} {over}-parallel ranks")
     if gengram.split == "rows":
         return Placement(table, over, "gengram.split is rows")
-    if table.k <= SMALL_K:
-        return Placement(table, None, f"k is at most {SMALL_K}")
     size = bytes_by_columns(table, config, world_size)
-    gib = f"{size / 2**30:.2f} GiB a rank by columns"
+    gib = f"{size / 2**30:.2f} GiB a rank"
     if size < LARGE_BYTES:
-        return Placement(table, None, f"{gib}, less than 1")
-    return Placement(table, over, f"{gib}, at least 1")
+        return Placement(table, None, f"by columns {gib}")
+    return Placement(table, over, f"by columns {gib}")
 
 
 def bytes_by_columns(table: KmerTable, config: Config, world_size: int) -> int:
