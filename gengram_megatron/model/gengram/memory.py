@@ -17,7 +17,7 @@ from gengram_megatron.model.zigzag import Piece, context_pieces, sequence_pieces
 
 
 class GengramMemory(MegatronModule):
-    """Algorithm 1 of the paper, its tables split over the tensor-parallel ranks."""
+    """Algorithm 1 of the paper, on this rank's part of the sequence and of the tables."""
 
     def __init__(self, config, gengram: GengramShape, pg_collection):
         super().__init__(config=config)
