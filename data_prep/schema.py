@@ -14,7 +14,8 @@ class Source(Section):
     """One FASTA file, and what of it is held out for validation."""
 
     fasta: str = Field(
-        min_length=1, description="plain, gzip or bgzip; relative to the config file's folder"
+        min_length=1,
+        description="plain, gzip, bgzip, bzip2, xz or zstd; relative to the config file's folder",
     )
     validation: Share | None = Field(
         None, description="share of the bases held out at the end; null: the data set's"
