@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data_prep.build import build as build_data_set
+from data_prep.download.command import download
 from data_prep.schema import DataConfig
 from gengram_megatron.config.load import load_config
 from gengram_megatron.errors import UserError
@@ -21,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(download)
 
 
 @app.callback()
@@ -110,12 +114,13 @@ def _summary(manifest: dict) -> Table:
         "valid.": ("validation",),
         "N": ("too_many_n",),
         "border": ("straddles",),
+        "genes": ("far_from_genes",),
         "mix": ("left_out_of_train", "left_out_of_validation"),
         "rest, bp": ("remainder_bases",),
     }
     table.caption = (
-        "dropped: N, too many of it; border, crossing that of the validation split; mix, left out "
-        "for the groups' weights; rest, bases at record ends too few for a fragment"
+        "dropped: N, too many of it; border, crossing that of the validation split; genes, "
+        "too far from them; mix, left out for the groups' weights; rest, bases at record ends too few for a fragment"
     )
     for name in columns:
         table.add_column(name, justify="right")
