@@ -62,6 +62,7 @@ def build(
         seed: 1234                   # decides what the mix leaves out
         validation: 0.05             # share held out at the end of each file
         max_n_fraction: 0.1          # fragments with more N are dropped
+        gene_distance: 5120          # fragments farther than this from every gene are dropped
         groups:
           human:
             weight: 1
@@ -69,14 +70,16 @@ def build(
               chm13:
                 fasta: genomes/chm13.fa.gz
                 validation_records: [chr20]
+                annotation: genomes/chm13.gff3.gz
           apes:
             weight: 1
             sources:
               gorilla:
                 fasta: genomes/gorilla.fa.gz
                 validation_regions: ["chr20:1-5000000"]
+                without_annotation: keep
 
-    A relative fasta is looked for from the folder of CONFIG, also when it comes from a base file
+    A relative fasta or annotation is looked for from the folder of CONFIG, also when it comes from a base file
     or from the command line. The output appears only when it is complete; if it exists and is up
     to date, nothing is done.
     """
@@ -119,8 +122,9 @@ def _summary(manifest: dict) -> Table:
         "rest, bp": ("remainder_bases",),
     }
     table.caption = (
-        "dropped: N, too many of it; border, crossing that of the validation split; genes, "
-        "too far from them; mix, left out for the groups' weights; rest, bases at record ends too few for a fragment"
+        "dropped: N, too many of it; border, crossing that of the validation split; genes, too "
+        "far from them; mix, left out for the groups' weights; rest, bases at record ends too few "
+        "for a fragment"
     )
     for name in columns:
         table.add_column(name, justify="right")

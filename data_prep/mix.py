@@ -32,11 +32,10 @@ def balance(fates: dict[str, np.ndarray], weights: dict[str, int], seed: int) ->
 
 def _too_few(split: Fate, group: str, weight: int, fate: np.ndarray) -> str:
     """Say why a group has nothing to give."""
-    have, n, straddle = (
-        np.count_nonzero(fate == kind) for kind in (split, Fate.TOO_MANY_N, Fate.STRADDLES)
-    )
+    kinds = (split, Fate.TOO_MANY_N, Fate.FAR_FROM_GENES, Fate.STRADDLES)
+    have, n, far, straddle = (np.count_nonzero(fate == kind) for kind in kinds)
     return (
         f"group {group} has {have} fragments for the {split.name.lower()} split and needs at least "
-        f"{weight}: of its {len(fate)} fragments {n} were dropped for too many N (max_n_fraction) "
-        f"and {straddle} for crossing the border of the validation split (validation)"
+        f"{weight}: of its {len(fate)} fragments {n} were dropped for too many N (max_n_fraction), "
+        f"{far} for their distance from genes (gene_distance), and {straddle} for crossing the border of the validation split (validation)"
     )

@@ -124,7 +124,7 @@ def test_round_trip_of_any_genome(tmp_path_factory, texts, seq_length, share):
 def test_the_manifest_accounts_for_every_base(genomes):
     manifest = run(genomes, max_n_fraction=0.2)
     assert manifest == read_manifest(genomes / "out")
-    fates = ["train", "validation", "straddles", "too_many_n"]
+    fates = ["train", "validation", "straddles", "too_many_n", "far_from_genes"]
     fates += ["left_out_of_train", "left_out_of_validation"]
     for key, facts in manifest["sources"].items():
         genome = slow_genome(genomes / facts["fasta"])
