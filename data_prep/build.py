@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import fragment, genes, manifest, mix, split
+from data_prep import fragment, genes, manifest, mix, split, strand
 from data_prep.fasta import read_fasta
 from data_prep.fragment import Fate, Record
 from data_prep.origins import write_records
@@ -62,7 +62,7 @@ def build(
         _survey(source, config, report)
     _mix(sources, config)
     with published(output, replace=overwrite) as folder:
-        _write(folder, sources, config.seq_length, report)
+        _write(folder, sources, config, report)
         return manifest.write_manifest(folder, config, *_counts(sources, config))
 
 
@@ -143,7 +143,7 @@ def _mix(sources: list[Reading], config: DataConfig) -> None:
             source.fates, fate = np.split(fate, [len(source.fates)])
 
 
-def _write(folder: Path, sources: list[Reading], seq_length: int, report: Report) -> None:
+def _write(folder: Path, sources: list[Reading], config: DataConfig, report: Report) -> None:
     """Second reading: write the fragments in the order of the sources."""
     rows: list[tuple[str, str, int]] = []
     with ExitStack() as stack:
@@ -156,10 +156,13 @@ def _write(folder: Path, sources: list[Reading], seq_length: int, report: Report
                 if (name, len(ids)) != (record.name, record.length):
                     raise UserError(f"{source.path} was changed while it was read")
                 here, fates = np.split(fates, [len(record.n_bases)])
+                share = config.reverse_complement
+                reverse = strand.draw(config.seed, source.key, name, len(here), share)
                 for fate, writer in writers.items():
                     chosen = np.flatnonzero(here == fate)
-                    fragments = fragment.grid(ids, seq_length)[chosen]
-                    writer.add(fragments, len(rows), chosen * seq_length)
+                    fragments = fragment.grid(ids, config.seq_length)[chosen]
+                    turned = strand.turn(fragments, reverse[chosen])
+                    writer.add(turned, len(rows), chosen * config.seq_length, reverse[chosen])
                 rows.append((source.key, name, len(ids)))
                 report(f"writing {source.key}", len(ids))
     write_records(folder, rows)

@@ -59,10 +59,11 @@ def build(
     \b
         output: datasets/apes        # relative to the current folder
         seq_length: 8192
-        seed: 1234                   # decides what the mix leaves out
+        seed: 1234                   # decides what the mix leaves out, and strands
         validation: 0.05             # share held out at the end of each file
         max_n_fraction: 0.1          # fragments with more N are dropped
         gene_distance: 5120          # fragments farther than this from every gene are dropped
+        reverse_complement: 0        # share of fragments written as the other strand
         groups:
           human:
             weight: 1
@@ -79,9 +80,9 @@ def build(
                 validation_regions: ["chr20:1-5000000"]
                 without_annotation: keep
 
-    A relative fasta or annotation is looked for from the folder of CONFIG, also when it comes from a base file
-    or from the command line. The output appears only when it is complete; if it exists and is up
-    to date, nothing is done.
+    A relative fasta or annotation is looked for from the folder of CONFIG, also when it comes
+    from a base file or from the command line. The output appears only when it is complete; if it
+    exists and is up to date, nothing is done.
     """
     settings = load_config(config, overrides or [], DataConfig)
     start = time.perf_counter()

@@ -62,13 +62,16 @@ class DataConfig(Section):
 
     output: str = Field(min_length=1, description="folder to write; relative to the current one")
     seq_length: Positive = Field(description="bases a fragment, and so a training sample")
-    seed: NonNegative = Field(1234, description="decides which fragments a mix leaves out")
+    seed: NonNegative = Field(1234, description="decides what a mix leaves out, and the strands")
     max_n_fraction: Fraction = Field(0.1, description="fragments with a larger share of N go")
     validation: Share = Field(
         0.05, description="share of each source's bases held out, at the end of its file"
     )
     gene_distance: NonNegative | None = Field(
         None, description="fragments farther than this from every gene go, bp; null: none do"
+    )
+    reverse_complement: Fraction = Field(
+        0.0, description="share of the fragments written as reverse complement, both splits alike"
     )
     groups: dict[Name, Group] = Field(min_length=1, description="parts of the mix by name")
 
