@@ -175,8 +175,8 @@ def test_out_and_parallel_win_over_the_file(server, download):
     for number in range(5):
         server.add(f"f{number}", BODY[number:])
     files = [{"url": f"{server.url}/f{number}"} for number in range(5)]
-    assert download("--out", "there", "--parallel", "3", files=files)[0] == 0
-    assert all(Path(f"there/f{number}").read_bytes() == BODY[number:] for number in range(5))
+    assert download("--out", "2024", "--parallel", "3", files=files)[0] == 0
+    assert all(Path(f"2024/f{number}").read_bytes() == BODY[number:] for number in range(5))
     assert not Path("out").exists()
 
 

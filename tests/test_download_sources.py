@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.download.schema import DownloadConfig
 from data_prep.download.wanted import web_address
+from gengram_megatron.config.load import load_config
 from tests.download_checks import check_refused, left, md5
 
 pytest_plugins = ["tests.download_fixtures"]
@@ -101,6 +103,13 @@ def test_some_rows_of_a_table_that_is_itself_on_a_server(server, download, table
     assert left() == ["HG2.fa.gz", "downloads.json"]
 
 
+def test_a_table_that_breaks_off_is_asked_for_again(server, download, table):
+    table |= {"table": f"{server.url}/hprc.tsv"}
+    server.pages["/hprc.tsv"].cut_after, server.pages["/hprc.tsv"].cuts = 60, 2
+    assert download(indexes={"hprc": table})[0] == 0
+    assert left() == ["HG1.fa.gz", "HG2.fa.gz", "downloads.json"]
+
+
 def test_a_checksum_of_a_table_is_checked(server, download, table):
     server.add("HG1.fa.gz", GENES)
     check_refused(download(indexes={"hprc": table}), "HG1.fa.gz has md5 .* and not")
@@ -134,3 +143,12 @@ def test_a_list_of_nothing_is_refused(download):
 def test_help_shows_a_list(download):
     code, said, _ = download("--help")
     assert code == 0 and "A download list in full" in said and "GCA_047047975.1" in said
+
+
+@pytest.mark.parametrize(("number", "accessions"), [(1, 9), (2, 36), (3, 16)])
+def test_lists_of_the_papers_sets(number, accessions):
+    path = Path(__file__).parent.parent / f"configs/data/download/set{number}.yaml"
+    config = load_config(path, [], DownloadConfig)
+    assert len(set(config.ncbi.assemblies)) == accessions
+    assert all(index.table and index.rows["sample_id"] for index in config.indexes.values())
+    assert ("hprc_genes" in config.indexes) == (config.ncbi.annotation != "none") == (number < 3)

@@ -1,5 +1,6 @@
 """The command `gengram-data download`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,7 @@ def download(
     https_proxy and no_proxy in the environment are heeded.
     """
     words = [*(overrides or [])]
-    words += [f"output={out}"] if out is not None else []
+    words += [f"output={json.dumps(out)}"] if out is not None else []  # 2024 is a folder too
     words += [f"parallel={parallel}"] if parallel is not None else []
     settings = load_config(config, words, DownloadConfig)
     web = Web(settings.retries, settings.backoff, settings.timeout)
