@@ -54,7 +54,7 @@ def test_a_file_that_is_there_is_not_fetched_again(server, download):
     files = [{"url": f"{server.url}/{name}"} for name in "ab"]
     download(files=files[:1])
     code, said, _ = download(files=files)
-    assert code == 0 and "fetched 1 file " in said and "where 1 of 2 had been" in said
+    assert code == 0 and "fetched 1 file " in said and "1 of 2 were there already" in said
     assert server.gets["/a"] == server.gets["/b"] == 1
 
 
@@ -240,6 +240,19 @@ def test_a_file_that_came_from_elsewhere_is_not_overwritten(server, download):
     Path("out/a").write_bytes(OTHER)
     check_refused(download(files=[{"url": f"{server.url}/a"}]), "a exists and was not downloaded")
     assert Path("out/a").read_bytes() == OTHER
+
+
+@pytest.mark.parametrize("known", [{}, {"md5": md5(BODY)}])
+def test_a_folder_in_the_way_is_not_touched(server, download, known):
+    server.add("a", BODY)
+    Path("out/a").mkdir(parents=True)
+    check_refused(download(files=[{"url": f"{server.url}/a", **known}]), "out/a exists and was not")
+
+
+def test_an_output_that_is_a_file_is_refused(server, download):
+    server.add("a", BODY)
+    Path("out").write_text("a file")
+    check_refused(download(files=[{"url": f"{server.url}/a"}]), "out cannot be made: .*--out")
 
 
 def test_a_file_of_another_address_is_not_overwritten(server, download):

@@ -85,6 +85,6 @@ def download(
         sizes = run.download(settings, items, web, bars)
     folder = Path(settings.output)
     print(
-        f"fetched {files(len(sizes))} ({decimal(sum(sizes))}) into {folder}, where "
-        f"{len(items) - len(sizes)} of {len(items)} had been; {folder / RECORD} lists them"
+        f"fetched {files(len(sizes))} ({decimal(sum(sizes))}) into {folder}; "
+        f"{len(items) - len(sizes)} of {len(items)} were there already; {folder / RECORD} lists all"
     )

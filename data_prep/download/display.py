@@ -37,6 +37,7 @@ class Bars:
         )
         self._all = self._bars.add_task("all", total=None if None in sizes else sum(sizes))
         self._tasks: dict[str, TaskID] = {}
+        self._here: dict[str, int] = {}
 
     def __enter__(self) -> "Bars":
         self._bars.start()
@@ -50,8 +51,8 @@ class Bars:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name)
         self._bars.update(self._tasks[name], completed=here, total=size)
-        files = [task for task in self._bars.tasks if task.id != self._all]
-        self._bars.update(self._all, completed=sum(task.completed for task in files))
+        self._bars.update(self._all, advance=here - self._here.get(name, 0))
+        self._here[name] = here
 
     def stored(self, name: str, size: int) -> None:
         """A file is whole and in its place."""

@@ -131,7 +131,8 @@ def _is_recorded(wanted: Wanted, path: Path, known: dict[str, Any]) -> bool:
 
 def _adopted(wanted: Wanted, path: Path) -> dict[str, str]:
     """The checksums of a file that someone else put there, if they say that it is the one."""
-    found = checksums(path, {"sha256", *wanted.checksums}, Event()) if wanted.checksums else {}
+    known = wanted.checksums and path.is_file()
+    found = checksums(path, {"sha256", *wanted.checksums}, Event()) if known else {}
     if not found or not wanted.checksums.items() <= found.items():
         raise UserError(
             f"{path} exists and was not downloaded from {wanted.url}; "

@@ -14,6 +14,8 @@ from gengram_megatron.errors import UserError
 PASSING = (429, 500, 502, 503, 504)
 """Statuses that may be others a moment later."""
 
+LONGEST_PAUSE = 120.0
+
 
 class Web:
     """Requests that are tried again when a server is busy or cannot be reached."""
@@ -23,6 +25,7 @@ class Web:
         self._retry = Retry(
             total=retries,
             backoff_factor=backoff,
+            backoff_max=LONGEST_PAUSE,
             status_forcelist=PASSING,
             raise_on_status=False,  # the last answer has a status to tell of
         )
@@ -44,7 +47,7 @@ class Web:
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row."""
-        return self.backoff * 2 ** (failures - 1)
+        return min(self.backoff * 2 ** (failures - 1), LONGEST_PAUSE)
 
     def size(self, url: str) -> int | None:
         """How many bytes a file has, if the server tells before sending it."""
