@@ -137,7 +137,8 @@ def _mix(sources: list[Reading], config: DataConfig) -> None:
         group: np.concatenate([source.fates for source in sources if source.group == group])
         for group in config.groups
     }
-    mix.balance(fates, {name: group.weight for name, group in config.groups.items()}, config.seed)
+    weights = {name: group.weight for name, group in config.groups.items()}
+    mix.balance(fates, weights, config.seed, config.seq_length + 1, config.total_tokens)
     for group, fate in fates.items():
         for source in (source for source in sources if source.group == group):
             source.fates, fate = np.split(fate, [len(source.fates)])

@@ -63,6 +63,7 @@ def build(
         validation: 0.05             # share held out at the end of each file
         max_n_fraction: 0.1          # fragments with more N are dropped
         gene_distance: 5120          # fragments farther than this from every gene are dropped
+        total_tokens: 50000000000    # of the train split, at most; left out: all there are
         reverse_complement: 0        # share of fragments written as the other strand
         groups:
           human:

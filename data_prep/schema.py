@@ -70,6 +70,9 @@ class DataConfig(Section):
     gene_distance: NonNegative | None = Field(
         None, description="fragments farther than this from every gene go, bp; null: none do"
     )
+    total_tokens: Positive | None = Field(
+        None, description="tokens of the train split at most, EODs included; null: all there are"
+    )
     reverse_complement: Fraction = Field(
         0.0, description="share of the fragments written as reverse complement, both splits alike"
     )

@@ -168,6 +168,17 @@ def test_the_genes_of_the_sample(tmp_path):
     assert facts["far_from_genes"] > 0 and facts["too_many_n"] == 0
 
 
+def test_an_annotation_that_changes_is_another_source(tmp_path):
+    (tmp_path / "x.bed").write_text("chr20_30M_34M 3700000 3900000\n")
+    config = sample(tmp_path / "out", annotation=str(tmp_path / "x.bed"))
+    manifest = build(config, ROOT, False, lambda doing, bases: None)
+    assert manifest["sources"]["human/chr20"]["genes"] == {"kind": "region", "count": 1}
+    assert build(config, ROOT, False, lambda doing, bases: None) is None
+    (tmp_path / "x.bed").write_text("chr20_30M_34M 3700000 3900001\n")
+    with pytest.raises(UserError, match=r"from other sources \(human/chr20 changed\)"):
+        build(config, ROOT, False, lambda doing, bases: None)
+
+
 def test_what_becomes_of_a_source_without_annotation(tmp_path):
     with pytest.raises(ValueError, match=r"sources\.chr20 has no annotation; .* keep or drop"):
         sample(tmp_path)

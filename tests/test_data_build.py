@@ -204,6 +204,15 @@ def test_weights_of_the_mix(genomes):
     assert human == 3 * apes > 0
 
 
+def test_a_total_of_tokens(genomes):
+    whole = run(genomes, output=str(genomes / "whole"))
+    cut = run(genomes, total_tokens=400, reverse_complement=0.5)
+    check_round_trip(genomes, genomes / "out", 8)
+    human, apes = (cut["groups"][group]["train_tokens"] for group in ("human", "apes"))
+    assert human == apes and human + apes == cut["splits"]["train"]["tokens"] == 396
+    assert cut["splits"]["validation"] == whole["splits"]["validation"]
+
+
 def test_named_records_are_held_out(genomes):
     config = config_of(genomes).model_dump()
     config["groups"]["apes"]["sources"]["b"]["validation_records"] = ["s3", "s8"]
