@@ -15,6 +15,8 @@ from data_prep.fragment import Fate, Record
 from data_prep.schema import Source
 from gengram_megatron.errors import UserError
 
+NO_GENES = np.empty((0, 2), dtype=np.int64)
+
 
 def drop_far(
     fates: list[np.ndarray],
@@ -28,15 +30,14 @@ def drop_far(
     fate, of those still in a split. `fates` has an array for each record and is changed in
     place. Returns what the manifest says of the genes."""
     if annotation is None:
-        none = np.empty((0, 2), dtype=np.int64)
-        genes = {record.name: none for record in records}
         facts: dict[str, Any] = {"without_annotation": source.without_annotation}
+        if source.without_annotation == "keep":
+            return facts
+        genes = {record.name: NO_GENES for record in records}
     else:
         found = read_annotation(annotation)
         genes = _by_record(found, source, records, seq_length)
         facts = {"kind": found.kind, "count": sum(map(len, genes.values()))}
-    if source.without_annotation == "keep" and annotation is None:
-        return facts
     for fate, record in zip(fates, records):
         starts = np.arange(len(fate)) * seq_length
         far = ~near(starts, starts + seq_length, genes[record.name], distance)
@@ -66,8 +67,7 @@ def _by_record(
     _check_mapping(annotation, source, records)
     names = {record.name: record.name for record in records} | source.annotation_names
     _check_names(annotation, source, records, names, seq_length)
-    none = np.empty((0, 2), dtype=np.int64)
-    genes = {record.name: annotation.genes.get(names[record.name], none) for record in records}
+    genes = {record.name: annotation.genes.get(names[record.name], NO_GENES) for record in records}
     for record in records:
         own = genes[record.name]
         beyond = own[own[:, 1] > record.length]
