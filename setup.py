@@ -34,7 +34,10 @@ setup(
         "psutil>=5.9",  # megatron-core's checkpoint writers want it, and hang without
         "typer>=0.12",  # the command line and its --help
         "rich>=13.7",  # progress lines and tables
-        "dnaio>=1.2",  # FASTA: plain, gzip, bgzip (through xopen)
+        "requests>=2.31",  # downloads, through the proxies that the environment names
+        "urllib3>=2",  # tries again with backoff, beneath requests
+        "dnaio>=1.2",  # FASTA, read through xopen
+        "xopen>=2.1",  # plain, gzip, bgzip, bzip2, xz and zstd files; zstd since 2.1
         "sentencepiece>=0.2",  # reads the published tokenizer
         "matplotlib>=3.8",  # loss.png and the figures of the benchmarks
         "tensorboard>=2.16",  # event files in the run's folder

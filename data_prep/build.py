@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import fragment, manifest, mix, split
+from data_prep import fragment, genes, manifest, mix, split, strand
 from data_prep.fasta import read_fasta
 from data_prep.fragment import Fate, Record
 from data_prep.origins import write_records
@@ -35,8 +35,10 @@ class Reading:
     group: str
     name: str
     path: Path
+    annotation: Path | None
     settings: Source
-    facts: dict[str, Any] = field(default_factory=dict)  # size and checksum
+    facts: dict[str, Any] = field(default_factory=dict)  # sizes and checksums
+    genes: dict[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     composition: np.ndarray = field(default_factory=lambda: np.zeros(len(BASES), dtype=np.int64))
     fates: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
@@ -60,14 +62,16 @@ def build(
         _survey(source, config, report)
     _mix(sources, config)
     with published(output, replace=overwrite) as folder:
-        _write(folder, sources, config.seq_length, report)
+        _write(folder, sources, config, report)
         return manifest.write_manifest(folder, config, *_counts(sources, config))
 
 
 def _sources(config: DataConfig, folder: Path) -> Iterator[Reading]:
     for group_name, group in config.groups.items():
         for name, settings in group.sources.items():
-            yield Reading(group_name, name, folder / settings.fasta, settings)
+            used = config.gene_distance is not None and settings.annotation is not None
+            annotation = folder / settings.annotation if used else None
+            yield Reading(group_name, name, folder / settings.fasta, annotation, settings)
 
 
 def _checksum(sources: list[Reading], report: Report) -> None:
@@ -75,15 +79,21 @@ def _checksum(sources: list[Reading], report: Report) -> None:
     known: dict[str, str] = {}
     for source in sources:
         report(f"checksum of {source.key}", 0)
-        if not source.path.is_file():
-            raise UserError(f"{source.path}: there is no such file (source {source.key})")
-        try:
-            source.facts = manifest.file_facts(source.path)
-        except OSError as error:
-            raise UserError(f"{source.path} cannot be read: {error.strerror}") from None
+        source.facts = _facts(source.path, source.key)
+        if source.annotation is not None:
+            source.facts["annotation"] = _facts(source.annotation, source.key)
         twin = known.setdefault(source.facts["sha256"], source.key)
         if twin != source.key:
             raise UserError(f"sources {twin} and {source.key} are the same file, byte for byte")
+
+
+def _facts(path: Path, source: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file (source {source})")
+    try:
+        return manifest.file_facts(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _keep(output: Path, config: DataConfig, sources: list[Reading], overwrite: bool) -> bool:
@@ -109,6 +119,15 @@ def _survey(source: Reading, config: DataConfig, report: Report) -> None:
     fates = [split.assign(record, regions, config.seq_length) for record in source.records]
     for record, fate in zip(source.records, fates):
         fragment.drop_n(fate, record, config.seq_length, config.max_n_fraction)
+    if config.gene_distance is not None:
+        source.genes = genes.drop_far(
+            fates,
+            source.records,
+            source.settings,
+            source.annotation,
+            config.seq_length,
+            config.gene_distance,
+        )
     source.fates = np.concatenate(fates)
 
 
@@ -118,13 +137,14 @@ def _mix(sources: list[Reading], config: DataConfig) -> None:
         group: np.concatenate([source.fates for source in sources if source.group == group])
         for group in config.groups
     }
-    mix.balance(fates, {name: group.weight for name, group in config.groups.items()}, config.seed)
+    weights = {name: group.weight for name, group in config.groups.items()}
+    mix.balance(fates, weights, config.seed, config.seq_length + 1, config.total_tokens)
     for group, fate in fates.items():
         for source in (source for source in sources if source.group == group):
             source.fates, fate = np.split(fate, [len(source.fates)])
 
 
-def _write(folder: Path, sources: list[Reading], seq_length: int, report: Report) -> None:
+def _write(folder: Path, sources: list[Reading], config: DataConfig, report: Report) -> None:
     """Second reading: write the fragments in the order of the sources."""
     rows: list[tuple[str, str, int]] = []
     with ExitStack() as stack:
@@ -137,10 +157,13 @@ def _write(folder: Path, sources: list[Reading], seq_length: int, report: Report
                 if (name, len(ids)) != (record.name, record.length):
                     raise UserError(f"{source.path} was changed while it was read")
                 here, fates = np.split(fates, [len(record.n_bases)])
+                share = config.reverse_complement
+                reverse = strand.draw(config.seed, source.key, name, len(here), share)
                 for fate, writer in writers.items():
                     chosen = np.flatnonzero(here == fate)
-                    fragments = fragment.grid(ids, seq_length)[chosen]
-                    writer.add(fragments, len(rows), chosen * seq_length)
+                    fragments = fragment.grid(ids, config.seq_length)[chosen]
+                    turned = strand.turn(fragments, reverse[chosen])
+                    writer.add(turned, len(rows), chosen * config.seq_length, reverse[chosen])
                 rows.append((source.key, name, len(ids)))
                 report(f"writing {source.key}", len(ids))
     write_records(folder, rows)
@@ -168,6 +191,7 @@ def _counts(
         of_source[source.key] = {
             "fasta": source.settings.fasta,
             **source.facts,
+            "genes": source.genes,
             "composition": composition,
             **counts,
         }

@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data_prep.build import build as build_data_set
+from data_prep.download.command import download
 from data_prep.schema import DataConfig
 from gengram_megatron.config.load import load_config
 from gengram_megatron.errors import UserError
@@ -21,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(download)
 
 
 @app.callback()
@@ -55,9 +59,12 @@ def build(
     \b
         output: datasets/apes        # relative to the current folder
         seq_length: 8192
-        seed: 1234                   # decides what the mix leaves out
+        seed: 1234                   # decides what the mix leaves out, and strands
         validation: 0.05             # share held out at the end of each file
         max_n_fraction: 0.1          # fragments with more N are dropped
+        gene_distance: 5120          # fragments farther than this from every gene are dropped
+        total_tokens: 50000000000    # of the train split, at most; left out: all there are
+        reverse_complement: 0        # share of fragments written as the other strand
         groups:
           human:
             weight: 1
@@ -65,16 +72,18 @@ def build(
               chm13:
                 fasta: genomes/chm13.fa.gz
                 validation_records: [chr20]
+                annotation: genomes/chm13.gff3.gz
           apes:
             weight: 1
             sources:
               gorilla:
                 fasta: genomes/gorilla.fa.gz
                 validation_regions: ["chr20:1-5000000"]
+                without_annotation: keep
 
-    A relative fasta is looked for from the folder of CONFIG, also when it comes from a base file
-    or from the command line. The output appears only when it is complete; if it exists and is up
-    to date, nothing is done.
+    A relative fasta or annotation is looked for from the folder of CONFIG, also when it comes
+    from a base file or from the command line. The output appears only when it is complete; if it
+    exists and is up to date, nothing is done.
     """
     settings = load_config(config, overrides or [], DataConfig)
     start = time.perf_counter()
@@ -110,12 +119,14 @@ def _summary(manifest: dict) -> Table:
         "valid.": ("validation",),
         "N": ("too_many_n",),
         "border": ("straddles",),
+        "genes": ("far_from_genes",),
         "mix": ("left_out_of_train", "left_out_of_validation"),
         "rest, bp": ("remainder_bases",),
     }
     table.caption = (
-        "dropped: N, too many of it; border, crossing that of the validation split; mix, left out "
-        "for the groups' weights; rest, bases at record ends too few for a fragment"
+        "dropped: N, too many of it; border, crossing that of the validation split; genes, too "
+        "far from them; mix, left out for the groups' weights; rest, bases at record ends too few "
+        "for a fragment"
     )
     for name in columns:
         table.add_column(name, justify="right")

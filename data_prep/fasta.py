@@ -6,6 +6,7 @@ from pathlib import Path
 import dnaio
 import numpy as np
 
+from data_prep.compressed import reading
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import PIECES, DnaTokenizer
 
@@ -15,9 +16,9 @@ N = PIECES.index("N")
 def read_fasta(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Each record's name (the first word of its header) and token ids, one record in memory.
 
-    Reads plain, gzip and bgzip files. Raises UserError, at the place where it is found, for a
-    file that is missing, damaged, not FASTA or not DNA, and for records that are empty or share
-    a name (then no coordinate would be certain).
+    Reads plain, gzip, bgzip, bzip2, xz and zstd files. Raises UserError, at the place where it is
+    found, for a file that is missing, damaged, not FASTA or not DNA, and for records that are
+    empty or share a name (then no coordinate would be certain).
     """
     seen: set[str] = set()
     only_n = True
@@ -46,20 +47,11 @@ def _parse(path: Path) -> Iterator[tuple[str, str]]:
     """Headers and sequences as dnaio reads them, with its errors in the user's words."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    try:
-        with dnaio.open(path, fileformat="fasta") as reader:
-            for record in reader:
-                yield record.name, record.sequence
-    except dnaio.FileFormatError as error:
-        line = "" if error.line is None else f"line {error.line + 1}: "
-        raise UserError(f"{path} is not a FASTA file: {line}{error.message[:100]}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a FASTA file: it is not text") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # each of the decompressors that xopen may choose has its own
-        if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        raise UserError(
-            f"{path} cannot be decompressed, it is truncated or damaged: {error}"
-        ) from None
+    with reading(path, "a FASTA file"):
+        try:
+            with dnaio.open(path, fileformat="fasta") as reader:
+                for record in reader:
+                    yield record.name, record.sequence
+        except dnaio.FileFormatError as error:
+            line = "" if error.line is None else f"line {error.line + 1}: "
+            raise UserError(f"{path} is not a FASTA file: {line}{error.message[:100]}") from None

@@ -17,8 +17,9 @@ class Fate(IntEnum):
     VALIDATION = 1
     STRADDLES = 2  # lies on both sides of the border of the validation split
     TOO_MANY_N = 3
-    LEFT_OUT_OF_TRAIN = 4  # by the mix
-    LEFT_OUT_OF_VALIDATION = 5
+    FAR_FROM_GENES = 4
+    LEFT_OUT_OF_TRAIN = 5  # by the mix
+    LEFT_OUT_OF_VALIDATION = 6
 
 
 @dataclass(frozen=True)

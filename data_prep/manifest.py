@@ -16,7 +16,7 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -70,7 +70,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; build the data set again") from None
     if found != FORMAT:
-        raise UserError(f"{path} has format {found}; this version reads format {FORMAT}")
+        raise UserError(
+            f"{path} has format {found}; this version reads format {FORMAT}: build the data set "
+            "again, with gengram-data build CONFIG --overwrite"
+        )
     return manifest
 
 
@@ -85,7 +88,7 @@ def difference(folder: Path, config: DataConfig, sources: dict[str, dict]) -> st
     changed = [
         key
         for key, facts in sources.items()
-        if facts["sha256"] != manifest["sources"][key]["sha256"]
+        if any(manifest["sources"][key].get(name) != fact for name, fact in facts.items())
     ]
     if changed:
         return f"was built from other sources ({', '.join(changed)} changed)"

@@ -1,7 +1,8 @@
 """From a fragment of a data set back to its coordinates.
 
 `records.tsv` lists the records of all sources, a row each: source, record, bases.
-`<split>.origins.npy` has for each document the row number and the start in that record.
+`<split>.origins.npy` has for each document the row number, the start in that record, and the
+strand: `-` where the document is the reverse complement of those bases, else `+`.
 """
 
 from dataclasses import dataclass
@@ -9,18 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-ORIGIN = np.dtype([("record", "<u4"), ("start", "<u8")])
+ORIGIN = np.dtype([("record", "<u4"), ("start", "<u8"), ("strand", "S1")])
 RECORDS = "records.tsv"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The bases [start, end) of a record, counted from 0; source is `group/name`."""
+    """The bases [start, end) of a record, counted from 0 on the forward strand whatever `strand`
+    says; source is `group/name`."""
 
     source: str
     record: str
     start: int
     end: int
+    strand: str  # + or -
 
 
 def origins_path(folder: Path, split: str) -> Path:
@@ -47,6 +50,6 @@ class Origins:
         return len(self._origins)
 
     def __getitem__(self, document: int) -> Origin:
-        record, start = self._origins[document].item()
+        record, start, strand = self._origins[document].item()
         source, name = self._records[record]
-        return Origin(source, name, start, start + self._seq_length)
+        return Origin(source, name, start, start + self._seq_length, strand.decode())

@@ -29,13 +29,17 @@ class SplitWriter:
     def __enter__(self) -> "SplitWriter":
         return self
 
-    def add(self, fragments: np.ndarray, record: int, starts: np.ndarray) -> None:
-        """Append fragments [count, seq_length] of one record, a row number of records.tsv."""
+    def add(
+        self, fragments: np.ndarray, record: int, starts: np.ndarray, reverse: np.ndarray
+    ) -> None:
+        """Append fragments [count, seq_length] of one record, a row number of records.tsv, and
+        say where they start in it and which are its reverse complement (both [count])."""
         tokens = np.pad(fragments, ((0, 0), (0, 1)), constant_values=EOD)
         for document in tokens:
             self._builder.add_document(document, [len(document)])
         origins = np.empty(len(starts), dtype=ORIGIN)
         origins["record"], origins["start"] = record, starts
+        origins["strand"] = np.where(reverse, b"-", b"+")
         self._origins.append(origins)
 
     def __exit__(

@@ -17,6 +17,7 @@ from gengram_megatron.platform import prepare
 from gengram_megatron.tokenizer import EOD
 
 SAMPLE = Path(__file__).parent.parent / "configs/data/sample.yaml"
+PAIRS = {"A": "T", "C": "G", "G": "C", "T": "A", "N": "N"}
 Genome = dict[str, str]
 
 
@@ -84,7 +85,10 @@ def check_round_trip(folder: Path, out: Path, seq_length: int) -> None:
         found = documents(out, split)
         for document, origin in zip(found, origins(out, split, seq_length), strict=True):
             text = slow_genome(folder / f"{origin.source[-1]}.fa")[origin.record]
-            expected = ["CGTAN".index(base) + 5 for base in text[origin.start : origin.end]]
+            bases_there = text[origin.start : origin.end]
+            if origin.strand == "-":
+                bases_there = "".join(PAIRS[base] for base in reversed(bases_there))
+            expected = ["CGTAN".index(base) + 5 for base in bases_there]
             assert document == [*expected, EOD]
             bases.update((origin.source, origin.record, i) for i in range(origin.start, origin.end))
         assert len(bases) == len(found) * seq_length
@@ -106,25 +110,50 @@ def test_round_trip_through_megatron_core(genomes):
     st.lists(st.text("ACGTNacgtR", min_size=1, max_size=50), min_size=3, max_size=8),
     st.integers(2, 9),
     st.sampled_from([0.2, 0.5]),
+    st.sampled_from([0, 0.5, 1]),
 )
-def test_round_trip_of_any_genome(tmp_path_factory, texts, seq_length, share):
+def test_round_trip_of_any_genome(tmp_path_factory, texts, seq_length, share, turned):
     folder = tmp_path_factory.mktemp("genome")
     for number, source in enumerate("abc"):
         records = {f"r{i}": text for i, text in enumerate(texts[number:])}
         write_fasta(folder / f"{source}.fa", {"long": f"ACGT{'ACG' * number}" * 9, **records})
     try:
-        run(folder, seq_length=seq_length, validation=share, max_n_fraction=0.5)
+        settings = {"validation": share, "max_n_fraction": 0.5, "reverse_complement": turned}
+        run(folder, seq_length=seq_length, **settings)
     except UserError as error:
         assert "fragments for the" in str(error)
         assert not (folder / "out").exists()
     else:
         check_round_trip(folder, folder / "out", seq_length)
+        if turned in (0, 1):
+            found = origins(folder / "out", "train", seq_length)
+            assert {origin.strand for origin in found} == {"+-"[turned]}
+
+
+def test_a_fragment_has_one_strand_whatever_is_around_it(genomes):
+    run(genomes, output=str(genomes / "one"), reverse_complement=0.5)
+    config = config_of(genomes).model_dump()
+    apes = config["groups"]["apes"]["sources"]
+    config["groups"]["apes"]["sources"] = {"c": apes["c"], "b": apes["b"]}
+    changed = {"groups": config["groups"], "validation": 0.4, "max_n_fraction": 0.3}
+    run(genomes, output=str(genomes / "two"), reverse_complement=0.5, **changed)
+    one, two = (
+        {
+            (origin.source, origin.record, origin.start): origin.strand
+            for split in ("train", "validation")
+            for origin in origins(genomes / name, split)
+        }
+        for name in ("one", "two")
+    )
+    both = one.keys() & two.keys()
+    assert len(both) > 50 and {one[place] for place in both} == {"+", "-"}
+    assert all(one[place] == two[place] for place in both)
 
 
 def test_the_manifest_accounts_for_every_base(genomes):
     manifest = run(genomes, max_n_fraction=0.2)
     assert manifest == read_manifest(genomes / "out")
-    fates = ["train", "validation", "straddles", "too_many_n"]
+    fates = ["train", "validation", "straddles", "too_many_n", "far_from_genes"]
     fates += ["left_out_of_train", "left_out_of_validation"]
     for key, facts in manifest["sources"].items():
         genome = slow_genome(genomes / facts["fasta"])
@@ -173,6 +202,15 @@ def test_weights_of_the_mix(genomes):
     manifest = run(genomes, groups=config["groups"])
     human, apes = (manifest["groups"][group]["train_tokens"] for group in ("human", "apes"))
     assert human == 3 * apes > 0
+
+
+def test_a_total_of_tokens(genomes):
+    whole = run(genomes, output=str(genomes / "whole"))
+    cut = run(genomes, total_tokens=400, reverse_complement=0.5)
+    check_round_trip(genomes, genomes / "out", 8)
+    human, apes = (cut["groups"][group]["train_tokens"] for group in ("human", "apes"))
+    assert human == apes and human + apes == cut["splits"]["train"]["tokens"] == 396
+    assert cut["splits"]["validation"] == whole["splits"]["validation"]
 
 
 def test_named_records_are_held_out(genomes):

@@ -119,6 +119,21 @@ def test_sources_are_relative_to_the_config(folder, monkeypatch, capsys):
         ),
         (["validation=0"], "for the validation split and needs at least 1"),
         (["groups.apes.weight=1000"], "needs at least 1000"),
+        (["gene_distance=5"], r"gene_distance is set and groups\.human\.sources\.a has no anno"),
+        (
+            [
+                "gene_distance=5",
+                "groups.human.sources.a.annotation=no.gtf",
+                "groups.apes.sources.b.without_annotation=keep",
+            ],
+            r"no\.gtf: there is no such file \(source human/a\)",
+        ),
+        (["reverse_complement=56"], "reverse_complement is 56; it must be a number"),
+        (["total_tokens=20"], "total_tokens is 20; it must be at least 34, one fragment of 17"),
+        (
+            ["total_tokens=34000"],
+            r"human has 306 tokens of 17,000 \(would be repeated 55\.56 times",
+        ),
         (["output=good.fa"], "good.fa exists and is not a data set"),
     ],
 )
@@ -137,6 +152,18 @@ def test_an_output_of_other_settings(folder, monkeypatch, capsys):
     assert Path("out/manifest.json").read_bytes() == before
     assert run(monkeypatch, "seq_length=8", "--overwrite") == 0
     assert b'"seq_length": 8' in Path("out/manifest.json").read_bytes()
+
+
+def test_a_data_set_of_an_older_version(folder, monkeypatch, capsys):
+    Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
+    assert run(monkeypatch) == 0
+    manifest = Path("out/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    capsys.readouterr()
+    assert run(monkeypatch) == 2
+    shown = capsys.readouterr().err
+    assert "has format 1; this version reads format 2: build the data set again" in shown
+    assert run(monkeypatch, "--overwrite") == 0
 
 
 def environment() -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Reading FASTA: what is the same data must come out the same, whatever the file looks like."""
 
+import bz2
 import gzip
+import lzma
 import struct
 import tempfile
 import zlib
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xopen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +41,12 @@ def bgzip(data: bytes, block: int = 7) -> bytes:
     return b"".join(members)
 
 
+def zstd(data: bytes) -> bytes:
+    """Two frames, as tools that pack in parallel write them."""
+    half = len(data) // 2
+    return b"".join(xopen.zstd.compress(part) for part in (data[:half], data[half:]))
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -45,6 +54,12 @@ def bgzip(data: bytes, block: int = 7) -> bytes:
         ("gzip.fa.gz", gzip.compress(TEXT)),
         ("bgzip.fa.gz", bgzip(TEXT)),
         ("no_suffix", gzip.compress(TEXT)),
+        ("bzip2.fa.bz2", bz2.compress(TEXT[:9]) + bz2.compress(TEXT[9:])),
+        ("bzip2", bz2.compress(TEXT)),
+        ("xz.fa.xz", lzma.compress(TEXT[:9]) + lzma.compress(TEXT[9:])),
+        ("xz", lzma.compress(TEXT)),
+        ("zstd.fa.zst", zstd(TEXT)),
+        ("zstd", zstd(TEXT)),
         ("windows.fa", TEXT.replace(b"\n", b"\r\n")),
         ("lower.fa", TEXT.replace(b"ACG", b"acg")),
         ("no_newline_at_end.fa", TEXT.rstrip()),
@@ -75,14 +90,26 @@ def test_against_a_slow_reading_of_the_same_text(records, width, packed):
         assert read(path) == slow
 
 
-PACKED = gzip.compress(b">a\n" + np.random.default_rng(0).choice([*b"ACGT"], 50_000).tobytes())
+DNA = b">a\n" + np.random.default_rng(0).choice([*b"ACGT"], 50_000).tobytes()
+PACKED = gzip.compress(DNA)
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
 
 
+@pytest.mark.parametrize("kind", PACKERS)
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.99])
-def test_a_truncated_gzip_never_passes(tmp_path, cut):
-    (tmp_path / "x.fa.gz").write_bytes(PACKED[: int(len(PACKED) * cut)])
+def test_a_truncated_file_never_passes(tmp_path, kind, cut):
+    packed = PACKERS[kind](DNA)
+    path = tmp_path / f"x.fa.{kind}"
+    path.write_bytes(packed[: int(len(packed) * cut)])
     with pytest.raises(UserError, match="truncated or damaged"):
-        read(tmp_path / "x.fa.gz")
+        read(path)
+
+
+def test_a_python_without_zstd_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "x.fa.zst").write_bytes(zstd(TEXT))
+    monkeypatch.setattr(xopen, "zstd", None)
+    with pytest.raises(UserError, match=r"x\.fa\.zst is compressed with zstd.* pip install"):
+        read(tmp_path / "x.fa.zst")
 
 
 @pytest.mark.parametrize("place", [15, 100, 5_000, len(PACKED) - 6, len(PACKED) - 2])

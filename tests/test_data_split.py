@@ -107,7 +107,7 @@ def test_the_mix_is_exact_and_as_large_as_it_can_be(sizes, seed):
     }
     weights = {str(number): weight for number, (*_, weight) in enumerate(sizes)}
     before = {group: fate.copy() for group, fate in fates.items()}
-    balance(fates, weights, seed)
+    balance(fates, weights, seed, 5, None)
     for place, split in enumerate((Fate.TRAIN, Fate.VALIDATION)):
         unit = min(size[place] // size[2] for size in sizes)
         for group, fate in fates.items():
@@ -123,7 +123,49 @@ def test_the_seed_alone_decides_what_the_mix_leaves_out():
             "many": np.repeat(np.uint8([Fate.TRAIN, Fate.VALIDATION]), 50),
             "few": np.repeat(np.uint8([Fate.TRAIN, Fate.VALIDATION]), 25),
         }
-        balance(fates, {"many": 1, "few": 1}, seed)
+        balance(fates, {"many": 1, "few": 1}, seed, 5, None)
         return fates["many"].tolist()
 
     assert mixed(1) == mixed(1) != mixed(2)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(
+    st.lists(st.tuples(st.integers(3, 40), st.integers(1, 3)), min_size=1, max_size=4),
+    st.integers(1, 600),
+    st.integers(2, 5),
+)
+def test_a_total_is_met_without_repeating_or_refused(sizes, total, tokens):
+    fates = {
+        str(number): np.repeat(np.uint8([Fate.TRAIN, Fate.VALIDATION]), [size, 3])
+        for number, (size, _) in enumerate(sizes)
+    }
+    weights = {str(number): weight for number, (_, weight) in enumerate(sizes)}
+    expected, one_round = 0, sum(weights.values()) * tokens
+    while (expected + 1) * one_round <= total:
+        expected += 1
+    short = [str(i) for i, (size, weight) in enumerate(sizes) if size < expected * weight]
+    if expected == 0 or short:
+        with pytest.raises(UserError, match="total_tokens") as refused:
+            balance(fates, weights, 1, tokens, total)
+        assert str(refused.value).count("would be repeated") == len(short)
+        return
+    balance(fates, weights, 1, tokens, total)
+    for group, fate in fates.items():
+        assert np.count_nonzero(fate == Fate.TRAIN) == expected * weights[group]
+        assert np.count_nonzero(fate == Fate.VALIDATION) <= 3  # balanced, not cut to the total
+
+
+def test_a_total_that_the_sources_do_not_hold():
+    fates = {
+        group: np.repeat(np.uint8([Fate.TRAIN, Fate.VALIDATION]), [size, 1])
+        for group, size in (("human", 30), ("apes", 100))
+    }
+    with pytest.raises(UserError) as refused:
+        balance(fates, {"human": 1, "apes": 1}, 1, 10, 1000)
+    assert str(refused.value) == (
+        "total_tokens is 1,000, and the sources hold fewer for the train split: "
+        "group human has 300 tokens of 500 (would be repeated 1.67 times); "
+        "group apes has 1,000 tokens of 500 (enough); "
+        "add sources, ask for at most 600, or set total_tokens to null for all that there are"
+    )

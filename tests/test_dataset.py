@@ -32,7 +32,8 @@ def folder(tmp_path, fragments) -> Path:
     folder.mkdir()
     for split, part in (("train", fragments[:30]), ("validation", fragments[30:])):
         with SplitWriter(folder, split) as writer:
-            writer.add(part, 0, np.arange(len(part)) * LENGTH)
+            starts = np.arange(len(part)) * LENGTH
+            writer.add(part, 0, starts, np.zeros(len(part), dtype=bool))
     settings = {
         "output": str(folder),
         "seq_length": LENGTH,

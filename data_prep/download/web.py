@@ -1,0 +1,105 @@
+"""HTTP for downloads: retries with backoff, and failures as sentences."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+
+from gengram_megatron.errors import UserError
+
+PASSING = (429, 500, 502, 503, 504)
+"""Statuses that may be others a moment later."""
+
+LONGEST_PAUSE = 120.0
+
+
+class Web:
+    """Requests that are tried again when a server is busy or cannot be reached."""
+
+    def __init__(self, retries: int, backoff: float, timeout: float):
+        self.retries, self.backoff = retries, backoff
+        self._retry = Retry(
+            total=retries,
+            backoff_factor=backoff,
+            backoff_max=LONGEST_PAUSE,
+            status_forcelist=PASSING,
+            raise_on_status=False,  # the last answer has a status to tell of
+        )
+        self._timeout = timeout
+        self._own = threading.local()  # requests does not promise that threads can share a session
+
+    def text(self, url: str) -> str:
+        """The whole of a small text file."""
+        failures = 0
+        while True:
+            with self.get(url) as response:
+                try:
+                    return response.text
+                except requests.RequestException:  # cut off in the middle
+                    if failures == self.retries:
+                        raise
+            failures += 1
+            time.sleep(self.pause(failures))
+
+    def pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row."""
+        return min(self.backoff * 2 ** (failures - 1), LONGEST_PAUSE)
+
+    def size(self, url: str) -> int | None:
+        """How many bytes a file has, if the server tells before sending it."""
+        try:
+            with self._request("HEAD", url, {}) as response:
+                if response.status_code in (405, 501):  # a server without HEAD
+                    return None
+                _check(url, response)
+                length = response.headers.get("Content-Length")
+                return int(length) if length else None
+        except requests.RequestException as error:
+            raise _unreachable(url, error) from error
+
+    @contextmanager
+    def get(self, url: str, headers: dict[str, str] | None = None) -> Iterator[requests.Response]:
+        """An answer whose body is still to be read: whole, a part, or 416 if `headers` ask for a
+        part that does not exist."""
+        try:
+            with self._request("GET", url, headers or {}) as response:
+                if response.status_code != 416:
+                    _check(url, response)
+                yield response
+        except requests.RequestException as error:
+            raise _unreachable(url, error) from error
+
+    def _request(self, method: str, url: str, headers: dict[str, str]) -> requests.Response:
+        return self._session().request(
+            method, url, headers=headers, stream=True, timeout=self._timeout, allow_redirects=True
+        )
+
+    def _session(self) -> requests.Session:
+        if not hasattr(self._own, "session"):
+            session = requests.Session()
+            # Sizes, ranges and checksums are of the file as stored, not of a compressed answer.
+            session.headers["Accept-Encoding"] = "identity"
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(max_retries=self._retry))
+            self._own.session = session
+        return self._own.session
+
+
+def _check(url: str, response: requests.Response) -> None:
+    status = response.status_code
+    if status in (404, 410):
+        raise UserError(f"{url} does not exist (status {status}); correct it in the config")
+    if status in (401, 403):
+        raise UserError(f"{url} may not be read without a login (status {status})")
+    if status >= 400:
+        raise UserError(f"{url}: the server answers with status {status}; try again later")
+
+
+def _unreachable(url: str, error: requests.RequestException) -> UserError:
+    reason = error.args[0] if error.args else error
+    reason = getattr(reason, "reason", reason)  # of urllib3's MaxRetryError: what went wrong last
+    return UserError(f"{url} cannot be reached: {reason}; run the same command again to go on")

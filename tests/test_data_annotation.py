@@ -1,0 +1,190 @@
+"""Genes and how far fragments lie from them, against loops over single bases."""
+
+import bz2
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.annotation import read_annotation
+from data_prep.build import build
+from data_prep.fragment import Fate, Record
+from data_prep.genes import drop_far, near
+from data_prep.origins import Origins
+from data_prep.schema import DataConfig, Source
+from gengram_megatron.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+GTF = b"""#!genome-build made up
+r1\tme\tgene\t11\t20\t.\t+\t.\tgene_id "a";
+r1\tme\ttranscript\t12\t18\t.\t+\t.\tgene_id "a"; transcript_id "a.1";
+r2\tme\tgene\t1\t5\t.\t-\t.\tgene_id "b";
+"""
+GFF = b"##gff-version 3\n" + GTF.replace(b"\tgene\t1\t", b"\tpseudogene\t1\t")
+BED = b"track name=genes\nr1 10 20 a\nr2\t0\t5\tb\n"
+EXPECTED = {"r1": [[10, 20]], "r2": [[0, 5]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.gtf", GTF),
+        ("a.gtf.gz", gzip.compress(GTF)),
+        ("a.v1.gff3.bz2", bz2.compress(GFF + b"##FASTA\n>r1\nACGT\n")),
+        ("a.gff", GFF.replace(b"\n", b"\r\n")),
+        ("a.BED", BED),
+    ],
+)
+def test_every_form_of_the_same_genes_reads_the_same(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    found = read_annotation(tmp_path / name)
+    assert {record: genes.tolist() for record, genes in found.genes.items()} == EXPECTED
+    assert found.kind == ("region" if name == "a.BED" else "gene")
+
+
+def test_transcripts_stand_for_genes_only_where_there_are_none(tmp_path):
+    (tmp_path / "a.gtf").write_bytes(GTF.replace(b"\tgene\t", b"\tregion\t"))
+    found = read_annotation(tmp_path / "a.gtf")
+    assert found.kind == "transcript"
+    assert found.genes["r1"].tolist() == [[11, 18]] and list(found.genes) == ["r1"]
+
+
+def gtf(*rows: tuple[str, int, int]) -> bytes:
+    return "".join(f"{name}\tme\tgene\t{a}\t{b}\t.\t+\t.\t.\n" for name, a, b in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.gtf", gtf(("r1", -5, 4)), "line 1 starts at -5; the first base"),
+        ("a.gtf", gtf(("r1", 1, 2), ("r1", 0, 4)), "line 2 starts at 0; the first base .* is 1"),
+        ("a.gtf", gtf(("r1", 9, 8)), "line 1 starts at 9 and ends before it, at 8"),
+        ("a.bed", b"r1 -1 4\n", "line 1 starts at -1"),
+        ("a.bed", b"r1 9 8\n", "line 1 starts at 9 and ends before it"),
+        ("a.bed", b"r1 nine 10\n", "line 1 has 'nine' where a coordinate should be"),
+        ("a.bed", b"r1 9\n", "line 1 has 2 fields; BED has 3"),
+        ("a.gtf", b"r1 gene 1 2\n", "line 1 has 1 fields between tabs"),
+        ("a.gtf", b"# nothing\n", "has no genes"),
+        ("a.txt", GTF, "must end in .gtf, .gff3, .gff or .bed"),
+        ("a.gtf", b"r1\tme\xff\tgene\t1\t2\t.\t+\t.\t.\n", "is not an annotation: it is not text"),
+        ("a.gtf.gz", gzip.compress(GTF)[:-12], "truncated or damaged"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_annotation(tmp_path / name)
+
+
+spans = st.tuples(st.integers(0, 90), st.integers(1, 25)).map(lambda it: [it[0], sum(it)])
+
+
+def slow_near(start: int, end: int, genes: list[list[int]], distance: int) -> bool:
+    """Walk from the fragment, base by base, and see whether a gene is met in time."""
+    covered = {base for first, last in genes for base in range(first, last)}
+    return any(base in covered for base in range(start - distance - 1, end + distance + 1))
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.lists(spans, max_size=5), st.integers(1, 12), st.integers(0, 40))
+def test_distance_against_a_walk_over_bases(genes, seq_length, distance):
+    starts = np.arange(120 // seq_length) * seq_length
+    found = near(starts, starts + seq_length, np.array(genes, dtype=int).reshape(-1, 2), distance)
+    for start, is_near in zip(starts.tolist(), found):
+        assert is_near == slow_near(start, start + seq_length, genes, distance)
+
+
+def drop(folder: Path, data: bytes, names: list[str], **settings) -> list[list[int]]:
+    """The fates of fragments of 10 in records of 100 bases, with a distance of 10."""
+    (folder / "a.gtf").write_bytes(data)
+    records = [Record(name, 100, np.zeros(10, dtype=np.uint32)) for name in names]
+    fates = [np.full(10, Fate.TRAIN, dtype=np.uint8) for _ in names]
+    source = Source(fasta="x.fa", annotation="a.gtf", **settings)
+    drop_far(fates, records, source, folder / "a.gtf", 10, 10)
+    return [(fate == Fate.TRAIN).astype(int).tolist() for fate in fates]
+
+
+def test_fragments_far_from_genes_are_dropped(tmp_path):
+    one = [0, 0, 0, 1, 1, 1, 1, 1, 0, 0]  # the gene has all of fragment 5 and touches 4 and 6
+    assert drop(tmp_path, gtf(("r1", 50, 61)), ["r1", "r2"]) == [one, [0] * 10]
+    inside = drop(tmp_path, gtf(("r1", 1, 100)), ["r1"])
+    assert inside == [[1] * 10]
+
+
+def test_names_that_differ_are_mapped(tmp_path):
+    data = gtf(("20", 50, 61), ("MT", 1, 100))
+    with pytest.raises(UserError, match=r"a\.gtf has genes on 20, MT, .* annotation_names: ") as no:
+        drop(tmp_path, data, ["chr20", "chrM", "scaffold"])
+    mapping = json.loads(str(no.value).split("annotation_names: ")[1])
+    assert mapping == {"chr20": "20", "chrM": "MT", "scaffold": None}
+    found = drop(tmp_path, data, list(mapping), annotation_names=mapping)
+    assert [sum(kept) for kept in found] == [5, 10, 0]
+
+
+def test_an_annotation_of_more_than_the_file_has_is_welcome(tmp_path):
+    assert sum(drop(tmp_path, gtf(("r1", 50, 61), ("r2", 1, 9)), ["r1"])[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "names", "message"),
+    [
+        (gtf(("r1", 5, 101)), {}, "has bases 5 to 101, but record r1 of x.fa has only 100"),
+        (gtf(("r1", 5, 9)), {"r9": "r1"}, "annotation_names has r9, which is no record of x.fa"),
+        (gtf(("r1", 5, 9)), {"r1": "r9"}, "reads r1 as r9, on which a.gtf has no genes"),
+    ],
+)
+def test_an_annotation_of_another_assembly_is_refused(tmp_path, data, names, message):
+    with pytest.raises(UserError, match=message):
+        drop(tmp_path, data, ["r1"], annotation_names=names)
+
+
+def sample(output: Path, **chr20) -> DataConfig:
+    fasta = "sample_data/human_GRCh37_chr20_30M-34M.fa.gz"
+    groups = {"human": {"sources": {"chr20": {"fasta": fasta, **chr20}}}}
+    return DataConfig.model_validate(
+        {"output": str(output), "seq_length": 512, "gene_distance": 5120, "groups": groups}
+    )
+
+
+def test_the_genes_of_the_sample(tmp_path):
+    name = "sample_data/human_GRCh37_chr20_30M-34M.gtf.gz"
+    manifest = build(
+        sample(tmp_path / "out", annotation=name), ROOT, False, lambda doing, bases: None
+    )
+    lines = gzip.decompress((ROOT / name).read_bytes()).decode().splitlines()
+    rows = [line.split("\t") for line in lines if line[0] != "#"]
+    genes = [(int(row[3]) - 1, int(row[4])) for row in rows if row[2] == "gene"]
+    found = Origins(tmp_path / "out", "train", 512)
+    kept = {found[number].start for number in range(len(found))}
+    for start in range(0, 3_800_000 - 511, 512):
+        gap = min(max(first - start - 512, start - last, 0) for first, last in genes)
+        assert (start in kept) == (gap <= 5120)
+    facts = manifest["sources"]["human/chr20"]
+    assert facts["genes"] == {"kind": "gene", "count": len(genes)}
+    assert facts["far_from_genes"] > 0 and facts["too_many_n"] == 0
+
+
+def test_an_annotation_that_changes_is_another_source(tmp_path):
+    (tmp_path / "x.bed").write_text("chr20_30M_34M 3700000 3900000\n")
+    config = sample(tmp_path / "out", annotation=str(tmp_path / "x.bed"))
+    manifest = build(config, ROOT, False, lambda doing, bases: None)
+    assert manifest["sources"]["human/chr20"]["genes"] == {"kind": "region", "count": 1}
+    assert build(config, ROOT, False, lambda doing, bases: None) is None
+    (tmp_path / "x.bed").write_text("chr20_30M_34M 3700000 3900001\n")
+    with pytest.raises(UserError, match=r"from other sources \(human/chr20 changed\)"):
+        build(config, ROOT, False, lambda doing, bases: None)
+
+
+def test_what_becomes_of_a_source_without_annotation(tmp_path):
+    with pytest.raises(ValueError, match=r"sources\.chr20 has no annotation; .* keep or drop"):
+        sample(tmp_path)
+    with pytest.raises(UserError, match="7811 for their distance from genes"):
+        config = sample(tmp_path / "out", without_annotation="drop")
+        build(config, ROOT, False, lambda doing, bases: None)
+    kept = sample(tmp_path / "out", without_annotation="keep")
+    manifest = build(kept, ROOT, False, lambda doing, bases: None)
+    assert manifest["groups"]["human"]["far_from_genes"] == 0
