@@ -57,6 +57,7 @@ REFUSED = {
     "rows over experts without experts": (4, ["model.gengram.rows_over=expert"], "model.gengram.rows_over is expert, but parallel.expert is 1"),
     "rows over experts of other columns": (4, ["model.gengram.rows_over=expert", "parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=1"], "which needs parallel.expert_tensor = parallel.tensor, but they are 1 and 2"),
     "heads": (4, ["model.gengram.kmer_sizes=[9]", "model.gengram.hashing.heads=7"], "which is not a multiple of model.gengram.hashing.heads = 7"),
+    "more tables than primes": (4, ["model.gengram.kmer_sizes=[9,10]", "model.gengram.hashing={rows: 64, heads: 16}"], "model.gengram.hashing.rows is 64, below which there is no prime for each"),
     "columns of a head": (4, ["model.gengram.kmer_sizes=[9]", "model.gengram.dim=4", "model.gengram.hashing.heads=4", "parallel.tensor=2"], "model.gengram.dim / hashing.heads is 1, which is not a multiple of parallel.tensor = 2"),
     "mla without sequence": (4, [*MLA, *DENSE, "parallel.sequence=false"], "model.attention mla on more than one tensor-parallel rank needs parallel.sequence: true"),
     "rows of experts": (4, ["model.hidden_size=72", "model.num_attention_heads=4", "model.ffn_hidden_size=260"], "model.ffn_hidden_size / parallel.expert_tensor is 130, which experts in bf16 cannot use: make it a multiple of 8"),

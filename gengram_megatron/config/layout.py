@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.config.tables import LARGEST_DIRECT
+from gengram_megatron.config.tables import LARGEST_DIRECT, kmer_tables
 from gengram_megatron.errors import UserError
 
 
@@ -255,6 +255,13 @@ def _table_problems(config: Config) -> Iterator[str]:
                 "parallel.tensor",
                 parallel.tensor,
             )
+    try:
+        kmer_tables(gengram)
+    except ValueError:
+        yield (
+            f"model.gengram.hashing.rows is {gengram.hashing.rows}, below which there is no prime "
+            "for each hashed table: raise it, or lower model.gengram.hashing.heads"
+        )
     over = gengram.rows_over
     if over and gengram.split == "columns":
         yield (

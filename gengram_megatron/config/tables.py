@@ -8,6 +8,7 @@ of its own, so that two k-mers that meet in one head hardly meet in another.
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 
 from gengram_megatron.config.schema import Gengram
@@ -34,25 +35,27 @@ class KmerTable:
 
 
 def kmer_tables(gengram: Gengram) -> tuple[KmerTable, ...]:
-    """All tables of a layer with memory, k after k."""
-    primes, tables = _primes_below(gengram.hashing.rows), []
-    for k in gengram.kmer_sizes:
+    """All tables of a layer with memory, k after k. ValueError: more hashed tables than primes."""
+    hashing = gengram.hashing
+    return _tables(
+        tuple(gengram.kmer_sizes),
+        gengram.dim,
+        gengram.share_reverse_complements,
+        (hashing.rows, hashing.heads, hashing.seed),
+    )
+
+
+@cache  # asked for in every step
+def _tables(sizes: tuple[int, ...], dim: int, shared: bool, hashing: tuple[int, int, int]):
+    rows, heads, seed = hashing
+    primes, tables = _primes_below(rows), []
+    for k in sizes:
         if k <= LARGEST_DIRECT:
-            tables.append(direct_table(k, gengram.dim, gengram.share_reverse_complements))
+            tables.append(direct_table(k, dim, shared))
             continue
-        heads = gengram.hashing.heads
-        for head in range(heads):
-            name = f"k{k}_{head}"
-            tables.append(
-                KmerTable(
-                    name,
-                    k,
-                    next(primes),
-                    gengram.dim // heads,
-                    _hash_seed(gengram.hashing.seed, name),
-                    gengram.share_reverse_complements,
-                )
-            )
+        for name in (f"k{k}_{head}" for head in range(heads)):
+            own = _hash_seed(seed, name)
+            tables.append(KmerTable(name, k, next(primes), dim // heads, own, shared))
     return tuple(tables)
 
 

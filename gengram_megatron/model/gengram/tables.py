@@ -5,6 +5,7 @@ checkpoint holds whole tables.
 """
 
 import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
@@ -54,8 +55,9 @@ class Tables(nn.Module):
             plan, places = self._plan(kmers, pieces, remote)
             fetched = FetchRows.apply(plan, self._columns(remote), *[rows[i] for i in remote])
             for i, found, place in zip(remote, fetched, places):
-                # Where nothing is valid: a row that nobody holds, for ids to point at.
-                rows[i] = found if len(found) else found.new_zeros((1, found.shape[1]))
+                # Where nothing is valid: a row of zeros for ids to point at. It hangs on what was
+                # fetched, as the backward pass is for all ranks to do together.
+                rows[i] = found if len(found) else F.pad(found, (0, 0, 0, 1))
                 ids[i] = place
         return rows, ids
 
