@@ -57,6 +57,7 @@ REFUSED = {
     "rows over experts without experts": (4, ["model.gengram.rows_over=expert"], "model.gengram.rows_over is expert, but parallel.expert is 1"),
     "rows over experts of other columns": (4, ["model.gengram.rows_over=expert", "parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=1"], "which needs parallel.expert_tensor = parallel.tensor, but they are 1 and 2"),
     "heads": (4, ["model.gengram.kmer_sizes=[9]", "model.gengram.hashing.heads=7"], "which is not a multiple of model.gengram.hashing.heads = 7"),
+    "bf16 states that cannot be read back": (4, ["optimizer.distributed=false", "train.precision=bf16", "parallel.pipeline=2"], "optimizer.distributed is false with train.precision bf16, parallel.pipeline = 2 and Gengram"),
     "more tables than primes": (4, ["model.gengram.kmer_sizes=[9,10]", "model.gengram.hashing={rows: 64, heads: 16}"], "model.gengram.hashing.rows is 64, below which there is no prime for each"),
     "columns of a head": (4, ["model.gengram.kmer_sizes=[9]", "model.gengram.dim=4", "model.gengram.hashing.heads=4", "parallel.tensor=2"], "model.gengram.dim / hashing.heads is 1, which is not a multiple of parallel.tensor = 2"),
     "mla without sequence": (4, [*MLA, *DENSE, "parallel.sequence=false"], "model.attention mla on more than one tensor-parallel rank needs parallel.sequence: true"),
@@ -107,7 +108,7 @@ REFUSED = {
     "token beyond": (4, ["model.gengram.token_ids=[8,5,6,7,256]"], "but model.vocab_size is 256; ids go from 0 to 255"),
     "learning rates": (4, ["optimizer.min_lr=0.1"], "optimizer.min_lr is 0.1, above optimizer.lr = 0.0001"),
     "warm-up": (4, ["optimizer.decay_fraction=0.01"], "optimizer.warmup_fraction is 0.05, more than optimizer.decay_fraction = 0.01"),
-    "gather without shards": (4, ["optimizer.overlap_param_gather=true", "optimizer.overlap_grad_reduce=true", "optimizer.distributed=false"], "optimizer.overlap_param_gather needs optimizer.distributed"),
+    "gather without shards": (4, ["parallel.pipeline=1", "optimizer.overlap_param_gather=true", "optimizer.overlap_grad_reduce=true", "optimizer.distributed=false"], "optimizer.overlap_param_gather needs optimizer.distributed"),
     "gather without reduce": (4, ["optimizer.overlap_param_gather=true"], "optimizer.overlap_param_gather needs optimizer.overlap_grad_reduce"),
 }  # fmt: skip
 

@@ -468,6 +468,15 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
             f"optimizer.decay_fraction = {optimizer.decay_fraction:g}; the warm-up must end "
             "before the decay does"
         )
+    pipeline, gengram = config.parallel.pipeline, config.model.gengram.enabled
+    if not optimizer.distributed and config.train.precision == "bf16" and pipeline > 1 and gengram:
+        # A stage without memory has no tables, and megatron-core 0.16.1 cannot read the empty
+        # parameter group back that it writes for them.
+        yield (
+            f"optimizer.distributed is false with train.precision bf16, parallel.pipeline = "
+            f"{pipeline} and Gengram, whose checkpoints megatron-core might not read back: set "
+            "distributed to true"
+        )
     if optimizer.overlap_param_gather:
         for name in ("distributed", "overlap_grad_reduce"):
             if not getattr(optimizer, name):
