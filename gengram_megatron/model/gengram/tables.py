@@ -118,7 +118,7 @@ class Tables(nn.Module):
         set_tensor_model_parallel_attributes(table, True, axis, 1)
         table.is_gengram_table = True  # may have its own learning rate and weight decay
         # Data-parallel ranks hold different rows: their gradients are not to be added up
-        # (training/row_tables.py).
+        # (model/data_parallel.py).
         table.rows_over = place.over if place.over in ("expert", "data") else None
         table.allreduce = table.rows_over is None
         return table
