@@ -11,6 +11,9 @@ from tests.layouts.launch import launch
 WORKER = "tests/layouts/worker.py"
 CASES_A_LAUNCH = 8
 
+# All cases run in the fixture, which counts as part of the first test.
+pytestmark = pytest.mark.timeout(2400)
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:

@@ -11,6 +11,9 @@ from gengram_megatron.config.schema import Config
 from tests.training.launch import Ended, kill, run_jobs, start, wait_for
 from tests.training.tiny import build_data, entries, numbers, write_config
 
+# All runs are made in the fixture, which counts as part of the first test.
+pytestmark = pytest.mark.timeout(2400)
+
 STEPS, INTERVAL = 16, 4
 KILL_AFTER = 6  # steps; later than the first checkpoint
 

@@ -22,7 +22,8 @@ from tests.training.tiny import (
     write_few,
 )
 
-pytestmark = pytest.mark.slow
+# All runs are made in the fixture, which counts as part of the first test.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @dataclass(frozen=True)
