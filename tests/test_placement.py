@@ -34,18 +34,19 @@ def memory_in_order(config: Config, monkeypatch) -> list[bool]:
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from gengram_megatron.model.build import transformer_config
+    from gengram_megatron.model.build import memory_shape, transformer_config
     from gengram_megatron.model.specs import block_spec
 
     pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
     layout = replace(check_layout(config_of(), 1), pipeline=pipeline, virtual_pipeline=virtual)
     transformer, found = transformer_config(config, layout), []
+    memory = memory_shape(config, layout)
     for chunk, rank in product(range(virtual or 1), range(pipeline)):
         monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda r=rank: r)
         vp_stage = chunk if virtual else None
         # megatron-core numbers the layers of a stage from here.
         assert get_transformer_layer_offset(transformer, vp_stage=vp_stage) == len(found)
-        specs = block_spec(config.model, transformer, vp_stage).layer_specs
+        specs = block_spec(config.model, memory, transformer, vp_stage).layer_specs
         assert specs
         found += [spec.submodules.memory is not IdentityOp for spec in specs]
     return found
