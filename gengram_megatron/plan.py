@@ -36,7 +36,6 @@ def plan(config: Config, layout: Layout) -> dict:
 def _table(place: Placement, config: Config, layout: Layout) -> dict:
     table = place.table
     ranks = group_sizes(config, layout.world_size)[place.over] if place.over else 1
-    columns = table.columns if place.over == "tensor" else table.columns // layout.tensor
     return {
         "name": table.name,
         "k": table.k,
@@ -46,7 +45,7 @@ def _table(place: Placement, config: Config, layout: Layout) -> dict:
         "split": place.split,
         "over": place.over or "tensor",
         "rows_per_rank": -(-table.rows // ranks),
-        "columns_per_rank": columns,
+        "columns_per_rank": place.columns_held(layout.tensor),
         "reason": place.reason,
     }
 

@@ -116,11 +116,12 @@ class TrainingState:
                 "run.dir"
             )
 
-        for name, table in facts.tables.items():
-            if name in self._tables() and table != self._tables()[name]:
+        for name, own in self._tables().items():
+            table = facts.tables.get(name, own)  # one that the checkpoint does not know is new
+            if table != own:
                 raise UserError(
                     f"{path} was trained with other rows of table {name}: {table}, not "
-                    f"{self._tables()[name]}; set kmer_sizes, dim, hashing and "
+                    f"{own}; set kmer_sizes, dim, hashing and "
                     "share_reverse_complements of model.gengram as they were, or start in another "
                     "run.dir"
                 )

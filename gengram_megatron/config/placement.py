@@ -29,6 +29,10 @@ class Placement:
         """As the config's key has it."""
         return "columns" if self.over is None else "rows"
 
+    def columns_held(self, tensor: int) -> int:
+        """Columns that each of so many tensor-parallel ranks holds: all where they share rows."""
+        return self.table.columns if self.over == "tensor" else self.table.columns // tensor
+
 
 def placements(config: Config, world_size: int) -> tuple[Placement, ...]:
     """Of all tables of a layer. The config is one that check_layout accepts."""

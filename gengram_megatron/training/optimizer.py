@@ -40,8 +40,7 @@ def build_optimizer(config: Config, chunks: list[DataParallel]) -> MegatronOptim
     overrides = get_standard_config_overrides(optimizer_config)
     if config.model.gengram.enabled:
         overrides[ParamKey(attr="is_gengram_table")] = _tables(config)
-    tables = [parameter for chunk in chunks for parameter in chunk.table_parameters]
-    with frozen(tables):
+    with frozen([parameter for chunk in chunks for parameter in chunk.table_parameters]):
         optimizer = get_megatron_optimizer(
             optimizer_config, chunks, config_overrides=overrides, use_gloo_process_groups=False
         )

@@ -46,8 +46,14 @@ class KmerIds:
         eod: the id that ends a document, where memory must stop there."""
         digit = torch.full((256,), -1, dtype=torch.int64, device=tokens.device)
         digit[token_ids] = torch.arange(ALPHABET_SIZE, device=tokens.device)
-        numbers = _numbers(digit[tokens.long()], max(table.k for table in tables))
-        ids = tuple(_rows(table, *numbers[table.k]).to(torch.int32) for table in tables)
+        digits = digit[tokens.long()]
+        numbers = _numbers(digits, max(table.k for table in tables))
+        shared = max((table.k for table in tables if table.shared), default=0)
+        others = _numbers_of_complements(digits, shared)
+        ids = tuple(
+            _rows(table, *numbers[table.k], others[table.k] if table.shared else None).int()
+            for table in tables
+        )
         documents = None if eod is None else (tokens == eod).cumsum(1, dtype=torch.int32)
         return cls(ids, tables, documents)
 
@@ -57,29 +63,39 @@ class KmerIds:
         return self.ids[0].shape[1]
 
 
-def _numbers(digits: Tensor, largest: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """k -> for the k-mer that ends at each token: its number, that of its reverse complement, and
-    whether it is valid. digits: [b, s] int64, -1 outside the alphabet. Exact up to k = 27."""
-    complements = torch.tensor(COMPLEMENT, device=digits.device)[digits.clamp(min=0)]
-    forward, backward = torch.zeros_like(digits), torch.zeros_like(digits)
-    valid, found = torch.ones_like(digits, dtype=torch.bool), {}
+def _numbers(digits: Tensor, largest: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """k -> for the k-mer that ends at each token: its number, and whether it is valid. digits:
+    [b, s] int64, -1 outside the alphabet. Exact up to k = 27."""
+    inside, known = digits >= 0, digits.clamp(min=0)
+    number, valid, found = torch.zeros_like(known), torch.ones_like(inside), {}
     for k in range(1, largest + 1):
         # The k-mer that ends here: the (k-1)-mer that ends one token earlier, then this token.
         before = 0 if k == 1 else 1
-        forward = _shift(forward, before, 0) * ALPHABET_SIZE + digits.clamp(min=0)
-        # Its reverse complement begins with this token's complement.
-        backward = _shift(backward, before, 0) + complements * ALPHABET_SIZE ** (k - 1)
-        valid = _shift(valid, before, False) & (digits >= 0)
-        found[k] = forward, backward, valid
+        number = _shift(number, before, 0) * ALPHABET_SIZE + known
+        valid = _shift(valid, before, False) & inside
+        found[k] = number, valid
     return found
 
 
-def _rows(table: KmerTable, forward: Tensor, backward: Tensor, valid: Tensor) -> Tensor:
-    """[b, s] int64: rows of a table; not valid: table.rows."""
-    number = torch.minimum(forward, backward) if table.shared else forward
+def _numbers_of_complements(digits: Tensor, largest: int) -> dict[int, Tensor]:
+    """k -> the number of the reverse complement of the k-mer that ends at each token."""
+    complements = torch.tensor(COMPLEMENT, device=digits.device)[digits.clamp(min=0)]
+    number, found = torch.zeros_like(digits), {}
+    for k in range(1, largest + 1):
+        # It begins with this token's complement.
+        number = _shift(number, 0 if k == 1 else 1, 0) + complements * ALPHABET_SIZE ** (k - 1)
+        found[k] = number
+    return found
+
+
+def _rows(table: KmerTable, number: Tensor, valid: Tensor, other: Tensor | None) -> Tensor:
+    """[b, s] int64: rows of a table; not valid: table.rows. other: the reverse complements'
+    numbers, where they share rows."""
+    if other is not None:
+        number = torch.minimum(number, other)
     if table.hash_seed is not None:
         number = mixed(number, table.hash_seed) % table.rows
-    elif table.shared:
+    elif other is not None:
         number = _rows_of_pairs(table.k).to(number.device)[number]
     return torch.where(valid, number, table.rows)
 

@@ -94,15 +94,13 @@ class Tables(nn.Module):
     def _local(self, place: Placement) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shape of this rank's part of a table, and its first row and column."""
         table, tp = place.table, self.groups.tp
-        first, last, column, columns = 0, table.rows, 0, table.columns
+        first, last, columns = 0, table.rows, place.columns_held(tp.size())
         if place.over is not None:
             group = self._rows_group(place)
             first, last = (
                 first_row(table.rows, r, group.size()) for r in (group.rank(), group.rank() + 1)
             )
-        if place.over != "tensor":
-            columns = table.columns // tp.size()
-            column = tp.rank() * columns
+        column = 0 if place.over == "tensor" else tp.rank() * columns
         return (last - first, columns), (first, column)
 
     def _parameter(self, config, place: Placement) -> nn.Parameter:
