@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from rich.table import Table
 from data_prep.build import build as build_data_set
 from data_prep.download.command import download
 from data_prep.schema import DataConfig
+from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
 from gengram_megatron.errors import UserError
 
@@ -34,14 +34,8 @@ def commands() -> None:
 
 @app.command()
 def build(
-    config: Annotated[
-        Path,
-        typer.Argument(metavar="CONFIG", help="a data config, such as configs/data/sample.yaml"),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value ...]", help="win over the file, e.g. seq_length=1024"),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace a data set of other settings")
     ] = False,

@@ -7,12 +7,12 @@ and mistakes are shown at once.
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gengram_megatron import __version__
+from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
@@ -28,18 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Settings that win over the file's, such as optimizer.lr=3e-4.",
-        show_default=False,
-    ),
-]
 
 
 def main() -> None:

@@ -13,18 +13,13 @@ from data_prep.download.display import Bars, files, listing, totals
 from data_prep.download.record import RECORD
 from data_prep.download.schema import DownloadConfig
 from data_prep.download.web import Web
+from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
 
 
 def download(
-    config: Annotated[
-        Path,
-        typer.Argument(metavar="CONFIG", help="a download list, as shown above"),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value ...]", help="win over the file, e.g. retries=20"),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="FOLDER", help="the key output")
     ] = None,

@@ -1,0 +1,19 @@
+"""What every command that reads a config file takes on its command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="The YAML file, as shown above.", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that win over the file's, such as seed=1 or optimizer.lr=3e-4.",
+        show_default=False,
+    ),
+]
