@@ -87,6 +87,12 @@ class Gengram(Section):
         None,
         description="the ranks that share tables split by rows; null: data, all that hold copies",
     )
+    project: Literal["auto", "features", "tables"] = Field(
+        "auto",
+        description="what is mapped to key and value, with the same result: each token's features, "
+        "or the tables, once a step; auto: tables on CPUs, where a rank has more tokens a step "
+        "than the tables have rows on average",
+    )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
     init_std: Annotated[float, Field(gt=0)] | None = Field(
         None, description="standard deviation of the tables at the start; null: model.init_std"

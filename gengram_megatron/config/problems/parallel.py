@@ -1,0 +1,147 @@
+"""What each kind of parallelism cuts into equal parts."""
+
+import math
+from collections.abc import Iterator
+
+from gengram_megatron.config.problems.sizes import (
+    expert_tensor,
+    multiple,
+    ranks_of_a_copy,
+    ranks_of_the_experts,
+    sequence_parallel,
+)
+from gengram_megatron.config.schema import Config
+
+
+def split_problems(config: Config) -> Iterator[str]:
+    """What tensor parallelism cuts into equal parts."""
+    model, tensor = config.model, config.parallel.tensor
+    parts = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.vocab_size": model.vocab_size,
+    }
+    if model.attention == "gqa" and model.num_query_groups is not None:
+        # megatron-core can also replicate key-value heads; here every rank has its own.
+        parts["model.num_query_groups"] = model.num_query_groups
+    if model.num_experts is None:
+        parts["model.ffn_hidden_size"] = model.ffn_hidden_size
+    if model.gengram.enabled:
+        parts["model.gengram.dim"] = model.gengram.dim
+    for name, size in parts.items():
+        yield from multiple(name, size, "parallel.tensor", tensor)
+    if model.num_experts is not None:
+        null = config.parallel.expert_tensor is None
+        yield from multiple(
+            "model.ffn_hidden_size",
+            model.ffn_hidden_size,
+            "parallel.expert_tensor (null: parallel.tensor)" if null else "parallel.expert_tensor",
+            expert_tensor(config),
+        )
+
+
+def pipeline_problems(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
+    if virtual == 1:
+        yield "parallel.virtual_pipeline is 1, which means no interleaving; write null for that"
+    elif virtual is not None and pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline is {virtual}, but parallel.pipeline is 1: set "
+            "virtual_pipeline to null, or pipeline to 2 or more"
+        )
+    elif own := _stages_of_their_own(config):
+        yield from _uneven_problems(config, own)
+    else:
+        yield from multiple(
+            "model.num_layers",
+            config.model.num_layers,
+            "parallel.pipeline * parallel.virtual_pipeline" if virtual else "parallel.pipeline",
+            pipeline * (virtual or 1),
+        )
+
+
+def _stages_of_their_own(config: Config) -> dict[str, int]:
+    """The keys that give a pipeline stage its number of layers, where they are set."""
+    parallel = config.parallel
+    layers = {
+        "parallel.first_stage_layers": parallel.first_stage_layers,
+        "parallel.last_stage_layers": parallel.last_stage_layers,
+    }
+    return {name: count for name, count in layers.items() if count is not None}
+
+
+def _uneven_problems(config: Config, own: dict[str, int]) -> Iterator[str]:
+    """The stages that no key is about must get as many layers each, in chunks of one size."""
+    layers, pipeline = config.model.num_layers, config.parallel.pipeline
+    virtual = config.parallel.virtual_pipeline
+    if pipeline == 1:
+        for name, count in own.items():
+            yield (
+                f"{name} is {count}, but parallel.pipeline is 1, so that one stage has all "
+                "layers: set it to null, or pipeline to 2 or more"
+            )
+        return
+    for name, count in own.items():
+        yield from multiple(name, count, "parallel.virtual_pipeline", virtual or 1)
+    names, given, others = " + ".join(own), sum(own.values()), pipeline - len(own)
+    rest = layers - given
+    if others == 0 and rest:
+        yield (
+            f"{names} is {given}, but model.num_layers is {layers} and parallel.pipeline = 2 has "
+            f"no other stage: set one of them to null, or make their sum {layers}"
+        )
+    elif others == 0 and virtual:
+        # megatron-core 0.16.1 divides by the number of other stages.
+        yield (
+            f"{names} is {given} on parallel.pipeline = 2, where parallel.virtual_pipeline = "
+            f"{virtual} allows only one of them: set the other to null, which places the same "
+            "layers"
+        )
+    elif others and rest < 1:
+        yield (
+            f"{names} is {given}, which leaves none of model.num_layers = {layers} for the other "
+            f"stages of parallel.pipeline = {pipeline}; lower it, or raise num_layers"
+        )
+    elif others:
+        yield from multiple(
+            f"what {names} leaves of model.num_layers",
+            rest,
+            "the other stages" + (" * parallel.virtual_pipeline" if virtual else ""),
+            others * (virtual or 1),
+        )
+
+
+def sequence_problems(config: Config) -> Iterator[str]:
+    parallel, length = config.parallel, config.model.seq_length
+    if parallel.sequence and parallel.tensor == 1:
+        yield (
+            "parallel.sequence is true, but parallel.tensor is 1, so there is nothing to split: "
+            "set sequence to null, or tensor to 2 or more"
+        )
+    factors = {}
+    if parallel.context > 1:
+        # Each rank takes one piece from the front and one from the back, to share causal work.
+        factors["2 * parallel.context"] = 2 * parallel.context
+    if sequence_parallel(config):
+        factors["parallel.tensor"] = parallel.tensor
+    yield from multiple(
+        "model.seq_length", length, " * ".join(factors), math.prod(factors.values())
+    )
+
+
+def world_problems(config: Config, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    copy, experts = ranks_of_a_copy(config), ranks_of_the_experts(config)
+    if world_size % copy:
+        yield (
+            f"the world size is {world_size}, which is not a multiple of parallel.tensor * "
+            f"pipeline * context = {parallel.tensor} * {parallel.pipeline} * {parallel.context} "
+            f"= {copy}; start a multiple of {copy} processes, or lower one of these keys"
+        )
+    elif world_size % experts and config.model.num_experts is not None:
+        yield (
+            f"the world size is {world_size}, which is not a multiple of the experts' "
+            f"parallel.expert_tensor * expert * pipeline = {expert_tensor(config)} * "
+            f"{parallel.expert} * {parallel.pipeline} = {experts}; start a multiple of {experts} "
+            "processes, or lower one of these keys"
+        )
