@@ -1,20 +1,26 @@
 """The Gengram module against one written from the formula the obvious way.
 
-    python benchmarks/gengram_module.py [--hidden 1024,4096] [--lengths 2048,8192,32768] [--out F]
+    python benchmarks/gengram_module.py [--hidden 1024,4096] [--lengths 2048,8192,32768]
+        [--dtypes bf16,fp32] [--repeats 3] [--out FILE.json]
 
 The obvious module looks every k-mer up, takes prefix sums along the sequence in the training dtype
 and the difference of two of them, with whole tables on every rank: (a) in bf16, (b) in float32.
-Ours runs in bf16 and in float32. On real DNA (sample_data), batch 1, d_m 1024, window 21, on the
-GPU where there is one. Each figure is the median of --repeats runs, the modules taking turns within
-a repeat, so that a noisy machine is noisy for all; times are given as ratios to (a), or to (b) for
-ours in float32.
+Ours runs in both, with features projected and with tables projected once a step. On real DNA
+(sample_data), batch 1, d_m 1024, window 21, on the GPU where there is one. Each figure is the
+median of --repeats runs, the modules taking turns within a repeat, so that a noisy machine is noisy
+for all; times are given as ratios to the obvious module of the same dtype.
 
-- forward, backward: seconds, and their ratio
+- forward, backward: seconds of a microbatch, and their ratio
+- once a step: seconds to project the tables, and to take their gradient apart
+- from: tokens a step, in microbatches of this length, from which projected tables are faster than
+  projected features
 - saved: bytes kept between forward and backward, parameters and inputs not counted
-- error: of the pooled features, relative by norm, against float64
+- peak: most bytes held in a step of one microbatch, gradients and projected tables among them
+- errors: of the pooled features, and of key and value, relative by norm, against float64
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -42,6 +48,9 @@ from gengram_megatron.training.processes import end_processes, start_processes
 SIZES, WINDOW, KERNEL, DIM, EPSILON = (1, 2, 3, 4, 5, 6), 21, 4, 1024, 1e-5
 PLACEMENTS = tuple(Placement(direct_table(k, DIM), None, "one process") for k in SIZES)
 TABLES = tuple(place.table for place in PLACEMENTS)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OBVIOUS = "obvious"
+LONGEST_EXACT = 8192  # positions whose errors are taken; float64 is slow
 DNA = Path(__file__).parents[1] / "sample_data/human_GRCh37_chr20_30M-34M.fa.gz"
 
 
@@ -85,7 +94,7 @@ class ObviousGengram(nn.Module):
         return gated + F.silu(convolved)
 
 
-def our_module(hidden: int, dtype: torch.dtype) -> GengramMemory:
+def our_module(hidden: int, dtype: torch.dtype, project: str) -> GengramMemory:
     """The module of this package, on this process alone."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -98,7 +107,7 @@ def our_module(hidden: int, dtype: torch.dtype) -> GengramMemory:
         params_dtype=dtype,
         init_method=marker(0.02),
     )
-    shape = GengramShape(PLACEMENTS, DIM, WINDOW, KERNEL, init_std=0.02)
+    shape = GengramShape(PLACEMENTS, DIM, WINDOW, KERNEL, init_std=0.02, project=project)
     return GengramMemory(config, shape, ProcessGroupCollection.use_mpu_process_groups())
 
 
@@ -123,7 +132,7 @@ def read_tokens(length: int) -> Tensor:
 
 
 def measure(module: nn.Module, hidden: Tensor, ids: KmerIds) -> dict[str, float]:
-    """One forward and backward: seconds each, and bytes saved in between."""
+    """One step of one microbatch: seconds of each part, and bytes saved for the backward pass."""
     kept, own = {}, {p.untyped_storage().data_ptr() for p in module.parameters()}
     own |= {hidden.untyped_storage().data_ptr()}
     own |= {x.untyped_storage().data_ptr() for x in ids.ids}
@@ -135,12 +144,50 @@ def measure(module: nn.Module, hidden: Tensor, ids: KmerIds) -> dict[str, float]
         return x
 
     module.zero_grad(set_to_none=True)
+    projected = getattr(module, "projected", None)
+    peak = PeakMemory()
     start = now()
+    if projected is not None:
+        projected.refresh()
+    ready = now()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         out = module(hidden, ids)
     middle = now()
     out.backward(torch.ones_like(out))
-    return {"forward": middle - start, "backward": now() - middle, "saved": sum(kept.values())}
+    end = now()
+    if projected is not None:
+        projected.finish_gradients()
+    return {
+        "forward": middle - ready,
+        "backward": end - middle,
+        "step": now() - end + ready - start,
+        "saved": sum(kept.values()),
+        "peak": peak.bytes(),
+    }
+
+
+class PeakMemory:
+    """Most bytes held since it was made, less those held then."""
+
+    def __init__(self):
+        self.on_gpu = torch.cuda.is_available()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again
+            self.before = self._resident("VmRSS")
+
+    def bytes(self) -> int:
+        """So far."""
+        most = torch.cuda.max_memory_allocated() if self.on_gpu else self._resident("VmHWM")
+        return most - self.before
+
+    @staticmethod
+    def _resident(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith(f"{key}:"))
+        return int(line.split()[1]) * 1024
 
 
 def now() -> float:
@@ -153,24 +200,25 @@ def relative(x: Tensor, right: Tensor) -> float:
     return ((x.double() - right).norm() / right.norm()).item()
 
 
-def compare(hidden: int, length: int, repeats: int) -> dict[str, dict[str, float]]:
-    """All four modules at one size."""
+def compare(
+    hidden: int, length: int, dtypes: list[str], repeats: int
+) -> dict[str, dict[str, float]]:
+    """All modules at one size."""
     device = torch.cuda.current_device()
     torch.manual_seed(0)
-    obvious = {torch.bfloat16: ObviousGengram(hidden).to(device)}
-    for table in obvious[torch.bfloat16].tables:
+    weights = ObviousGengram(hidden).to(device)
+    for table in weights.tables:
         nn.init.normal_(table.weight, std=0.02)
-    state = obvious[torch.bfloat16].bfloat16().state_dict()
-    obvious[torch.float32] = ObviousGengram(hidden).to(device)
-    obvious[torch.float32].load_state_dict(state)
-    modules = {
-        "obvious bf16 (a)": obvious[torch.bfloat16],
-        "obvious fp32 (b)": obvious[torch.float32],
-    }
-    for name, dtype in (("ours bf16", torch.bfloat16), ("ours fp32", torch.float32)):
-        modules[name] = our_module(hidden, dtype)
-        copy_weights(modules[name], obvious[torch.bfloat16])
-
+    weights.bfloat16()  # exact in both dtypes
+    modules = {}
+    for name in dtypes:
+        obvious = ObviousGengram(hidden).to(device, DTYPES[name])
+        obvious.load_state_dict(weights.state_dict())
+        modules[f"{OBVIOUS} {name}"] = obvious
+        for project in ("features", "tables"):
+            ours = our_module(hidden, DTYPES[name], project)
+            copy_weights(ours, weights)
+            modules[f"ours, {project} {name}"] = ours
     ids = KmerIds.of(read_tokens(length).to(device), TABLES, list(BASE_IDS))
     x = torch.randn(length, 1, hidden, device=device)
     runs = {name: [] for name in modules}
@@ -181,54 +229,66 @@ def compare(hidden: int, length: int, repeats: int) -> dict[str, dict[str, float
             if repeat:  # the first warms up
                 runs[name].append(found)
     result = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in runs.items()}
-    for name, error in errors(modules, ids).items():
-        result[name]["error"] = error
+    for name, found in errors(modules, weights, ids).items():
+        result[name].update(found)
     return result
 
 
 @torch.no_grad()
-def errors(modules: dict[str, nn.Module], ids: KmerIds) -> dict[str, float]:
-    """Of the pooled features of each module, against the same tables in float64."""
-    exact = ObviousGengram(1).double()
+def errors(
+    modules: dict[str, nn.Module], weights: ObviousGengram, ids: KmerIds
+) -> dict[str, dict[str, float]]:
+    """Of each module's pooled features, and of its keys and values, against float64."""
+    ids = KmerIds(tuple(x[:, :LONGEST_EXACT] for x in ids.ids), TABLES)
+    pieces = [Piece(0, ids.seq_length)]
+    exact = copy.deepcopy(weights).double()
+    right = exact.pooled(ids)
+    right_kv = torch.cat([exact.key(right), exact.value(right)], dim=-1)
     found = {}
     for name, module in modules.items():
-        if isinstance(module, GengramMemory):
-            tables = module.tables.parameters()
-            features = pooled(
-                *module.tables(ids, [Piece(0, ids.seq_length)]),
-                TABLES,
-                Pooling(WINDOW),
-                [Piece(0, ids.seq_length)],
-                documents=None,
-            )
+        features = None
+        if not isinstance(module, GengramMemory):
+            features = module.pooled(ids)
+            key_value = torch.cat([module.key(features), module.value(features)], dim=-1)
+        elif module.projected is None:
+            rows, places = module.tables(ids, pieces)
+            features = pooled(rows, places, TABLES, Pooling(WINDOW), pieces, documents=None)
+            key_value = F.linear(features, module.projection.weight.flatten(2).flatten(0, 1))
         else:
-            tables, features = [t.weight for t in module.tables], module.pooled(ids)
-        for ours, table in zip(exact.tables, tables):
-            ours.weight = nn.Parameter(table.double().cpu())
-        cpu = KmerIds(tuple(x.cpu() for x in ids.ids), TABLES)
-        found[name] = relative(features.cpu(), exact.pooled(cpu))
+            key_value = module.projected.key_value(ids, pieces)
+            module.projected.finish_gradients()
+        found[name] = {"error": relative(key_value, right_kv)}
+        if features is not None:
+            found[name]["features_error"] = relative(features, right)
     return found
+
+
+def break_even(result: dict[str, dict[str, float]], dtype: str, length: int) -> float:
+    """Tokens a step from which projected tables are faster than projected features."""
+    features, tables = (result[f"ours, {project} {dtype}"] for project in ("features", "tables"))
+    saved = sum(features[key] - tables[key] for key in ("forward", "backward"))
+    return tables["step"] / saved * length if saved > 0 else float("inf")
 
 
 def show(hidden: int, length: int, result: dict[str, dict[str, float]]) -> None:
     """One table a size."""
-    table = Table(title=f"hidden {hidden}, {length:,} positions")
-    for heading in (
-        "module",
-        "forward s",
-        "ratio",
-        "backward s",
-        "ratio",
-        "saved MB",
-        "ratio",
-        "error",
-    ):
-        table.add_column(heading, justify="left" if heading == "module" else "right")
+    table = Table(title=f"hidden {hidden:,}, {length:,} positions")
+    table.add_column("module", no_wrap=True)
+    for heading in ("forward s", "ratio", "backward s", "ratio", "once a step s", "from tokens"):
+        table.add_column(heading, justify="right")
+    for heading in ("saved MB", "ratio", "peak MB", "ratio", "features error", "key, value error"):
+        table.add_column(heading, justify="right")
     for name, row in result.items():
-        base = result["obvious bf16 (a)" if "bf16" in name else "obvious fp32 (b)"]
-        cells = [name]
-        for key, scale in (("forward", 1), ("backward", 1), ("saved", 1e-6)):
-            cells += [f"{row[key] * scale:.3g}", f"{row[key] / base[key]:.2f}"]
+        dtype = name.split()[-1]
+        base, cells = result[f"{OBVIOUS} {dtype}"], [name]
+        for key in ("forward", "backward"):
+            cells += [f"{row[key]:.3g}", f"{row[key] / base[key]:.3f}"]
+        once = row["step"] and "tables" in name
+        cells += [f"{row['step']:.3g}" if once else ""]
+        cells += [f"{break_even(result, dtype, length):,.0f}" if once else ""]
+        for key in ("saved", "peak"):
+            cells += [f"{row[key] / 1e6:.3g}", f"{row[key] / base[key]:.3f}"]
+        cells += [f"{row['features_error']:.1e}" if "features_error" in row else ""]
         table.add_row(*cells, f"{row['error']:.1e}")
     Console().print(table)
 
@@ -238,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", default="1024,4096")
     parser.add_argument("--lengths", default="2048,8192,32768")
+    parser.add_argument("--dtypes", default="bf16,fp32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -249,7 +310,7 @@ def main() -> None:
     start_processes(Layout(1, 1, 1, None, 1, 1, 1, False, 1, 1, 1, 1, 1), seed=1, rank=0)
     results = []
     for hidden, length in sizes:
-        result = compare(hidden, length, arguments.repeats)
+        result = compare(hidden, length, arguments.dtypes.split(","), arguments.repeats)
         show(hidden, length, result)
         results.append({"hidden": hidden, "length": length, "modules": result})
     end_processes()

@@ -44,7 +44,12 @@ TEXTS = {
 WINDOWS = [None, 6, 21, 30]
 
 
-def make_memory(kmer_sizes, window, dtype, scale: float = 1.0, options=PUBLISHED):
+PROJECT = pytest.mark.parametrize("project", ["features", "tables"])
+
+
+def make_memory(
+    kmer_sizes, window, dtype, scale: float = 1.0, options=PUBLISHED, project="features"
+):
     """A module with random weights that make every part of it matter."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -72,6 +77,7 @@ def make_memory(kmer_sizes, window, dtype, scale: float = 1.0, options=PUBLISHED
         deduplicate=options.deduplicate,
         signed_sqrt=options.signed_sqrt,
         output=options.output,
+        project=project,
     )
     memory = GengramMemory(config, shape, ProcessGroupCollection.use_mpu_process_groups())
     generator = torch.Generator().manual_seed(11)
@@ -106,6 +112,7 @@ def module_results(memory, text, eod=None) -> dict[str, torch.Tensor]:
     hidden = make_hidden(len(text[0]), len(text)).to(dtype).requires_grad_()
     out = add_to(memory, hidden, text, eod)
     out.square().sum().backward()
+    memory.finish_gradients()
     key, value = memory.projection.weight.grad.flatten(2)
     return {
         "output": out.detach(),
@@ -170,10 +177,11 @@ def assert_same(ours: dict, expected: dict, tolerance: float, of_output: float |
         assert distance <= allowed * right.norm().item(), name
 
 
+@PROJECT
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_output_and_every_gradient(one_process, window, text):
-    memory = make_memory(ALL_SIZES, window, torch.float64)
+def test_output_and_every_gradient(one_process, window, text, project):
+    memory = make_memory(ALL_SIZES, window, torch.float64, project=project)
     assert_same(module_results(memory, text), reference_results(memory, text), 1e-10)
 
 
@@ -183,6 +191,14 @@ def test_output_and_every_gradient(one_process, window, text):
 def test_some_sizes_only(one_process, kmer_sizes, window, text):
     memory = make_memory(kmer_sizes, window, torch.float64)
     assert_same(module_results(memory, TEXTS[text]), reference_results(memory, TEXTS[text]), 1e-10)
+
+
+@pytest.mark.parametrize("window", [None, 3, 21])
+@pytest.mark.parametrize("kmer_sizes", [(1,), (1, 2), (1, 2, 3)], ids=str)
+def test_projected_tables_of_fewer_sizes(one_process, kmer_sizes, window):
+    text = TEXTS["bases and all other tokens"]
+    memory = make_memory(kmer_sizes, window, torch.float64, project="tables")
+    assert_same(module_results(memory, text), reference_results(memory, text), 1e-10)
 
 
 OPTIONS = {
@@ -203,6 +219,9 @@ def test_options(one_process, options, window, text):
     memory = make_memory(ALL_SIZES, window, torch.float64, options=options)
     expected = reference_results(memory, TEXTS[text], options)
     assert_same(module_results(memory, TEXTS[text], options.eod), expected, 1e-10)
+    if not options.deduplicate:
+        memory = make_memory(ALL_SIZES, window, torch.float64, options=options, project="tables")
+        assert_same(module_results(memory, TEXTS[text], options.eod), expected, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["distinct k-mers", "documents"])
@@ -214,13 +233,36 @@ def test_options_change_the_answer(one_process, name):
     assert not torch.allclose(plain, add_to(memory, make_hidden(48, 2), text, options.eod))
 
 
+@PROJECT
 @pytest.mark.parametrize("window", WINDOWS)
-def test_in_float32(one_process, window):
+def test_in_float32(one_process, window, project):
     """The signed square root is steep near zero, so gradients through it round more."""
     text = TEXTS["bases and all other tokens"]
-    memory = make_memory(ALL_SIZES, window, torch.float32)
+    memory = make_memory(ALL_SIZES, window, torch.float32, project=project)
     expected = reference_results(memory, text)
     assert_same(module_results(memory, text), expected, tolerance=1e-4, of_output=1e-5)
+
+
+def test_projected_tables_add_up_the_microbatches_of_a_step_and_follow_the_weights(one_process):
+    """Two microbatches in blocks and pieces of their own, then a step, then another microbatch."""
+    memories = [
+        make_memory(ALL_SIZES, 21, torch.float64, project=p) for p in ("features", "tables")
+    ]
+    found = []
+    for memory in memories:
+        out = []
+        for _ in range(2):
+            for seed in (20, 21):
+                text = [bases(300, seed, (A, C, G, T) * 9 + (N, EOD))]
+                out.append(add_to(memory, make_hidden(300, 1), text))
+                out[-1].square().sum().backward()
+            memory.finish_gradients()
+            with torch.no_grad():
+                for parameter in memory.parameters():
+                    parameter -= 1e-3 * parameter.grad
+        found.append([*out, *(p.grad for p in memory.parameters())])
+    for features, tables in zip(*found):
+        assert_same({"": tables}, {"": features.detach()}, 1e-9)
 
 
 def test_a_gate_that_hardly_opens(one_process):
@@ -232,11 +274,12 @@ def test_a_gate_that_hardly_opens(one_process):
     assert (ours["norm of key"] == 0).all() and (ours["hidden"] == 0).all()
 
 
+@PROJECT
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_rows_that_no_token_touched_have_no_gradient(one_process, window, dtype):
+def test_rows_that_no_token_touched_have_no_gradient(one_process, window, dtype, project):
     text = TEXTS["bases and all other tokens"]
-    memory = make_memory(ALL_SIZES, window, dtype)
+    memory = make_memory(ALL_SIZES, window, dtype, project=project)
     gradients = module_results(memory, text)
     for k in ALL_SIZES:
         touched = {

@@ -42,7 +42,7 @@ def rows_over(group: str) -> list[str]:
 #   name: (processes, settings)
 CASES = {
     "fp32": (1, [FP32, AT_ONCE, "data.workers=1"]),
-    "bf16": (1, [BF16, LATER, "checkpoint.keep=2"]),
+    "bf16": (1, [BF16, LATER, "checkpoint.keep=2", "model.gengram.project=tables"]),
     "dp2": (2, [BF16, LATER, "optimizer.overlap_grad_reduce=true",
                 "optimizer.overlap_param_gather=true"]),
     # Tables that the ranks share by rows, hashed and direct.

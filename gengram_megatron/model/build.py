@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.placement import placements
+from gengram_megatron.config.projection import projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.model.data_parallel import DataParallel
 from gengram_megatron.model.gengram.shape import GengramShape
@@ -97,6 +98,7 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
         deduplicate=gengram.deduplicate,
         signed_sqrt=gengram.signed_sqrt,
         output=gengram.output,
+        project=projection(config, layout, torch.cuda.is_available()).of,
     )
 
 

@@ -13,6 +13,7 @@ def implementations(chunks: list, optimizer) -> str:
     found = {
         "attention": _first(names, "CoreAttention", "TEDotProductAttention"),
         "norm": _first(names, "RMSNorm", "TENorm", "TELayerNormColumnParallelLinear"),
+        "memory": _memory(chunks),
         "experts": _first(names, "GroupedExperts", "TEGroupedMLP"),
         "optimizer": _optimizer(optimizer),
         "device": _device(),
@@ -32,6 +33,18 @@ def _first(names: dict, *candidates: str) -> str | None:
     for name in candidates:
         if name in names:
             return _WORDS.get(name, f"Transformer Engine ({name})")
+    return None
+
+
+def _memory(chunks: list) -> str | None:
+    # megatron-core may be imported only after platform.prepare.
+    from gengram_megatron.model.gengram.memory import GengramMemory
+
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, GengramMemory):
+            return "Gengram, " + (
+                "features projected" if module.projected is None else "tables projected once a step"
+            )
     return None
 
 

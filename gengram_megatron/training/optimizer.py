@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.model.data_parallel import DataParallel, frozen
+from gengram_megatron.model.gengram.memory import GengramMemory
 
 
 def build_optimizer(config: Config, chunks: list[DataParallel]) -> MegatronOptimizer:
@@ -82,7 +83,7 @@ def _connect(config: Config, chunks: list[DataParallel], optimizer: MegatronOpti
     """Tell the schedule how gradients are scaled, reduced and finished."""
     one = len(chunks) == 1
     transformer = chunks[0].config
-    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.finalize_model_grads_func = _finish_gradients
     transformer.grad_scale_func = optimizer.scale_loss
     if config.optimizer.overlap_grad_reduce:
         transformer.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
@@ -90,6 +91,15 @@ def _connect(config: Config, chunks: list[DataParallel], optimizer: MegatronOpti
             transformer.grad_sync_func = [c.start_grad_sync for c in chunks]
     if config.optimizer.overlap_param_gather and not one:
         transformer.param_sync_func = [c.start_param_sync for c in chunks]
+
+
+def _finish_gradients(chunks: list[DataParallel], *args, **kwargs) -> None:
+    """megatron-core's, once the gradients that memories add up by themselves are with the rest."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, GengramMemory):
+                module.finish_gradients()
+    finalize_model_grads(chunks, *args, **kwargs)
 
 
 def build_schedule(

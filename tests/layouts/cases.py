@@ -58,6 +58,10 @@ HASHED_ROWS = {"gengram": {**HASHED["gengram"], "split": "rows", "rows_over": "d
 HASHED_ROWS_TENSOR = {"gengram": {**HASHED["gengram"], "split": "rows", "rows_over": "tensor"}}
 ROWS_NO_WINDOW = gengram(split="rows", rows_over="data", window=None)
 ROWS_DOCUMENTS = {"gengram": {**DOCUMENTS["gengram"], "split": "rows", "rows_over": "data"}}
+PROJECTED = gengram(project="tables")
+# Without windows some gates do come near zero.
+PROJECTED_NO_WINDOW = gengram(project="tables", window=None, signed_sqrt=False)
+PROJECTED_DOCUMENTS = gengram(project="tables", reset_at_document=True)
 NORM_OUTPUT = {"gengram": {**MODEL["gengram"], "output": "norm"}}
 NO_WINDOW = {"gengram": {**MODEL["gengram"], "window": None}}
 
@@ -108,6 +112,12 @@ CASES = {
     "pp2_vpp3_dp2_rows": (4, HASHED_ROWS, {"pipeline": 2, "virtual_pipeline": 3}, {}),
     "cp2_dp2_rows_documents": (4, ROWS_DOCUMENTS, {"context": 2}, {}),
     "cp2_ep2_rows": (4, ROWS_DATA, {"context": 2, "expert": 2}, {}),
+    "tp2_sp_projected": (2, PROJECTED, {"tensor": 2}, {}),
+    "tp2_dense_projected": (2, {**DENSE, **PROJECTED}, {"tensor": 2, "sequence": False}, {}),
+    "cp2_projected_documents": (2, PROJECTED_DOCUMENTS, {"context": 2}, {}),
+    "pp2_vpp3_projected_full": (2, PROJECTED, {"pipeline": 2, "virtual_pipeline": 3}, {"recompute": "full"}),
+    "tp2_sp_cp2_projected": (4, PROJECTED, {"tensor": 2, "context": 2}, {"recompute": "full"}),
+    "tp2_sp_dp2_projected": (4, PROJECTED_NO_WINDOW, {"tensor": 2}, {"recompute": "selective"}),
     "tp2_sp_pp2": (4, {}, {"tensor": 2, "pipeline": 2}, {}),
     "tp2_sp_pp2_full": (4, {}, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
     "tp2_sp_pp2_uneven": (4, {}, {"tensor": 2, "pipeline": 2, "first_stage_layers": 2}, {"recompute": "full"}),
@@ -127,12 +137,16 @@ CASES = {
 }  # fmt: skip
 
 
+HOW = ("split", "rows_over", "project")
+"""Settings of the memory that must not change the answer; one process goes without."""
+
+
 def config_of(name: str, alone: bool, **train) -> Config:
     """The config of a case, or of the same model on one process without recomputation."""
     _, changes, parallel, training = CASES[name]
     model = {**MODEL, **changes}
     if alone:
-        own = {key: v for key, v in model["gengram"].items() if key not in ("split", "rows_over")}
+        own = {key: v for key, v in model["gengram"].items() if key not in HOW}
         model["gengram"] = own
     return Config.model_validate(
         {

@@ -77,6 +77,7 @@ TWO = {
     "pp2_initial": (*INITIAL, "parallel.pipeline=2"),
 }
 FOUR = {
+    "tp2_dp2_projected": (*SHORT, "parallel.tensor=2", "model.gengram.project=tables"),
     "dp2_vpp2": (*SHORT, *VPP),
     "dp2_vpp2_reduce": (*SHORT, *VPP, *REDUCE),
     "dp2_vpp2_gather": (*SHORT, *VPP, *GATHER),

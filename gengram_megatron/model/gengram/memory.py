@@ -10,6 +10,7 @@ from gengram_megatron.model.gengram.gate import Gate
 from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.output import ConvolutionOutput, NormOutput, PlainOutput
 from gengram_megatron.model.gengram.pooling import pooled
+from gengram_megatron.model.gengram.projected import ProjectedTables
 from gengram_megatron.model.gengram.projection import KeyValueProjection
 from gengram_megatron.model.gengram.shape import GengramShape
 from gengram_megatron.model.gengram.tables import Tables
@@ -30,6 +31,9 @@ class GengramMemory(MegatronModule):
         )
         self.gate = Gate(config, gengram.signed_sqrt)
         self.output = self._output()
+        self.projected = None
+        if gengram.project == "tables":
+            self.projected = ProjectedTables(self.tables, self.projection, gengram)
 
     def _output(self) -> nn.Module:
         shape, config = self.shape, self.config
@@ -44,6 +48,18 @@ class GengramMemory(MegatronModule):
     def forward(self, hidden: Tensor, kmers: KmerIds) -> Tensor:
         """hidden: [s_local, b, h]; returns what the layer adds to it, in the same shape."""
         pieces = context_pieces(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
+        own = pieces
+        if self.config.sequence_parallel:
+            own = sequence_pieces(pieces, self.tp_group.size(), self.tp_group.rank())
+        if self.projected is not None:
+            # So cheap to look up that not even keys and values are kept for the backward pass.
+            return checkpoint(self._from_tables, hidden, own, kmers, use_reentrant=False)
+        key_value = self._from_features(kmers, pieces)
+        # From here on all is cheap to compute again, and would keep a dozen tensors.
+        return checkpoint(self._gate_and_output, hidden, key_value, own, kmers, use_reentrant=False)
+
+    def _from_features(self, kmers: KmerIds, pieces: list[Piece]) -> Tensor:
+        """[s_local, b, 2 h]: rows looked up, pooled, and projected."""
         rows, ids = self.tables(kmers, pieces)
         pool = partial(
             pooled,
@@ -53,15 +69,19 @@ class GengramMemory(MegatronModule):
             pieces=pieces,
             documents=kmers.documents,
         )
-        key, value = self.projection(pool, rows)
-        if self.config.sequence_parallel:
-            pieces = sequence_pieces(pieces, self.tp_group.size(), self.tp_group.rank())
-        # Everything from here on is cheap to compute again, and would keep a dozen tensors.
-        return checkpoint(
-            self._gate_and_output, hidden, key, value, pieces, kmers, use_reentrant=False
-        )
+        return self.projection(pool, rows)
+
+    def _from_tables(self, hidden: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
+        key_value = self.projected.key_value(kmers, pieces)
+        return self._gate_and_output(hidden, key_value, pieces, kmers)
 
     def _gate_and_output(
-        self, hidden: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], kmers: KmerIds
+        self, hidden: Tensor, key_value: Tensor, pieces: list[Piece], kmers: KmerIds
     ) -> Tensor:
+        key, value = key_value.chunk(2, dim=-1)
         return self.output(self.gate(hidden, key) * value, pieces, kmers)
+
+    def finish_gradients(self) -> None:
+        """Of tables and projection, after a step's last microbatch."""
+        if self.projected is not None:
+            self.projected.finish_gradients()

@@ -78,7 +78,7 @@ class _WindowMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, ids, documents, k, pooling, pieces):
         ctx.save_for_backward(ids, documents)
-        pieces = _blocks(pieces, table.is_cuda)
+        pieces = blocks(pieces, table.is_cuda)
         ctx.k, ctx.pooling, ctx.pieces = k, pooling, pieces
         ctx.rows, ctx.dtype = table.shape[0], table.dtype
         wide, out = _wide(table.dtype), []
@@ -113,7 +113,7 @@ class _WindowMean(torch.autograd.Function):
         return table_grad[: ctx.rows].to(ctx.dtype), None, None, None, None, None
 
 
-def _blocks(pieces: list[Piece], on_gpu: bool) -> list[Piece]:
+def blocks(pieces: list[Piece], on_gpu: bool) -> list[Piece]:
     """The pieces, on a CPU cut so that the sums over a block stay in its cache."""
     if on_gpu:
         return pieces

@@ -38,17 +38,13 @@ class KeyValueProjection(nn.Module):
         config.init_method(self.weight)
         set_tensor_model_parallel_attributes(self.weight, True, 3, 1)
 
-    def forward(
-        self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
         """pool: makes the features [s, b, number of k * d / tp] from the rows; returns key and
-        value, each [s, b, h], or [s / tp, b, h] under sequence parallelism."""
+        value side by side, [s, b, 2 h], or [s / tp, b, 2 h] under sequence parallelism."""
         partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *rows)
         if self.sequence_parallel:
-            both = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
-        else:
-            both = reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
-        return both.chunk(2, dim=-1)
+            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
         before = len(sharded_offsets)

@@ -20,6 +20,7 @@ class GengramShape:
     deduplicate: bool = False
     signed_sqrt: bool = True
     output: Literal["convolution", "norm", "plain"] = "convolution"
+    project: Literal["features", "tables"] = "features"
 
     @property
     def kmer_sizes(self) -> tuple[int, ...]:

@@ -1,0 +1,69 @@
+"""model.gengram.project: what auto chooses, and what tables refuses."""
+
+import pytest
+
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.projection import projection
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
+from tests.training.tiny import RUN
+
+ROWS_A_TABLE = (5 + 25 + 125 + 625 + 3125 + 15625) // 6
+
+
+def config_of(gengram: dict, samples: int = 8, **optimizer) -> Config:
+    model = {**RUN["model"], "gengram": {**RUN["model"]["gengram"], **gengram}}
+    return Config.model_validate(
+        {
+            **RUN,
+            "run": {"dir": "unused"},
+            "model": model,
+            "data": {"path": "unused"},
+            "optimizer": optimizer,
+            "train": {**RUN["train"], "global_batch_size": samples},
+        }
+    )
+
+
+def chosen(config: Config, processes: int = 1, on_gpu: bool = False) -> str:
+    return projection(config, check_layout(config, processes), on_gpu).of
+
+
+def test_auto_takes_tables_where_a_rank_has_more_tokens_than_a_table_has_rows() -> None:
+    more = ROWS_A_TABLE // 64 + 2  # samples of 64 tokens, an even number
+    more += more % 2
+    assert chosen(config_of({}, more - 2)) == "features"
+    assert chosen(config_of({}, more)) == "tables"
+    assert chosen(config_of({}, more * 2), processes=2) == "tables"
+    assert chosen(config_of({}, more * 2), processes=4) == "features"
+
+
+@pytest.mark.parametrize(
+    ("gengram", "optimizer"),
+    [
+        ({"kmer_sizes": [1, 2, 4]}, {}),
+        ({"kmer_sizes": [1, 2, 3, 4, 5, 6, 12]}, {}),
+        ({"kmer_sizes": [1, 2, 3, 4, 5, 6, 7]}, {}),
+        ({"share_reverse_complements": True}, {}),
+        ({"deduplicate": True}, {}),
+        ({"split": "rows"}, {}),
+        ({}, {"overlap_grad_reduce": True}),
+    ],
+    ids=str,
+)
+def test_auto_takes_features_where_tables_are_refused(gengram: dict, optimizer: dict) -> None:
+    assert chosen(config_of(gengram, 800, **optimizer)) == "features"
+    with pytest.raises(UserError) as refused:
+        check_layout(config_of({**gengram, "project": "tables"}, 800, **optimizer), 1)
+    (key,) = gengram or optimizer
+    assert "model.gengram.project is tables, but" in str(refused.value)
+    assert key in str(refused.value) or "model.gengram.split" in str(refused.value)
+
+
+def test_an_explicit_choice_is_kept() -> None:
+    assert chosen(config_of({"project": "tables"}), on_gpu=True) == "tables"
+    assert chosen(config_of({"project": "features"}, 800)) == "features"
+
+
+def test_auto_takes_features_on_gpus() -> None:
+    assert chosen(config_of({}, 800), on_gpu=True) == "features"
