@@ -8,6 +8,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from gengram_megatron.model.initialize import new_weight
+
 
 class GroupedExperts(MegatronModule):
     """SwiGLU experts on torch's grouped_mm, which needs neither Transformer Engine nor the
@@ -78,9 +80,7 @@ class _Weight(nn.Module):
 
     def __init__(self, shape, partition_dim: int, init_method, config, separate: bool):
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
+        self.weight = new_weight(shape, config)
         init_method(self.weight)
         set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
         # megatron-core reduces the gradients of such parameters over the expert-data group.

@@ -20,6 +20,12 @@ from torch import Tensor, nn
 LARGEST_DRAW = 2**27  # numbers at a time; 512 MiB
 
 
+def new_weight(shape, config) -> nn.Parameter:
+    """Room for a weight, on this rank's device and in the dtype of megatron-core's config."""
+    device = torch.cuda.current_device()
+    return nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+
+
 def mark(parameter: nn.Parameter, std: float | None = None, constant: float | None = None) -> None:
     """Note the law of a parameter's initial values: normal(0, std), or one constant."""
     parameter.initial_law = (std, constant)

@@ -8,10 +8,11 @@ rank holds the whole down-projection, as with Transformer Engine: applied to seq
 gradient is summed over the ranks like a norm's.
 """
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
+
+from gengram_megatron.model.initialize import new_weight
 
 
 class LatentAttention(MLASelfAttention):
@@ -31,13 +32,7 @@ class WholeLinear(nn.Module):
 
     def __init__(self, config, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(
-                (out_features, config.hidden_size),
-                dtype=config.params_dtype,
-                device=torch.cuda.current_device(),
-            )
-        )
+        self.weight = new_weight((out_features, config.hidden_size), config)
         config.init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel
 

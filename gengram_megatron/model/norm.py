@@ -1,10 +1,9 @@
 """RMSNorm that works on sequence shards."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gengram_megatron.model.initialize import mark
+from gengram_megatron.model.initialize import mark, new_weight
 
 
 class RMSNorm(nn.Module):
@@ -17,9 +16,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(
-            torch.empty(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
+        self.weight = new_weight(hidden_size, config)
         mark(self.weight, constant=1.0)
         self.weight.sequence_parallel = config.sequence_parallel
 

@@ -20,6 +20,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from gengram_megatron.model.initialize import new_weight
+
 
 class KeyValueProjection(nn.Module):
     """weight: [2, h, number of k, d / tp]; index 0 makes the key, 1 the value."""
@@ -28,13 +30,8 @@ class KeyValueProjection(nn.Module):
         super().__init__()
         self.tp_group, self.dp_group = tp_group, dp_group
         self.sequence_parallel = config.sequence_parallel
-        self.weight = nn.Parameter(
-            torch.empty(
-                (2, config.hidden_size, num_tables, dim // tp_group.size()),
-                dtype=config.params_dtype,
-                device=torch.cuda.current_device(),
-            )
-        )
+        shape = (2, config.hidden_size, num_tables, dim // tp_group.size())
+        self.weight = new_weight(shape, config)
         config.init_method(self.weight)
         set_tensor_model_parallel_attributes(self.weight, True, 3, 1)
 

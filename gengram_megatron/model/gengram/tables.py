@@ -14,7 +14,7 @@ from gengram_megatron.config.placement import Placement
 from gengram_megatron.model.gengram.exchange import FetchRows, RowPlan, first_row
 from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import mark
+from gengram_megatron.model.initialize import mark, new_weight
 from gengram_megatron.model.zigzag import Piece
 
 
@@ -104,13 +104,7 @@ class Tables(nn.Module):
         return (last - first, columns), (first, column)
 
     def _parameter(self, config, place: Placement) -> nn.Parameter:
-        table = nn.Parameter(
-            torch.empty(
-                self._local(place)[0],
-                dtype=config.params_dtype,
-                device=torch.cuda.current_device(),
-            )
-        )
+        table = new_weight(self._local(place)[0], config)
         mark(table, std=self.shape.init_std)
         axis = 0 if place.over == "tensor" else 1
         set_tensor_model_parallel_attributes(table, True, axis, 1)
