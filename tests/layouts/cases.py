@@ -165,3 +165,15 @@ def config_of(name: str, alone: bool, **train) -> Config:
             },
         }
     )
+
+
+def _first_with_the_same_model() -> dict[str, str]:
+    first: dict[str, str] = {}
+    return {
+        name: first.setdefault(config_of(name, alone=True).model_dump_json(), name)
+        for name in CASES
+    }
+
+
+ALONE = _first_with_the_same_model()
+"""Of each case, the one whose run on one process is also its own."""
