@@ -16,6 +16,7 @@ import platform
 import time
 import tracemalloc
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,7 @@ def _mapped(process: int, path: Path) -> dict[str, int]:
 def measure_order() -> dict:
     """Memory and time of the order of a blend of three sets of 25 million samples each."""
     tracemalloc.start()
-    order = BlendOrder([SAMPLES] * 3, [1, 1, 1], seed=1)
+    order = BlendOrder([SAMPLES] * 3, [Fraction(1)] * 3, seed=1)
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     positions, began, rounds = np.arange(10**7, 10**7 + 1024), time.perf_counter(), 50
