@@ -56,18 +56,20 @@ def run_data(folders: list[Path], workers: int, microbatches: int) -> RunData:
     )
 
 
-def waits(data: RunData, steps: int, step_seconds: float) -> Iterator[float]:
-    """Seconds that each step waits."""
+def waits(data: RunData, steps: int, step_seconds: float) -> Iterator[tuple[float, float]]:
+    """Seconds that each step waits, and of them those that this thread computed: on a machine
+    that others use too, the rest is also theirs. [steps, 2]"""
     microbatches = data.config.train.global_batch_size
     batches = data.training(check_layout(data.config, 1), 0, consumed=0)
     for _ in range(steps):
-        waited = 0.0
+        waited = computed = 0.0
         for _ in range(microbatches):
-            began = time.perf_counter()
+            began, began_computing = time.perf_counter(), time.thread_time()
             next(batches)
             waited += time.perf_counter() - began
+            computed += time.thread_time() - began_computing
             time.sleep(step_seconds / microbatches)
-        yield waited
+        yield waited, computed
 
 
 def measure_waits(
@@ -78,13 +80,16 @@ def measure_waits(
         _read_or_drop(folder / "train.bin", cold)
     data = run_data(folders, workers, micro)
     first, *later = waits(data, steps + 1, step_seconds)
-    shares = [waited / (waited + step_seconds) for waited in later]
+    waited, computed = np.array(later).T
+    shares = waited / (waited + step_seconds)
     return {
         "workers": workers,
         "page_cache": "cold" if cold else "warm",
-        "share_waiting": float(np.mean(shares)),
-        "share_waiting_worst_step": max(shares),
-        "seconds_first_step": first,
+        "share_waiting": round(shares.mean(), 5),
+        "share_waiting_median_step": round(np.median(shares), 5),
+        "share_waiting_worst_step": round(shares.max(), 5),
+        "share_computing": round(computed.mean() / step_seconds, 5),
+        "seconds_first_step": round(first[0], 3),
     }
 
 
@@ -152,7 +157,7 @@ def measure_order() -> dict:
         "samples": 3 * SAMPLES,
         "bytes": held,
         "bytes_of_a_shuffled_index": 3 * SAMPLES * np.dtype(np.int64).itemsize,
-        "microseconds_a_sample": (time.perf_counter() - began) / rounds / 1024 * 1e6,
+        "microseconds_a_sample": round((time.perf_counter() - began) / rounds / 1024 * 1e6, 2),
     }
 
 
@@ -163,7 +168,7 @@ def machine() -> dict:
     return {
         "processor": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
     }
 
