@@ -6,6 +6,8 @@ FOLDERs are data sets that gengram-data built; several are blended in equal shar
 a sleep in place of each microbatch's work. It is measured with the files in the page cache, and
 cold, when they were dropped from it, with 0 to 4 reading processes; then how much of the files is
 in memory twice when two processes read all of it, and what the order of 25 million samples takes.
+
+On a machine with other work start it with `chrt -f 5`, or it measures how long it waits for a core.
 """
 
 import argparse
@@ -169,6 +171,7 @@ def machine() -> dict:
         "processor": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
+        "real_time_priority": os.sched_getscheduler(0) == os.SCHED_FIFO,
         "python": platform.python_version(),
     }
 
