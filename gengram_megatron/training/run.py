@@ -14,6 +14,7 @@ from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.folder import make_folder, write_config
 from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.training.waiting import Waiting
 
 
 def train(config: Config, layout: Layout) -> None:
@@ -83,8 +84,6 @@ class _Run:
             self._plot()
 
     def _train_from(self, start: int) -> None:
-        from gengram_megatron.training.waiting import Waiting
-
         settings, last = self.config, self._last_step()
         consumed = start * settings.train.global_batch_size
         batches = Waiting(self.data.training(self.layout, self.data_rank, consumed))
