@@ -8,39 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.manifest import write_manifest
-from data_prep.schema import DataConfig
-from data_prep.write import SplitWriter
 from gengram_megatron.data.batches import microbatches
 from gengram_megatron.data.dataset import FragmentDataset
 from gengram_megatron.data.order import SampleOrder
 from gengram_megatron.errors import UserError
-from gengram_megatron.tokenizer import BASE_IDS, EOD
+from gengram_megatron.tokenizer import EOD
+from tests.built_sets import random_fragments, write_set
 
 LENGTH, COUNT = 16, 40
 
 
 @pytest.fixture
 def fragments() -> np.ndarray:
-    return np.random.default_rng(1).choice(np.uint8(BASE_IDS), (COUNT, LENGTH))
+    return random_fragments(COUNT, LENGTH, seed=1)
 
 
 @pytest.fixture
 def folder(tmp_path, fragments) -> Path:
     """A data set as data_prep writes it."""
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    for split, part in (("train", fragments[:30]), ("validation", fragments[30:])):
-        with SplitWriter(folder, split) as writer:
-            starts = np.arange(len(part)) * LENGTH
-            writer.add(part, 0, starts, np.zeros(len(part), dtype=bool))
-    settings = {
-        "output": str(folder),
-        "seq_length": LENGTH,
-        "groups": {"human": {"sources": {"one": {"fasta": "one.fa"}}}},
-    }
-    write_manifest(folder, DataConfig.model_validate(settings), {}, {}, {})
-    return folder
+    return write_set(tmp_path / "dataset", fragments[:30], fragments[30:])
 
 
 def change_manifest(folder: Path, **values) -> None:
@@ -117,6 +103,12 @@ def test_a_truncated_file_is_named(folder, name):
     message = refused(folder)
     assert name in message and "cut off" in message
     FragmentDataset(folder, "validation", LENGTH)
+
+
+def test_an_empty_split_is_named(tmp_path, fragments):
+    folder = write_set(tmp_path / "all_train", fragments, fragments[:0])
+    assert "has no validation samples" in refused(folder, split="validation")
+    assert len(FragmentDataset(folder, "train", LENGTH)) == COUNT
 
 
 def test_a_missing_file_and_an_unknown_split_are_named(folder):

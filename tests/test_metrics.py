@@ -152,22 +152,28 @@ def show(terminal: bool, steps=range(1, 121), interval=60) -> str:
                 grad_norm=0.83,
                 tokens_per_second=12345.4,
                 seconds=60.0 if step % 10 == 0 else 0.7,
+                data_wait=0.0 if step % 10 == 0 else 0.01,
             )
-        progress.validation(step=120, loss=1.3)
+        progress.validation(step=120, loss=1.3, of_sets={})
+        progress.validation(step=120, loss=1.3, of_sets={"human": 1.2, "apes": 1.4})
+        progress.end()
     return screen.getvalue()
 
 
 LINE = (
     "step 120/400  loss 1.3312 nats  1.9205 bits/base  lr 9.1e-05  grad 0.83  "
-    "12,345 tokens/s  3m16s left"
+    "12,345 tokens/s  wait 0.0%  3m16s left"
 )
 
 
 def test_a_log_gets_a_line_at_each_interval_and_one_a_validation():
     lines = show(terminal=False).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert lines[1] == LINE
-    assert lines[2] == "step 120/400  validation loss 1.3000 nats  1.8755 bits/base"
+    validation = "step 120/400  validation loss 1.3000 nats  1.8755 bits/base"
+    assert lines[2:4] == [validation, f"{validation}  human 1.2000  apes 1.4000"]
+    # 108 steps of 0.7 s, a hundredth of it waiting, and 12 of a minute
+    assert lines[4] == "120 steps in 13m16s, 0.10% of it waiting for samples"
 
 
 def test_a_log_gets_the_last_step_too():

@@ -178,7 +178,7 @@ def test_folder_holds_what_the_design_says(runs: Runs) -> None:
 
 def test_metrics_have_their_keys(runs: Runs) -> None:
     place = {"kind", "step", "samples", "tokens", "loss", "bits_per_base"}
-    measured = {"grad_norm", "lr", "tokens_per_second", "seconds"}
+    measured = {"grad_norm", "lr", "tokens_per_second", "seconds", "data_wait"}
     balance, memory = {"load_balance_loss", "router_z_loss"}, {"rows_touched"}
     for entry in entries(runs["alone"], "train"):
         assert entry.keys() == place | measured | balance | memory

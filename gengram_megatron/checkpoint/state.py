@@ -35,9 +35,12 @@ CONTENT = {
 class TrainingState:
     """Model, optimizer, schedule, random states and the place in the data of one rank."""
 
-    def __init__(self, config: Config, layout: Layout, chunks: list, optimizer, schedule):
+    def __init__(
+        self, config: Config, layout: Layout, chunks: list, optimizer, schedule, data: list[dict]
+    ):
         self.config, self.layout = config, layout
         self.chunks, self.optimizer, self.schedule = chunks, optimizer, schedule
+        self.data = data  # as Facts has it
         self.store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.checkpoint.keep)
         self._writing = AsyncCallsQueue()
 
@@ -59,6 +62,7 @@ class TrainingState:
             seed=self.config.run.seed,
             layout=asdict(self.layout),
             tables=self._tables(),
+            data=self.data,
         )
 
         def finish() -> None:
@@ -115,7 +119,11 @@ class TrainingState:
                 "which decides the order of the samples: set it as it was, or start in another "
                 "run.dir"
             )
-
+        if facts.data not in ([], self.data):  # empty in a checkpoint of an older version
+            raise UserError(
+                f"{path} was trained on other data: {_difference(facts.data, self.data)}; give "
+                "the data sets as they were, or start in another run.dir"
+            )
         for name, own in self._tables().items():
             table = facts.tables.get(name, own)  # one that the checkpoint does not know is new
             if table != own:
@@ -194,6 +202,17 @@ class TrainingState:
         if answer[1] is not None:
             raise UserError(f"checkpoints of {self.store.folder}: {answer[1]}")
         return answer[0]
+
+
+def _difference(was: list[dict], now: list[dict]) -> str:
+    """How the data sets of two runs differ, in words."""
+    if len(was) != len(now):
+        return f"it had {len(was)} data sets, not {len(now)}"
+    number = next(i for i, facts in enumerate(was) if facts != now[i])
+    if was[number]["sha256"] != now[number]["sha256"]:
+        return f"data set {number + 1} was built anew or is another one"
+    shares = was[number]["share"], now[number]["share"]
+    return f"the share of data set {number + 1} was {shares[0]} of the samples, not {shares[1]}"
 
 
 def _random_states() -> ShardedObject:

@@ -31,6 +31,8 @@ class Facts:
     layout: dict
     tables: dict = field(default_factory=dict)
     """Gengram's tables by name, with what decides which row a k-mer has."""
+    data: list[dict] = field(default_factory=list)
+    """The data sets in their order: the checksum of each one's samples and its share of the run."""
 
 
 class CheckpointStore:

@@ -4,9 +4,11 @@
 value stand beside it; checks between keys (layouts, divisibility) are in `layout.py`.
 """
 
+from itertools import combinations
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -169,14 +171,46 @@ class Parallel(Section):
     )
 
 
-class Data(Section):
-    """The data set that training reads, as `gengram-data build` wrote it."""
+class BlendPart(Section):
+    """One built data set of a blend."""
 
     path: Name = Field(description="folder of a built data set")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="its share of the samples is its weight over the sum of all weights"
+    )
+    name: Name | None = Field(None, description="in metrics; null: the folder's own name")
+
+    @property
+    def label(self) -> str:
+        """What metrics and messages call it."""
+        return self.name or Path(self.path).name or self.path
+
+
+class Data(Section):
+    """What training reads: one data set that `gengram-data build` wrote, or a blend of several."""
+
+    path: Name | None = Field(None, description="folder of a built data set; give path or blend")
+    blend: Annotated[list[BlendPart], Field(min_length=1)] | None = Field(
+        None, description="entries {path, weight, name}: built data sets and their shares"
+    )
     tokenizer: str | None = Field(
         None, description="a SentencePiece model to check the ids against; null: the built-in ids"
     )
     workers: NonNegative = Field(1, description="background processes that read samples")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        if (self.path is None) == (self.blend is None):
+            what = "neither is given" if self.path is None else "both are given"
+            raise ValueError(f"samples come from path or from blend, but {what}; give one")
+        parts = enumerate(self.blend or [], start=1)
+        for (one, first), (other, second) in combinations(parts, 2):
+            if first.label == second.label:
+                raise ValueError(
+                    f"entries {one} and {other} of blend are both named {first.label}; give one "
+                    "of them another name"
+                )
+        return self
 
 
 class Tables(Section):
@@ -243,7 +277,9 @@ class Train(Section):
         None, description="steps between validations; null: at the end only"
     )
     validation_samples: Positive | None = Field(
-        None, description="samples of each validation, at most all; null: all"
+        None,
+        description="samples of each validation, at most all, and of a blend's sets in its "
+        "shares; null: all",
     )
 
 

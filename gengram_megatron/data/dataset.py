@@ -18,11 +18,16 @@ class FragmentDataset:
         folder: of the data set.
         split: "train" or "validation".
         seq_length: bases a sample that the model expects.
+        key: of the config that named the folder, for what is said of a wrong one.
+
+    Attributes:
+        sha256: checksum of the fragments, by the data set's manifest.
     """
 
-    def __init__(self, folder: Path, split: str, seq_length: int):
-        self._arguments = (folder, split, seq_length)
-        _check(Path(folder), split, seq_length)
+    def __init__(self, folder: Path, split: str, seq_length: int, key: str = "data.path"):
+        self._arguments = (folder, split, seq_length, key)
+        manifest = _check(Path(folder), split, seq_length, key)
+        self.sha256: str = manifest["files"][f"{split}.bin"]["sha256"]
         self._fragments = _open(Path(folder) / split)
 
     def __len__(self) -> int:
@@ -37,15 +42,16 @@ class FragmentDataset:
         return FragmentDataset, self._arguments
 
 
-def _check(folder: Path, split: str, seq_length: int) -> None:
-    """Raises UserError unless the folder holds this split, whole, as the model expects it."""
+def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any]:
+    """The manifest; raises UserError unless the folder holds this split, whole, as the model
+    expects it."""
     if not folder.is_dir():
-        raise UserError(f"data.path: there is no folder {folder}; `gengram-data build` makes it")
+        raise UserError(f"{key}: there is no folder {folder}; `gengram-data build` makes it")
     manifest = read_manifest(folder)
     found = manifest["settings"]["seq_length"]
     if found != seq_length:
         raise UserError(
-            f"data.path: the fragments in {folder} have {found} bases and model.seq_length is "
+            f"{key}: the fragments in {folder} have {found} bases and model.seq_length is "
             f"{seq_length}; set it to {found}, or build the data set with another seq_length"
         )
     expected = {**dict(zip(BASES, BASE_IDS)), "EOD": EOD}
@@ -56,6 +62,12 @@ def _check(folder: Path, split: str, seq_length: int) -> None:
         )
     for name in (f"{split}.bin", f"{split}.idx"):
         _check_size(folder / name, manifest["files"].get(name))
+    if not manifest["files"][f"{split}.bin"]["bytes"]:
+        raise UserError(
+            f"{key}: {folder} has no {split} samples; build the data set again, with another share "
+            "held out for validation"
+        )
+    return manifest
 
 
 def _check_size(path: Path, facts: dict[str, Any] | None) -> None:

@@ -52,14 +52,16 @@ class RunLog:
             samples, tokens: trained on since the start of the run.
             loss: mean of the step, nats a base.
             others: any other numbers; the usual ones are grad_norm, lr, load_balance_loss,
-                tokens_per_second (over all ranks) and seconds (of this step).
+                tokens_per_second (over all ranks), seconds (of this step) and data_wait (the
+                share of them that the slowest rank waited for samples).
         """
         self._write("train", step, samples, tokens, loss, others)
 
     def validation(
         self, *, step: int, samples: int, tokens: int, loss: float, **others: float
     ) -> None:
-        """One validation: its loss, and how far training was (not what validation read)."""
+        """One validation: its loss, and how far training was (not what validation read). Of a
+        blend also `loss/NAME`, the loss of each set."""
         self._write("validation", step, samples, tokens, loss, others)
 
     def close(self) -> None:

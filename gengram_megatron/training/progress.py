@@ -25,6 +25,7 @@ class Progress:
         self._interval = interval
         self._console = console or Console(highlight=False)
         self._seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._steps, self._trained, self._waited = 0, 0.0, 0.0  # of this job; the last two seconds
         self._live = Live(console=self._console, auto_refresh=False)
 
     def __enter__(self) -> "Progress":
@@ -44,6 +45,7 @@ class Progress:
         grad_norm: float,
         tokens_per_second: float,
         seconds: float,
+        data_wait: float,
     ) -> None:
         """Shows one training step.
 
@@ -55,21 +57,37 @@ class Progress:
             tokens_per_second: over all ranks.
             seconds: what this step took; time left is counted with the median of the last ones,
                 which a validation or a slow checkpoint now and then does not move.
+            data_wait: the share of these seconds that were spent waiting for samples.
         """
         self._seconds.append(seconds)
+        self._steps += 1
+        self._trained += seconds
+        self._waited += data_wait * seconds
         left = (self._total_steps - step) * median(self._seconds)
         line = (
             f"step {step}/{self._total_steps}  {_loss(loss)}  lr {lr:.2g}  grad {grad_norm:.2f}  "
-            f"{tokens_per_second:,.0f} tokens/s  {duration(left)} left"
+            f"{tokens_per_second:,.0f} tokens/s  wait {data_wait:.1%}  {duration(left)} left"
         )
         if self._live.is_started:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         elif step % self._interval == 0 or step == self._total_steps:
             self.say(line)
 
-    def validation(self, *, step: int, loss: float) -> None:
-        """Prints one validation, its loss in nats a base; it stays on the screen."""
-        self.say(f"step {step}/{self._total_steps}  validation {_loss(loss)}")
+    def validation(self, *, step: int, loss: float, of_sets: dict[str, float]) -> None:
+        """Prints one validation; it stays on the screen.
+
+        loss, of_sets: nats a base in all, and of each set of a blend by its name.
+        """
+        sets = "".join(f"  {name} {nats:.4f}" for name, nats in of_sets.items())
+        self.say(f"step {step}/{self._total_steps}  validation {_loss(loss)}{sets}")
+
+    def end(self) -> None:
+        """Prints what the steps of this job took, if there were any."""
+        if self._steps:
+            self.say(
+                f"{self._steps} steps in {duration(self._trained)}, "
+                f"{self._waited / self._trained:.2%} of it waiting for samples"
+            )
 
     def say(self, line: str) -> None:
         """Prints a line as it is, above the live one where there is one."""

@@ -14,6 +14,7 @@ from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.folder import make_folder, write_config
 from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.training.waiting import Waiting
 
 
 def train(config: Config, layout: Layout) -> None:
@@ -56,7 +57,9 @@ class _Run:
         self.chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config, layout, self.optimizer)
-        self.state = TrainingState(config, layout, self.chunks, self.optimizer, self.schedule)
+        self.state = TrainingState(
+            config, layout, self.chunks, self.optimizer, self.schedule, data.facts
+        )
         gengram = config.model.gengram
         self.touched = RowsTouched(kmer_tables(gengram)) if gengram.enabled else None
         self.implementations = implementations(self.chunks, self.optimizer)
@@ -71,20 +74,24 @@ class _Run:
             if self.first_rank:
                 self._open_outputs(stack, start)
             self._say(self.implementations)
+            for line in self.data.statement(self.layout.samples):
+                self._say(line)
             self._say(self._place(start))
             self._train_from(start)
+            if self.first_rank:
+                self.progress.end()
         if self.first_rank:
             self._plot()
 
     def _train_from(self, start: int) -> None:
         settings, last = self.config, self._last_step()
-        batches = self.data.training(
-            self.layout, self.data_rank, start * settings.train.global_batch_size
-        )
+        consumed = start * settings.train.global_batch_size
+        batches = Waiting(self.data.training(self.layout, self.data_rank, consumed))
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
             result = self._step(batches)
-            self._report(step, result, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._report(step, result, seconds, batches.take() / seconds)
             if _due(step, settings.train.validation_interval, last):
                 self._validate(step)
             # After the validation: a run cut between the two would not repeat it.
@@ -138,18 +145,24 @@ class _Run:
 
         for chunk in self.chunks:
             chunk.eval()
-        batches, reports = self.data.validation(self.layout, self.data_rank), []
-        batch = self.config.train.global_batch_size
-        for _ in range(-(-self.data.validation_samples // batch)):
-            reports.append(
-                forward_backward(self.chunks, batches, self.config, self.layout, forward_only=True)
+        losses = {}
+        for part in self.data.validations(self.layout, self.data_rank):
+            reports = [
+                forward_backward(
+                    self.chunks, part.batches, self.config, self.layout, forward_only=True
+                )
+                for _ in range(part.steps)
+            ]
+            losses[part.name] = mean_loss(
+                None if reports[0] is None else torch.stack(reports).sum(0)
             )
-        loss = mean_loss(None if reports[0] is None else torch.stack(reports).sum(0))
         if self.first_rank:
-            self.log.validation(step=step, loss=loss, **self._place_in_data(step))
-            self.progress.validation(step=step, loss=loss)
+            loss, of_sets = self.data.in_all(losses), losses if len(losses) > 1 else {}
+            named = {f"loss/{name}": nats for name, nats in of_sets.items()}
+            self.log.validation(step=step, loss=loss, **named, **self._place_in_data(step))
+            self.progress.validation(step=step, loss=loss, of_sets=of_sets)
 
-    def _report(self, step: int, result: _Step, seconds: float) -> None:
+    def _report(self, step: int, result: _Step, seconds: float, data_wait: float) -> None:
         if not self.first_rank:
             return
         tokens = self.config.train.global_batch_size * self.config.model.seq_length
@@ -160,6 +173,7 @@ class _Run:
             "lr": result.lr,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            "data_wait": data_wait,
         }
         self.progress.step(**shown)
         memory = {}
