@@ -84,6 +84,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     A run resumes by itself: the same command on the same run.dir goes on from the newest good
     checkpoint there. For a fresh run give another folder, such as run.dir=runs/second.
+
+    On SIGTERM or SIGUSR1, as batch systems send before a time limit, it ends the step, saves a
+    checkpoint and exits with code 75: the same command goes on from there.
     """
     try:
         loaded = load_config(config, overrides or [], Config)
@@ -91,11 +94,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         layout = check_layout(loaded, world_size)
         from gengram_megatron.training.run import train as run_training
 
-        run_training(loaded, layout)
+        code = run_training(loaded, layout)
     except UserError:
         if _speaks_for_its_node():
             raise
         raise typer.Exit(EXIT_CODE) from None
+    if code:
+        raise typer.Exit(code)
 
 
 def _speaks_for_its_node() -> bool:
