@@ -1,9 +1,10 @@
 """The runs that tests of faults break: two data-parallel ranks, and one that nothing happens to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.training.ranks import GENGRAM, Ranks, start_ranks
+from tests.training.ranks import Ranks, start_ranks
 from tests.training.tiny import entries
 
 STEPS, INTERVAL = 16, 4
@@ -26,11 +27,11 @@ class Lab:
         *settings: str,
         count: int = 2,
         attempt: str = "first",
-        program: tuple[str, ...] = GENGRAM,
+        before: Callable[[], None] | None = None,
     ) -> Ranks:
         """Start the run of a name, or go on with it."""
         words = ["train", str(self.config), f"run.dir={self.run(name)}", *COMMON, *settings]
-        return start_ranks(count, words, self.folder / "said" / name / attempt, program)
+        return start_ranks(count, words, self.folder / "said" / name / attempt, before)
 
     def steps(self, name: str) -> int:
         """Steps that a run has in its log."""
