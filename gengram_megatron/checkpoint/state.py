@@ -1,6 +1,7 @@
 """Save and load all that a run needs to go on, through megatron-core's distributed checkpoints."""
 
 import random
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -122,7 +123,9 @@ class TrainingState:
             self._finish(save)
         except (CheckpointException, UserError) as error:
             save.writer.abandon()
-            return self._note_failure(f"step {save.facts.step}: {_cause(error)}", save.must)
+            free = shutil.disk_usage(self.store.folder).free
+            cause = f"step {save.facts.step}: {_cause(error)}; {free:,} bytes are free"
+            return self._note_failure(cause, save.must)
         self._failed = 0
         return None
 
@@ -315,7 +318,7 @@ class _Save:
 def _cause(error: Exception) -> str:
     """The cause of a failed save in one line; the coordinator's exception has it by rank."""
     if isinstance(error, CheckpointException):
-        causes = [f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items()]
+        causes = [f"rank {rank} could not write ({why[0]})" for rank, why in error.failures.items()]
         return "; ".join(causes) or "another rank could not write"
     return str(error)
 

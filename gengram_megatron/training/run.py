@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,16 +93,20 @@ class _Run:
             self._say(self.implementations)
             self._warn(damaged)
             self._say(self._place(start))
-            code = self._train_from(start)
+            batches = stack.enter_context(closing(self._batches_from(start)))
+            code = self._train_from(start, batches)
         if self.first_rank:
             self._plot()
         return code
 
-    def _train_from(self, start: int) -> int:
+    def _batches_from(self, start: int) -> Iterator[Tensor]:
+        """Microbatches after a step. To close it ends the processes that read: they ignore the
+        signal that Python ends forgotten ones with."""
+        consumed = start * self.config.train.global_batch_size
+        yield from self.data.training(self.layout, self.data_rank, consumed)
+
+    def _train_from(self, start: int, batches: Iterator[Tensor]) -> int:
         settings, last = self.config, self._last_step()
-        batches = self.data.training(
-            self.layout, self.data_rank, start * settings.train.global_batch_size
-        )
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
             result = self._step(step, batches)
