@@ -57,7 +57,9 @@ SECONDS = "train.watchdog_seconds=6"
 
 
 def test_rank_that_hangs_is_named_and_all_stacks_are_kept(lab: Lab) -> None:
-    stuck = partial(broken.hang_in_data, rank=1, sample=33)  # six a step: one of each microbatch is read twice
+    stuck = partial(
+        broken.hang_in_data, rank=1, sample=33
+    )  # six a step: one of each microbatch is read twice
     ended = lab.start("stuck", SECONDS, "data.workers=0", before=stuck).wait()
     assert [said.code for said in ended] == [HUNG, HUNG], ended[0].err
     assert "no progress for 6 seconds (train.watchdog_seconds): " in ended[0].err
