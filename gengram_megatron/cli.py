@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from gengram_megatron import __version__
+from gengram_megatron.checkpoint.verify import verify
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.load import dump_config, load_config
@@ -28,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+checkpoint.command()(verify)
+app.add_typer(checkpoint, name="checkpoint")
 
 
 def main() -> None:
@@ -84,6 +88,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     A run resumes by itself: the same command on the same run.dir goes on from the newest good
     checkpoint there. For a fresh run give another folder, such as run.dir=runs/second.
+
+    On SIGTERM or SIGUSR1, as batch systems send before a time limit, it ends the step, saves a
+    checkpoint and exits with code 75: the same command goes on from there.
     """
     try:
         loaded = load_config(config, overrides or [], Config)
@@ -91,11 +98,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         layout = check_layout(loaded, world_size)
         from gengram_megatron.training.run import train as run_training
 
-        run_training(loaded, layout)
+        code = run_training(loaded, layout)
     except UserError:
         if _speaks_for_its_node():
             raise
         raise typer.Exit(EXIT_CODE) from None
+    if code:
+        raise typer.Exit(code)
 
 
 def _speaks_for_its_node() -> bool:

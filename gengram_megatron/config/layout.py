@@ -21,7 +21,11 @@ from gengram_megatron.config.problems.sizes import (
     ranks_of_the_experts,
     sequence_parallel,
 )
-from gengram_megatron.config.problems.training import batch_problems, optimizer_problems
+from gengram_megatron.config.problems.training import (
+    batch_problems,
+    checkpoint_problems,
+    optimizer_problems,
+)
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 
@@ -84,6 +88,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
         *world_problems(config, world_size),
         *batch_problems(config, world_size),
         *optimizer_problems(config),
+        *checkpoint_problems(config),
     ]
     if problems:
         raise UserError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""What batches and optimizer ask for."""
+"""What batches, optimizer and checkpoints ask for."""
 
 from collections.abc import Iterator
 
@@ -65,3 +65,12 @@ def optimizer_problems(config: Config) -> Iterator[str]:
                     f"optimizer.overlap_param_gather needs optimizer.{name}, which is false; "
                     f"set {name} to true, or overlap_param_gather to false"
                 )
+
+
+def checkpoint_problems(config: Config) -> Iterator[str]:
+    interval, keep_every = config.checkpoint.interval, config.checkpoint.keep_every
+    if keep_every and (interval is None or keep_every % interval):
+        yield (
+            f"checkpoint.keep_every is {keep_every}, which is no multiple of checkpoint.interval "
+            f"({interval}): no checkpoint would stay for it"
+        )
