@@ -16,9 +16,8 @@ from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.errors import UserError
-
-EXIT_CODE = 2
+from gengram_megatron.errors import MENDABLE, UserError
+from gengram_megatron.launch.command import launch
 
 app = typer.Typer(
     name="gengram",
@@ -28,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(launch)
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"gengram: {line}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        sys.exit(MENDABLE)
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,7 +95,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     except UserError:
         if _speaks_for_its_node():
             raise
-        raise typer.Exit(EXIT_CODE) from None
+        raise typer.Exit(MENDABLE) from None
 
 
 def _speaks_for_its_node() -> bool:

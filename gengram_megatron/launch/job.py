@@ -1,0 +1,85 @@
+"""What is launched: a checked config, its processes, and the files that one start leaves behind."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
+
+REQUEUE = 75
+"""Exit code of a run that was told to stop, and has saved all it needs to go on (EX_TEMPFAIL)."""
+RANK_MODULE = "gengram_megatron.launch.rank"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One start of a run.
+
+    processes: of each node.
+    name: of this start, unique in the run's folder.
+    """
+
+    config: Config
+    processes: int
+    name: str
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run.dir).absolute()
+
+    @property
+    def record(self) -> Path:
+        """Where config, code version and environment of this start are kept."""
+        return self.run / "launches" / self.name
+
+    @property
+    def config_file(self) -> Path:
+        """What the processes read: the whole config, as it was when the run was started."""
+        return self.record / "config.yaml"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that every process gets on top of those of its machine."""
+        launch = self.config.launch
+        needed = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if _needs_one_connection(self.config) else {}
+        if launch.cpus is not None:
+            needed["OMP_NUM_THREADS"] = str(launch.cpus)
+        return {**needed, **{name: str(value) for name, value in launch.environment.items()}}
+
+
+def check_job(config: Config, name: str, for_slurm: bool) -> Job:
+    """The job of a config, or UserError with what does not fit, before anything is started."""
+    launch = config.launch
+    if for_slurm and launch.processes is None:
+        raise UserError(
+            "launch.processes is null: Slurm needs their number; give --nproc, the GPUs of a node"
+        )
+    if not for_slurm and launch.nodes > 1 and launch.rendezvous is None:
+        raise UserError(
+            f"launch.nodes is {launch.nodes}, but launch.rendezvous is null: give the HOST:PORT "
+            "of one of the nodes, or start with --slurm"
+        )
+    processes = launch.processes or _gpus_here() or 1
+    check_layout(config, launch.nodes * processes)
+    return Job(config, processes, name)
+
+
+def _needs_one_connection(config: Config) -> bool:
+    """Whether megatron-core relies on the order in which kernels were started.
+
+    With one queue between host and GPU, communication that was started first also begins first,
+    and so overlaps with the computation it was meant to.
+    """
+    parallel, optimizer = config.parallel, config.optimizer
+    return parallel.tensor > 1 or parallel.context > 1 or optimizer.overlap_grad_reduce
+
+
+def _gpus_here() -> int:
+    """Of this machine, without starting CUDA in this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

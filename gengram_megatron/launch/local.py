@@ -1,0 +1,135 @@
+"""torchrun on this machine, alone or as one node of several."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+from gengram_megatron.errors import MENDABLE
+from gengram_megatron.launch.job import RANK_MODULE, REQUEUE, Job
+from gengram_megatron.launch.rank import log_file
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def torchrun_words(job: Job) -> list[str]:
+    """The words after `torchrun`."""
+    launch = job.config.launch
+    meet = ["--standalone"]
+    if launch.nodes > 1:
+        meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={launch.rendezvous}"]
+        meet += [f"--rdzv-id={job.run.name}"]
+    return [
+        f"--nnodes={launch.nodes}",
+        f"--nproc-per-node={job.processes}",
+        *meet,
+        f"--log-dir={logs_folder(job) / 'torchrun'}",  # of its error files only
+        "--signals-to-handle=SIGHUP,SIGQUIT",  # the others are forwarded, so that the run saves
+        *("-m", RANK_MODULE, str(logs_folder(job)), "train", str(job.config_file)),
+    ]
+
+
+def logs_folder(job: Job) -> Path:
+    """Where the logs of the ranks lie."""
+    return job.run / "logs" / job.name
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Variables of the processes. torchrun gives each one thread, and warns, if nobody decides."""
+    threads = {"OMP_NUM_THREADS": "1"} if job.processes > 1 else {}
+    given = {name: os.environ[name] for name in threads if name in os.environ}
+    return {**threads, **given, **job.environment}
+
+
+def run_here(job: Job) -> int:
+    """Run a job to its end and show its first rank's log; its exit code.
+
+    SIGTERM, SIGUSR1 and Ctrl-C have the run save and stop, with code 75; a second Ctrl-C ends it
+    at once.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.update(environment(job))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said better below
+    logs = logs_folder(job)
+    with _forward_signals(), _show_first_log(logs, job.processes):
+        try:
+            run(parse_args(torchrun_words(job)))
+            return 0
+        except ChildFailedError as error:
+            failed = error
+    return _explain(failed, job)
+
+
+def _explain(error, job: Job) -> int:
+    """Name the rank that failed first, and why; the exit code for it."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode == REQUEUE:
+        print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
+        return REQUEUE
+    if failure.exitcode == MENDABLE:  # said in full on the screen
+        return MENDABLE
+    log = log_file(logs_folder(job), rank)
+    why = f"exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        why = f"killed by {signal.Signals(-failure.exitcode).name}"
+    elif isinstance(failure.message, dict):  # as @record wrote it
+        why = failure.message["message"]
+    size = job.config.launch.nodes * job.processes
+    print(f"gengram: rank {rank} of {size} failed first: {why}\nits log: {log}", file=sys.stderr)
+    return failure.exitcode if failure.exitcode > 0 else 1
+
+
+@contextmanager
+def _forward_signals() -> Iterator[None]:
+    """Pass requests to stop on to the ranks, which have sessions of their own."""
+    import psutil
+
+    def forward(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for rank in psutil.Process().children():
+            rank.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _show_first_log(logs: Path, processes: int) -> Iterator[None]:
+    """Copy what the first rank of this node writes to its log, as it is written."""
+    over = Event()
+    thread = Thread(target=_follow, args=(logs, processes, over))
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _follow(logs: Path, processes: int, over: Event) -> None:
+    files: list[Path] = []
+    while len(files) < processes and not over.wait(0.1):
+        files = sorted(logs.glob("rank-*.log"), key=_rank_of)
+    if not files:
+        return
+    with files[0].open(errors="replace") as log:
+        while True:
+            last = over.wait(0.1)
+            sys.stdout.write(log.read())
+            sys.stdout.flush()
+            if last:
+                return
+
+
+def _rank_of(log: Path) -> int:
+    return int(log.stem.removeprefix("rank-"))
