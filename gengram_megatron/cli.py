@@ -16,7 +16,7 @@ from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.errors import MENDABLE, UserError
+from gengram_megatron.errors import EXIT_CODE, UserError
 from gengram_megatron.launch.command import launch
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def main() -> None:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"gengram: {line}", file=sys.stderr)
-        sys.exit(MENDABLE)
+        sys.exit(EXIT_CODE)
 
 
 def _print_version(wanted: bool) -> None:
@@ -84,6 +84,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     A run resumes by itself: the same command on the same run.dir goes on from the newest good
     checkpoint there. For a fresh run give another folder, such as run.dir=runs/second.
+
+    On SIGTERM or SIGUSR1, as batch systems send before a time limit, it ends the step, saves a
+    checkpoint and exits with code 75: the same command goes on from there.
     """
     try:
         loaded = load_config(config, overrides or [], Config)
@@ -91,11 +94,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         layout = check_layout(loaded, world_size)
         from gengram_megatron.training.run import train as run_training
 
-        run_training(loaded, layout)
+        code = run_training(loaded, layout)
     except UserError:
         if _speaks_for_its_node():
             raise
-        raise typer.Exit(MENDABLE) from None
+        raise typer.Exit(EXIT_CODE) from None
+    if code:
+        raise typer.Exit(code)
 
 
 def _speaks_for_its_node() -> bool:

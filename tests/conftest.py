@@ -27,3 +27,17 @@ def one_process():
     start_processes(layout, seed=1, rank=0)
     yield layout
     end_processes()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """The runs of the tests of faults, and the unbroken one that they are compared with."""
+    from tests.training.faults import Lab
+    from tests.training.tiny import build_data, write_config
+
+    folder = tmp_path_factory.mktemp("faults")
+    data = build_data(tmp_path_factory.getbasetemp() / "dna_64")
+    this = Lab(folder, write_config(folder / "tiny.yaml", data))
+    ended = this.start("whole").wait()
+    assert [said.code for said in ended] == [0, 0], ended[0].err
+    return this

@@ -21,6 +21,7 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
+from gengram_megatron.signals import stop_signals_held
 
 # Tensors are described by the model, not by the layout that wrote them, and layers may differ
 # (memory in some), so each layer has names of its own.
@@ -45,7 +46,7 @@ class TrainingState:
         """Write a checkpoint; with checkpoint.asynchronous only the copy is waited for."""
         self.wait()
         partial = self._on_first_rank(lambda: self.store.begin(step))
-        with self._whole_parameters():
+        with self._whole_parameters(), stop_signals_held():
             request = dist_checkpointing.save(
                 self._state(step, is_loading=False),
                 str(partial),

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gengram_megatron.data.order import Order
+from gengram_megatron.signals import ignore_stop_signals
 from gengram_megatron.tokenizer import EOD
 
 
@@ -58,6 +59,7 @@ def microbatches(
         # Without one of its own the loader draws from torch's global generator, and the random
         # numbers of a resumed run would no longer be those of one that was never cut.
         generator=torch.Generator(),
+        worker_init_fn=ignore_stop_signals,
     )
     return iter(loader)
 

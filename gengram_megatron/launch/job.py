@@ -8,8 +8,6 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 
-REQUEUE = 75
-"""Exit code of a run that was told to stop, and has saved all it needs to go on (EX_TEMPFAIL)."""
 RANK_MODULE = "gengram_megatron.launch.rank"
 
 

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from gengram_megatron.errors import MENDABLE
-from gengram_megatron.launch.job import RANK_MODULE, REQUEUE, Job
+from gengram_megatron.errors import EXIT_CODE
+from gengram_megatron.launch.job import RANK_MODULE, Job
 from gengram_megatron.launch.rank import log_file
+from gengram_megatron.signals import REQUEUE
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -72,8 +73,8 @@ def _explain(error, job: Job) -> int:
     if failure.exitcode == REQUEUE:
         print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
         return REQUEUE
-    if failure.exitcode == MENDABLE:  # said in full on the screen
-        return MENDABLE
+    if failure.exitcode == EXIT_CODE:  # said in full on the screen
+        return EXIT_CODE
     log = log_file(logs_folder(job), rank)
     why = f"exit code {failure.exitcode}"
     if failure.exitcode < 0:

@@ -4,10 +4,8 @@ It is `gengram train`, with a log and, should it fail, an error file under the n
 """
 
 import os
-import signal
 import sys
 from pathlib import Path
-from threading import Thread
 
 from gengram_megatron.config.layout import world_size_from_environment
 
@@ -24,7 +22,6 @@ def main() -> None:
     logs = Path(sys.argv[1])
     sys.argv = ["gengram", *sys.argv[2:]]
     _, rank = world_size_from_environment()
-    _take_signal_alone(signal.SIGUSR1)
     if ERROR_FILE in os.environ:  # torchrun, which leaves the output to us
         _write_output_to(log_file(logs, rank))
     else:
@@ -42,23 +39,6 @@ def _write_output_to(file: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
     os.close(descriptor)
-
-
-def _take_signal_alone(number: signal.Signals) -> None:
-    """Have a signal mean SIGTERM for this process, and nothing for those it will start.
-
-    Slurm sends its signals to all processes of a step. Those that read samples or write
-    checkpoints have to live on, or there would be no checkpoint. They inherit that the signal is
-    blocked.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-
-    def wait() -> None:
-        while True:
-            signal.sigwait({number})
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":

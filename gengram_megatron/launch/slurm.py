@@ -14,7 +14,8 @@ from pathlib import Path
 from shlex import quote
 
 from gengram_megatron.errors import UserError
-from gengram_megatron.launch.job import RANK_MODULE, REQUEUE, Job
+from gengram_megatron.launch.job import RANK_MODULE, Job
+from gengram_megatron.signals import REQUEUE
 
 OTHERS_MAY_TAKE = 60
 """Seconds that the other ranks have to end by themselves once one has ended."""

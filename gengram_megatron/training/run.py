@@ -4,6 +4,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,28 +12,36 @@ import torch.distributed as dist
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.folder import make_folder, write_config
 from gengram_megatron.training.processes import end_processes, start_processes
 
+if TYPE_CHECKING:
+    from gengram_megatron.training.agreement import Agreement
 
-def train(config: Config, layout: Layout) -> None:
-    """Train from the newest checkpoint of config.run.dir, or from the start, to the end."""
+
+def train(config: Config, layout: Layout) -> int:
+    """Train from the newest checkpoint of config.run.dir, or from the start, to the end.
+
+    Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
+    """
     data = RunData(config)
     make_folder(Path(config.run.dir))
     _, rank = world_size_from_environment()
-    start_processes(layout, config.run.seed, rank, config.train.deterministic)
-    try:
-        _Run(config, layout, data).run()
-    finally:
-        end_processes()
+    with StopSignals() as signals:
+        start_processes(layout, config.run.seed, rank, config.train.deterministic)
+        try:
+            return _Run(config, layout, data, signals).run()
+        finally:
+            end_processes()
 
 
 @dataclass
 class _Step:
     """What one step says of itself."""
 
-    loss: float
+    agreed: "Agreement"
     grad_norm: float
     lr: float
     others: dict[str, float]
@@ -41,7 +50,7 @@ class _Step:
 class _Run:
     """The parts of a run on one rank."""
 
-    def __init__(self, config: Config, layout: Layout, data: RunData):
+    def __init__(self, config: Config, layout: Layout, data: RunData, signals: StopSignals):
         # megatron-core may be imported only now (see platform.prepare).
         from megatron.core import parallel_state
 
@@ -51,7 +60,7 @@ class _Run:
         from gengram_megatron.platform.report import implementations
         from gengram_megatron.training.optimizer import build_optimizer, build_schedule
 
-        self.config, self.layout, self.data = config, layout, data
+        self.config, self.layout, self.data, self.signals = config, layout, data, signals
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
         self.optimizer = build_optimizer(config, self.chunks)
@@ -63,8 +72,8 @@ class _Run:
         self.first_rank = dist.get_rank() == 0
         self.folder = Path(config.run.dir)
 
-    def run(self) -> None:
-        """All steps that are left."""
+    def run(self) -> int:
+        """All steps that are left, or until a signal; the exit code."""
         start = self.state.load_newest()
         with ExitStack() as stack:
             self.log = self.progress = None
@@ -72,11 +81,12 @@ class _Run:
                 self._open_outputs(stack, start)
             self._say(self.implementations)
             self._say(self._place(start))
-            self._train_from(start)
+            code = self._train_from(start)
         if self.first_rank:
             self._plot()
+        return code
 
-    def _train_from(self, start: int) -> None:
+    def _train_from(self, start: int) -> int:
         settings, last = self.config, self._last_step()
         batches = self.data.training(
             self.layout, self.data_rank, start * settings.train.global_batch_size
@@ -85,21 +95,36 @@ class _Run:
             began = time.perf_counter()
             result = self._step(batches)
             self._report(step, result, time.perf_counter() - began)
+            stop = result.agreed.stop and step < last
+            if stop:  # the time left may be short: before anything else
+                self._save_to_stop(step)
             if _due(step, settings.train.validation_interval, last):
                 self._validate(step)
+            if stop:
+                return REQUEUE
             # After the validation: a run cut between the two would not repeat it.
             at_end = last if settings.checkpoint.at_end else None
             if _due(step, settings.checkpoint.interval, at_end):
                 self.state.save(step)
             self.state.poll()
         self.state.wait()
+        return 0
+
+    def _save_to_stop(self, step: int) -> None:
+        self.state.save(step)
+        self.state.wait()
+        self._say(
+            f"{self.folder}: asked by a signal to stop; saved after step {step} of "
+            f"{self.layout.steps}. Exit code {REQUEUE}: the same command goes on from there"
+        )
 
     def _last_step(self) -> int:
         return min(self.layout.steps, self.config.train.stop_at or self.layout.steps)
 
     def _step(self, batches) -> _Step:
+        from gengram_megatron.training.agreement import agree
         from gengram_megatron.training.balance import balance_losses
-        from gengram_megatron.training.step import forward_backward, mean_loss
+        from gengram_megatron.training.step import forward_backward
 
         for chunk in self.chunks:
             chunk.train()
@@ -117,7 +142,7 @@ class _Run:
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(self.config.train.global_batch_size)
         return _Step(
-            loss=mean_loss(report),
+            agreed=agree(report, stop=self.signals.received),
             grad_norm=grad_norm or 0.0,
             lr=lr,
             others={
@@ -134,7 +159,8 @@ class _Run:
         return {"rows_touched": self.touched.take(parallel_state.get_data_parallel_group())}
 
     def _validate(self, step: int) -> None:
-        from gengram_megatron.training.step import forward_backward, mean_loss
+        from gengram_megatron.training.agreement import agree
+        from gengram_megatron.training.step import forward_backward
 
         for chunk in self.chunks:
             chunk.eval()
@@ -144,7 +170,7 @@ class _Run:
             reports.append(
                 forward_backward(self.chunks, batches, self.config, self.layout, forward_only=True)
             )
-        loss = mean_loss(None if reports[0] is None else torch.stack(reports).sum(0))
+        loss = agree(None if reports[0] is None else torch.stack(reports).sum(0)).loss
         if self.first_rank:
             self.log.validation(step=step, loss=loss, **self._place_in_data(step))
             self.progress.validation(step=step, loss=loss)
@@ -155,7 +181,7 @@ class _Run:
         tokens = self.config.train.global_batch_size * self.config.model.seq_length
         shown = {
             "step": step,
-            "loss": result.loss,
+            "loss": result.agreed.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens_per_second": tokens / seconds,

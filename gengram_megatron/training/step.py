@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -90,16 +89,6 @@ def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, di
     total = (token_losses.float() * mask).sum()
     report = torch.stack([total.detach().double(), mask.sum().double()])
     return total / scored.clamp(min=1), {"loss": report}
-
-
-def mean_loss(report: Tensor | None) -> float:
-    """Nats a token over the whole batch, the same number on every rank."""
-    device = torch.cuda.current_device()
-    total = torch.zeros(2, dtype=torch.float64, device=device) if report is None else report
-    if parallel_state.get_tensor_model_parallel_rank() > 0:
-        total = torch.zeros_like(total)  # tensor-parallel ranks hold copies
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
 
 
 def _iterators(batches: Iterator[Tensor], layout: Layout):

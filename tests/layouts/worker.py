@@ -13,9 +13,10 @@ import torch.distributed as dist
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
 from gengram_megatron.model.initialize import parts
+from gengram_megatron.training.agreement import agree
 from gengram_megatron.training.optimizer import build_optimizer
 from gengram_megatron.training.processes import end_processes, start_processes
-from gengram_megatron.training.step import forward_backward, mean_loss
+from gengram_megatron.training.step import forward_backward
 from tests.layouts.cases import config_of
 
 EOD, BASES = 12, torch.tensor([8, 5, 6, 7, 9], dtype=torch.uint8)
@@ -76,7 +77,7 @@ def run(name: str, mode: str, out: Path) -> None:
         chunks, iter(micro[data_rank :: layout.data]), config, layout, forward_only=False
     )
     full, once = gradients(chunks)
-    result = {"loss": mean_loss(report), "gradients": full, "held_once": once}
+    result = {"loss": agree(report).loss, "gradients": full, "held_once": once}
     if rank == 0:
         torch.save(result, out / f"{mode}_{name}.pt")
     end_processes()

@@ -66,14 +66,19 @@ def start(processes: int, words: list[str], output: Path) -> subprocess.Popen:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL to a process and all that it started (torchrun's ranks have sessions of their own)."""
-    parents = _parents()
-    family = [process.pid]
-    for pid in family:  # grows while it is walked
-        family += [child for child, parent in parents.items() if parent == pid]
-    for pid in family:
+    for pid in [process.pid, *children(process.pid)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started, and theirs."""
+    parents = _parents()
+    family = [pid]
+    for member in family:  # grows while it is walked
+        family += [child for child, parent in parents.items() if parent == member]
+    return family[1:]
 
 
 def _parents() -> dict[int, int]:
