@@ -2,12 +2,20 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gengram_megatron.config.section import Name, NonNegative, Positive, Section
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-TimeLimit = Positive | Annotated[str, Field(pattern=r"^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$")]
+
+
+def _as_text(value: object) -> object:
+    """Numbers as people write them where text is wanted: NCCL_IB_TIMEOUT: 22, time: 60."""
+    return str(value) if type(value) in (int, float) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+TimeLimit = Annotated[Text, Field(pattern=r"^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$")]
 
 
 class Container(Section):
@@ -70,7 +78,7 @@ class Launch(Section):
         description="HOST:PORT of one of several nodes without Slurm; the same command is given "
         "on all of them",
     )
-    environment: dict[VariableName, str | int] = Field(
+    environment: dict[VariableName, Text] = Field(
         {}, description="variables of every process, such as NCCL_DEBUG: INFO"
     )
     slurm: Slurm = Slurm()

@@ -1,5 +1,7 @@
 """The command `gengram launch`."""
 
+import os
+import socket
 import time
 from shlex import join, quote
 from typing import Annotated
@@ -58,8 +60,9 @@ def launch(
 
 
 def name_of_start() -> str:
-    """The name of a start, from the clock."""
-    return time.strftime("%Y%m%d-%H%M%S")
+    """The name of a start: when, on which machine, and by which process, as the nodes of a run may
+    all start it in the same second."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
 
 
 def _with_slurm(job: Job, dry_run: bool) -> None:

@@ -45,7 +45,7 @@ class Job:
         needed = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if _needs_one_connection(self.config) else {}
         if launch.cpus is not None:
             needed["OMP_NUM_THREADS"] = str(launch.cpus)
-        return {**needed, **{name: str(value) for name, value in launch.environment.items()}}
+        return {**needed, **launch.environment}
 
 
 def check_job(config: Config, name: str, for_slurm: bool) -> Job:
