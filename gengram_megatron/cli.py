@@ -18,6 +18,7 @@ from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import EXIT_CODE, UserError
 from gengram_megatron.launch.command import launch
+from gengram_megatron.sweep.command import sweep
 
 app = typer.Typer(
     name="gengram",
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(launch)
+app.command()(sweep)
 
 
 def main() -> None:

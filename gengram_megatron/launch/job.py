@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.layout import Layout, check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 
@@ -20,6 +20,7 @@ class Job:
     """
 
     config: Config
+    layout: Layout
     processes: int
     name: str
 
@@ -61,8 +62,8 @@ def check_job(config: Config, name: str, for_slurm: bool) -> Job:
             "of one of the nodes, or start with --slurm"
         )
     processes = launch.processes or _gpus_here() or 1
-    check_layout(config, launch.nodes * processes)
-    return Job(config, processes, name)
+    layout = check_layout(config, launch.nodes * processes)
+    return Job(config, layout, processes, name)
 
 
 def _needs_one_connection(config: Config) -> bool:

@@ -55,10 +55,9 @@ def run_here(job: Job) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    os.environ.update(environment(job))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said better below
     logs = logs_folder(job)
-    with _forward_signals(), _show_first_log(logs, job.processes):
+    with _variables(environment(job)), _forward_signals(), _show_first_log(logs, job.processes):
         try:
             run(parse_args(torchrun_words(job)))
             return 0
@@ -81,9 +80,21 @@ def _explain(error, job: Job) -> int:
         why = f"killed by {signal.Signals(-failure.exitcode).name}"
     elif isinstance(failure.message, dict):  # as @record wrote it
         why = failure.message["message"]
-    size = job.config.launch.nodes * job.processes
+    size = job.layout.world_size
     print(f"gengram: rank {rank} of {size} failed first: {why}\nits log: {log}", file=sys.stderr)
     return failure.exitcode if failure.exitcode > 0 else 1
+
+
+@contextmanager
+def _variables(wanted: dict[str, str]) -> Iterator[None]:
+    """Variables of this process, which torchrun hands on."""
+    before = dict(os.environ)
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
