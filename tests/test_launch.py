@@ -19,8 +19,9 @@ from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from tests.layouts.launch import ROOT
+from tests.training.broken import BROKEN
 from tests.training.launch import gengram, start, wait_for
-from tests.training.tiny import RUN, build_data, numbers, write_config
+from tests.training.tiny import RUN, build_data, environment, numbers, write_config
 
 FULL = {
     "nodes": 2,
@@ -270,15 +271,27 @@ def test_commit_and_changes_of_a_checkout(tmp_path: Path) -> None:
     assert "+CHANGED = True" in diff
 
 
-# Read by Python at its start: the second rank fails in its first step.
-BROKEN = """
-import os
-if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "1":
-    import gengram_megatron.training.step as step
-    def forward_backward(*_, **__):
-        raise RuntimeError('the "disk" is gone')
-    step.forward_backward = forward_backward
-"""
+@pytest.mark.slow
+def test_signal_while_modules_are_imported_is_kept(tiny: Path, tmp_path: Path) -> None:
+    output = tmp_path / "rank.log"
+    words = [str(tmp_path), "train", str(tiny), f"run.dir={tmp_path / 'run'}"]
+    with output.open("w") as file:
+        rank = subprocess.Popen(
+            [sys.executable, "-m", "gengram_megatron.launch.rank", *words],
+            env=environment(), cwd=ROOT, stdout=file, stderr=file,
+        )  # fmt: skip
+    wait_for(lambda: signal.SIGUSR1 in blocked(rank.pid), rank, output)
+    rank.send_signal(signal.SIGUSR1)
+    assert rank.wait(300) == 75, output.read_text()
+    assert [line["step"] for line in numbers(tmp_path / "run", "train")] == [1]
+    assert (tmp_path / "run/checkpoints/step_00000001").exists()
+
+
+def blocked(process: int) -> set[int]:
+    """The signals that a process holds back."""
+    status = Path(f"/proc/{process}/status").read_text()
+    mask = int(status.split("SigBlk:")[1].split()[0], 16)
+    return {number for number in range(1, 64) if mask >> (number - 1) & 1}
 
 
 @pytest.mark.slow
@@ -287,9 +300,9 @@ def test_first_rank_that_failed_is_named_with_its_error(tiny: Path, tmp_path: Pa
     words = ("launch", str(tiny), "--nproc", "2", f"run.dir={tmp_path / 'run'}")
     done = gengram(*words, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.code == 1
-    assert 'rank 1 of 2 failed first: RuntimeError: the "disk" is gone' in done.err
+    assert "rank 1 of 2 failed first: RuntimeError: the disk is gone" in done.err
     log = Path(done.err.splitlines()[-1].removeprefix("its log: "))
-    assert log.name == "rank-1.log" and 'the "disk" is gone' in log.read_text()
+    assert log.name == "rank-1.log" and "the disk is gone" in log.read_text()
 
 
 def test_mistake_is_told_once(tiny: Path, tmp_path: Path) -> None:

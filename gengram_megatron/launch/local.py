@@ -57,18 +57,25 @@ def run_here(job: Job) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said better below
     logs = logs_folder(job)
-    with _variables(environment(job)), _forward_signals(), _show_first_log(logs, job.processes):
+    shown = _show_first_log(logs, job.processes)
+    with _variables(environment(job)), _forward_signals() as told, shown:
         try:
             run(parse_args(torchrun_words(job)))
             return 0
         except ChildFailedError as error:
             failed = error
-    return _explain(failed, job)
+    return _explain(failed, job, told.is_set())
 
 
-def _explain(error, job: Job) -> int:
-    """Name the rank that failed first, and why; the exit code for it."""
+def _explain(error, job: Job, told: bool) -> int:
+    """Name the rank that failed first, and why; the exit code for it.
+
+    told: that the run was told to stop.
+    """
     rank, failure = error.get_first_failure()
+    if told and failure.exitcode == -signal.SIGTERM:
+        print(f"{job.run}: stopped before it had begun, as it was told to")
+        return REQUEUE
     if failure.exitcode == REQUEUE:
         print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
         return REQUEUE
@@ -98,18 +105,21 @@ def _variables(wanted: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _forward_signals() -> Iterator[None]:
-    """Pass requests to stop on to the ranks, which have sessions of their own."""
+def _forward_signals() -> Iterator[Event]:
+    """Pass requests to stop on to the ranks, which have sessions of their own; whether any came."""
     import psutil
 
+    told = Event()
+
     def forward(number: int, frame: object) -> None:
+        told.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for rank in psutil.Process().children():
             rank.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

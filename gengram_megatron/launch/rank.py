@@ -4,6 +4,7 @@ It is `gengram train`, with a log and, should it fail, an error file under the n
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def main() -> None:
     """Train as the rank that torchrun or srun made this process."""
     logs = Path(sys.argv[1])
     sys.argv = ["gengram", *sys.argv[2:]]
+    # Kept for the training loop, which unblocks it: Slurm may send it while modules are imported.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     _, rank = world_size_from_environment()
     if ERROR_FILE in os.environ:  # torchrun, which leaves the output to us
         _write_output_to(log_file(logs, rank))

@@ -49,7 +49,9 @@ def varied(found: list[Row]) -> list[str]:
 def shown(found: list[Row], title: str) -> Table:
     """The rows as a table; the best loss stands out."""
     losses = [row["loss"] for row in found if row["loss"] is not None]
-    table = Table("run", "differs in", "state", title=title)
+    table = Table(title=title)
+    for heading in ("run", "differs in", "state"):
+        table.add_column(heading, overflow="fold")
     for heading in ("loss, nats", "bits a base"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found:
