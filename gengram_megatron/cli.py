@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from gengram_megatron import __version__
+from gengram_megatron.checkpoint.verify import verify
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.load import dump_config, load_config
@@ -30,6 +31,9 @@ app = typer.Typer(
 )
 app.command()(launch)
 app.command()(sweep)
+checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+checkpoint.command()(verify)
+app.add_typer(checkpoint, name="checkpoint")
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 a node that is taken away, `kill`."""
 
 import signal
-from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 75
@@ -40,14 +39,3 @@ def ignore_stop_signals(*_: object) -> None:
     training process with it before that has saved."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def stop_signals_held():
-    """Signals that come meanwhile are delivered afterwards; programs started meanwhile never get
-    them. megatron-core starts a process that must outlive them in a way that resets handlers."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -19,7 +19,7 @@ from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from tests.layouts.launch import ROOT
-from tests.training.broken import BROKEN
+from tests.training.at_start import BROKEN
 from tests.training.launch import gengram, start, wait_for
 from tests.training.tiny import RUN, build_data, environment, numbers, write_config
 

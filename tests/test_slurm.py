@@ -11,7 +11,7 @@ import yaml
 
 from tests.layouts.launch import ROOT
 from tests.slurm.cluster import Cluster, cluster, why_not
-from tests.training.broken import BROKEN
+from tests.training.at_start import BROKEN
 from tests.training.launch import gengram
 from tests.training.tiny import build_data, losses, numbers, write_config
 

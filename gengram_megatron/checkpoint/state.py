@@ -1,9 +1,11 @@
 """Save and load all that a run needs to go on, through megatron-core's distributed checkpoints."""
 
 import random
+import shutil
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +13,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
 
+from gengram_megatron.checkpoint.checksums import damage
 from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts, read_facts
+from gengram_megatron.checkpoint.writer import Writer
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
-from gengram_megatron.signals import stop_signals_held
+from gengram_megatron.model.flops import count_parameters
 
 # Tensors are described by the model, not by the layout that wrote them, and layers may differ
 # (memory in some), so each layer has names of its own.
@@ -39,20 +43,43 @@ class TrainingState:
     def __init__(self, config: Config, layout: Layout, chunks: list, optimizer, schedule):
         self.config, self.layout = config, layout
         self.chunks, self.optimizer, self.schedule = chunks, optimizer, schedule
-        self.store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.checkpoint.keep)
-        self._writing = AsyncCallsQueue()
+        settings = config.checkpoint
+        self.store = CheckpointStore(
+            Path(config.run.dir) / "checkpoints", settings.keep, settings.keep_every
+        )
+        self._save: _Save | None = None
+        self._failed = 0
+        self._stall = 0.0
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint; with checkpoint.asynchronous only the copy is waited for."""
-        self.wait()
-        partial = self._on_first_rank(lambda: self.store.begin(step))
-        with self._whole_parameters(), stop_signals_held():
+    def save(self, step: int, must: bool = False) -> str | None:
+        """Write a checkpoint; with checkpoint.asynchronous only the copy is waited for.
+
+        A checkpoint that could not be written is told in the sentence that this, poll or wait
+        returns; the last one is untouched. Two in a row, or one that must be written, are a
+        UserError.
+        """
+        began = time.perf_counter()
+        failure = self._settle_last() if self._save else None
+        try:
+            partial = self._on_first_rank(lambda: self.store.begin(step, self._bytes_estimated()))
+            self._save = self._start(step, partial, must)
+        except UserError as error:
+            failure = self._note_failure(str(error), must)
+        if self._save and not self.config.checkpoint.asynchronous:
+            failure = self._settle_last()
+        self._stall += time.perf_counter() - began
+        return failure
+
+    def _start(self, step: int, partial: Path, must: bool) -> "_Save":
+        writer = Writer()
+        with self._whole_parameters():
             request = dist_checkpointing.save(
                 self._state(step, is_loading=False),
                 str(partial),
-                async_sharded_save=self.config.checkpoint.asynchronous,
+                async_sharded_save=True,
                 content_metadata=CONTENT,
             )
+            writer.start(request)
         facts = Facts(
             format=FORMAT,
             step=step,
@@ -61,31 +88,112 @@ class TrainingState:
             layout=asdict(self.layout),
             tables=self._tables(),
         )
+        return _Save(writer, partial, facts, must)
 
-        def finish() -> None:
-            self._on_first_rank(lambda: self.store.finish(partial, facts))
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's part of a checkpoint is not on the disk yet."""
+        return self._save is not None and self._save.writer.at_work
 
-        if request is None:
-            finish()
-        else:
-            request.add_finalize_fn(finish)
-            self._writing.schedule_async_request(request)
+    def poll(self, anyone_writing: bool) -> str | None:
+        """Finish an asynchronous save whose files are written. Called by all ranks each step.
 
-    def poll(self) -> None:
-        """Finish an asynchronous save whose files are written. Called by all ranks each step."""
-        if self._writing.get_num_unfinalized_calls():
-            self._writing.maybe_finalize_async_calls(blocking=False)
+        anyone_writing: whether any rank is `writing`.
+        """
+        if self._save is None or anyone_writing:
+            return None
+        return self.wait()
 
-    def wait(self) -> None:
+    def wait(self) -> str | None:
         """Finish an asynchronous save, however long it takes."""
-        if self._writing.get_num_unfinalized_calls():
-            self._writing.maybe_finalize_async_calls(blocking=True)
+        began = time.perf_counter()
+        failure = self._settle_last() if self._save else None
+        self._stall += time.perf_counter() - began
+        return failure
 
-    def load_newest(self) -> int:
-        """Go on from the newest checkpoint of the run's folder; returns its step, 0 for none."""
-        path = self._on_first_rank(self.store.newest)
+    def take_stall(self) -> float:
+        """Seconds that training has waited for checkpoints since this was last asked."""
+        stall, self._stall = self._stall, 0.0
+        return stall
+
+    def _settle_last(self) -> str | None:
+        """The end of the last save, good or bad."""
+        save, self._save = self._save, None
+        try:
+            self._finish(save)
+        except (CheckpointException, UserError) as error:
+            save.writer.abandon()
+            free = shutil.disk_usage(self.store.folder).free
+            cause = f"step {save.facts.step}: {_cause(error)}; {free:,} bytes are free"
+            return self._note_failure(cause, save.must)
+        self._failed = 0
+        return None
+
+    def _finish(self, save: "_Save") -> None:
+        save.writer.join()
+        died = self._gather(dist.get_rank() if save.writer.died else None)
+        if any(rank is not None for rank in died):
+            ranks = ", ".join(str(rank) for rank in died if rank is not None)
+            raise UserError(f"the process that writes for rank {ranks} died")
+        checksums = {}
+        for own in self._gather(save.writer.finalize()):
+            checksums |= own
+        self._on_first_rank(lambda: self.store.finish(save.partial, save.facts, checksums))
+
+    def _note_failure(self, cause: str, must: bool) -> str:
+        self._failed += 1
+        sentence = f"no checkpoint was written: {cause}"
+        if must or self._failed > 1:
+            raise UserError(sentence)
+        return f"{sentence}; training goes on, and the next one is tried"
+
+    def _bytes_estimated(self) -> int:
+        """Of a checkpoint: weights, and three float32 numbers each for the optimizer."""
+        weight = 2 if self.config.train.precision == "bf16" else 4
+        return count_parameters(self.config).total * (weight + 12)
+
+    def _gather(self, own) -> list:
+        """What every rank has, on every rank."""
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        return found
+
+    def _newest_whole(self) -> tuple[Path | None, str | None]:
+        """The newest checkpoint that is not damaged, and a sentence about those that are."""
+        steps, damaged = self._on_first_rank(self.store.steps), {}
+        for step in reversed(steps):
+            path = self.store.path(step)
+            found = self._gather(damage(path, dist.get_rank(), dist.get_world_size()))
+            problems = sorted({problem for own in found for problem in own})
+            if not problems:
+                return path, self._set_aside(damaged, step) if damaged else None
+            damaged[step] = f"{path.name} ({'; '.join(problems)})"
+        if damaged:
+            raise UserError(
+                f"all checkpoints of {self.store.folder} are damaged: "
+                f"{', '.join(damaged.values())}; bring one back, or start in another run.dir"
+            )
+        return None, None
+
+    def _set_aside(self, damaged: dict[int, str], step: int) -> str:
+        def rename() -> None:
+            for other in damaged:
+                self.store.set_aside(other)
+
+        self._on_first_rank(rename)
+        return (
+            f"damaged, and set aside: {', '.join(damaged.values())}; "
+            f"going on from {self.store.path(step).name}"
+        )
+
+    def load_newest(self) -> tuple[int, str | None]:
+        """Go on from the newest checkpoint of the run's folder that is not damaged.
+
+        Returns its step, 0 for none, and a sentence about newer ones that are damaged.
+        """
+        path, warning = self._newest_whole()
         if path is None:
-            return 0
+            return 0, None
         facts = read_facts(path)
         self._check(path, facts)
         self._make_optimizer_states()
@@ -100,7 +208,7 @@ class TrainingState:
         self.schedule.load_state_dict(loaded["schedule"])
         if "random" in loaded:
             _set_random_states(loaded["random"])
-        return facts.step
+        return facts.step, warning
 
     def _check(self, path: Path, facts: Facts) -> None:
         samples = facts.step * self.config.train.global_batch_size
@@ -195,6 +303,24 @@ class TrainingState:
         if answer[1] is not None:
             raise UserError(f"checkpoints of {self.store.folder}: {answer[1]}")
         return answer[0]
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that is being written."""
+
+    writer: Writer
+    partial: Path
+    facts: Facts
+    must: bool
+
+
+def _cause(error: Exception) -> str:
+    """The cause of a failed save in one line; the coordinator's exception has it by rank."""
+    if isinstance(error, CheckpointException):
+        causes = [f"rank {rank} could not write ({why[0]})" for rank, why in error.failures.items()]
+        return "; ".join(causes) or "another rank could not write"
+    return str(error)
 
 
 def _random_states() -> ShardedObject:

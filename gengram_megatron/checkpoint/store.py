@@ -1,7 +1,8 @@
 """The checkpoints of a run's folder: which there are, and which may be trusted.
 
-A checkpoint is written to `step_00000120.partial` and renamed when all its files are on the disk,
-so a folder without that ending is whole: nothing half-written is ever read.
+A checkpoint is written to `step_00000120.<random>.partial` and renamed when all its files are on
+the disk, so a folder without an ending is whole: nothing half-written is ever read. What happens to
+its files later is found by their checksums; a damaged one is renamed to `.damaged` and stays.
 """
 
 import json
@@ -10,12 +11,14 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
+from gengram_megatron.checkpoint.checksums import write_manifest
 from gengram_megatron.errors import UserError
 from gengram_megatron.files import flush
 
 FORMAT = 1
-PARTIAL = ".partial"
+PARTIAL, DAMAGED = ".partial", ".damaged"
 FACTS = "gengram.json"
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -34,29 +37,52 @@ class Facts:
 
 
 class CheckpointStore:
-    """The folder `checkpoints` of a run."""
+    """The folder `checkpoints` of a run.
 
-    def __init__(self, folder: Path, keep: int | None):
-        self.folder, self.keep = folder, keep
+    Args:
+        folder: need not be there yet.
+        keep: so many of the newest stay; None: all.
+        keep_every: those of steps that this number divides stay besides; None: no others.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None, keep_every: int | None = None):
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies once it is whole."""
         return self.folder / f"step_{step:08d}"
 
-    def _partial(self, step: int) -> Path:
-        return self.path(step).with_name(self.path(step).name + PARTIAL)
+    def begin(self, step: int, estimate: int = 0) -> Path:
+        """An empty folder to write to. Those left by a run that was killed are removed.
 
-    def begin(self, step: int) -> Path:
-        """An empty folder to write to. Those left by a run that was killed are removed."""
+        Its name is new each time: the writer of a run that was killed may still be at work.
+        estimate: bytes that the checkpoint will have, if there is none to learn it from.
+        """
         for left in self.folder.glob("step_*" + PARTIAL):
-            shutil.rmtree(left)
-        partial = self._partial(step)
-        partial.mkdir(parents=True)
+            shutil.rmtree(left, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_space(estimate)
+        partial = self.path(step).with_suffix(f".{uuid4().hex[:8]}{PARTIAL}")
+        partial.mkdir()
         return partial
 
-    def finish(self, partial: Path, facts: Facts) -> None:
-        """Make a written checkpoint the newest, and remove those beyond `keep`."""
+    def _check_space(self, estimate: int) -> None:
+        newest = self.newest()
+        needed = size(newest) if newest else estimate
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"a checkpoint needs {needed:,} bytes and {free:,} are free: make room, or keep "
+                "fewer with checkpoint.keep"
+            )
+
+    def finish(self, partial: Path, facts: Facts, checksums: dict[str, str] | None = None) -> None:
+        """Make a written checkpoint the newest, and remove those beyond `keep`.
+
+        checksums: of the files whose writers computed them, by name.
+        """
         (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
+        write_manifest(partial, checksums or {})
         # megatron-core flushes its tensors, but neither its description of them nor the rest.
         for path in (*partial.iterdir(), partial):
             flush(path)
@@ -69,20 +95,34 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """The whole checkpoint with the highest step, if there is one."""
-        steps = self._steps()
+        steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Of all whole checkpoints, in order."""
         if not self.folder.is_dir():
             return []
         names = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
+    def set_aside(self, step: int) -> Path:
+        """Take a damaged checkpoint out of the row; the path that it gets."""
+        aside = self.path(step).with_suffix(f".{uuid4().hex[:8]}{DAMAGED}")
+        os.rename(self.path(step), aside)
+        return aside
+
     def _prune(self) -> None:
-        for step in self._steps()[: -self.keep] if self.keep else []:
-            # Renamed first: one that is removed in part must not pass for a whole one.
-            os.rename(self.path(step), self._partial(step))
-            shutil.rmtree(self._partial(step))
+        for step in self.steps()[: -self.keep] if self.keep else []:
+            if self.keep_every is None or step % self.keep_every:
+                # Renamed first: one that is removed in part must not pass for a whole one.
+                removed = self.path(step).with_suffix(PARTIAL)
+                os.rename(self.path(step), removed)
+                shutil.rmtree(removed)
+
+
+def size(checkpoint: Path) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in checkpoint.iterdir())
 
 
 def read_facts(checkpoint: Path) -> Facts:

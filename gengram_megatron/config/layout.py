@@ -69,6 +69,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
         *_world_problems(config, world_size),
         *_batch_problems(config, world_size),
         *_optimizer_problems(config),
+        *_checkpoint_problems(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -484,3 +485,12 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
                     f"optimizer.overlap_param_gather needs optimizer.{name}, which is false; "
                     f"set {name} to true, or overlap_param_gather to false"
                 )
+
+
+def _checkpoint_problems(config: Config) -> Iterator[str]:
+    interval, keep_every = config.checkpoint.interval, config.checkpoint.keep_every
+    if keep_every and (interval is None or keep_every % interval):
+        yield (
+            f"checkpoint.keep_every is {keep_every}, which is no multiple of checkpoint.interval "
+            f"({interval}): no checkpoint would stay for it"
+        )

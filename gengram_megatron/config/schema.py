@@ -220,6 +220,16 @@ class Train(Section):
         description="the same bits every time, without which a resumed run drifts by rounding; "
         "on GPUs the backward pass of flash attention is slower for it",
     )
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop",
+        description="after a loss or gradient that is not finite: stop and say where it arose, or "
+        "leave the batch out (and stop after ten in a row)",
+    )
+    watchdog_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        1200,
+        description="without progress for so long the job ends, and says which rank hangs and "
+        "where; longer than any step, batch of a validation or save takes; null: never",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations recomputed in the backward pass"
     )
@@ -239,6 +249,11 @@ class Checkpoint(Section):
         True, description="one after the last step; false for runs that only measure"
     )
     keep: Positive | None = Field(None, description="newest checkpoints that stay; null: all")
+    keep_every: Positive | None = Field(
+        None,
+        description="besides, those of steps that this divides stay for good; a multiple of "
+        "interval; null: no others",
+    )
     asynchronous: bool = Field(True, description="write while training goes on")
 
 

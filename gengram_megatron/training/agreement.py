@@ -1,5 +1,6 @@
 """What all ranks must know of a step and do alike, in one all-reduce."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,20 +15,31 @@ class Agreement:
 
     loss: float
     """Nats a token over the whole batch."""
+    finite: bool
+    """The loss, and the gradient norm of every rank."""
     stop: bool
     """A rank was asked to stop."""
+    writing: bool
+    """A rank still writes its part of a checkpoint."""
 
 
-def agree(report: Tensor | None, *, stop: bool = False) -> Agreement:
+def agree(
+    report: Tensor | None, *, grad_norm: float = 0.0, stop: bool = False, writing: bool = False
+) -> Agreement:
     """Sum up what every rank knows of its step.
 
     report: what forward_backward returned.
     """
-    own = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    own = torch.zeros(5, dtype=torch.float64, device=torch.cuda.current_device())
     # Tensor-parallel ranks hold copies.
     if report is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
         own[:2] = report
-    own[2] = stop
+    own[2:] = torch.tensor([not math.isfinite(grad_norm), stop, writing])
     dist.all_reduce(own)
-    total, tokens, stops = own.tolist()
-    return Agreement(loss=total / tokens, stop=stops > 0)
+    total, tokens, infinite, stops, writers = own.tolist()
+    return Agreement(
+        loss=total / tokens,
+        finite=infinite == 0 and math.isfinite(total),
+        stop=stops > 0,
+        writing=writers > 0,
+    )

@@ -1,11 +1,19 @@
 """The run's folder: its config as resolved, and what it was before a run went on with another."""
 
+import errno
+import fcntl
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gengram_megatron.config.load import dump_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
+
+LOCK = ".lock"
+"""Who holds the folder; it stays when the run ends, and then means nothing."""
 
 
 def make_folder(folder: Path) -> None:
@@ -18,6 +26,31 @@ def make_folder(folder: Path) -> None:
         ) from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"run.dir {folder} cannot be written to; give another run.dir")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; a second run that wants it is told who has it.
+
+    The lock is the kernel's, so it ends with its process however that ends. File systems without
+    locks (some network ones) give none, and are used without.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(
+                    f"run.dir {folder} is in use by another run, {file.read().strip()}: wait for "
+                    "its end, or give another run.dir"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def write_config(folder: Path, config: Config, step: int) -> None:

@@ -1,5 +1,7 @@
 """Adam and its schedule, and their ties to the model's gradients."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import (
@@ -18,7 +20,24 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.model.data_parallel import DataParallel, frozen
 
 
-def build_optimizer(config: Config, chunks: list[DataParallel]) -> MegatronOptimizer:
+class Optimizer(ChainedOptimizer):
+    """megatron-core's, which asks before it changes a weight."""
+
+    def step_if(self, accept: Callable[[float], bool]) -> float:
+        """A step, if `accept` agrees to the gradients' norm (before clipping), which is returned."""
+        self._accept = accept
+        self.step()
+        return self._norm
+
+    def get_grad_norm(self) -> float:
+        self._norm = super().get_grad_norm() or 0.0
+        return self._norm
+
+    def step_with_ready_grads(self) -> bool:
+        return self._accept(self._norm) and super().step_with_ready_grads()
+
+
+def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
     """megatron-core's optimizer over a rank's chunks. Gengram tables may have their own learning
     rate and weight decay; norm weights are not decayed."""
     settings = config.optimizer
@@ -44,10 +63,11 @@ def build_optimizer(config: Config, chunks: list[DataParallel]) -> MegatronOptim
         optimizer = get_megatron_optimizer(
             optimizer_config, chunks, config_overrides=overrides, use_gloo_process_groups=False
         )
+    optimizers = optimizer.chained_optimizers
     row_tables = [chunk.row_tables for chunk in chunks if chunk.row_tables is not None]
     if row_tables:
-        tables = _of_row_tables(optimizer_config, row_tables, overrides)
-        optimizer = ChainedOptimizer([*optimizer.chained_optimizers, tables])
+        optimizers = [*optimizers, _of_row_tables(optimizer_config, row_tables, overrides)]
+    optimizer = Optimizer(optimizers)
     _connect(config, chunks, optimizer)
     return optimizer
 

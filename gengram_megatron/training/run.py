@@ -1,24 +1,31 @@
 """A run, from its config to its trained model. Reads from top to bottom."""
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.errors import UserError
 from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
-from gengram_megatron.training.folder import make_folder, write_config
+from gengram_megatron.training.folder import locked, make_folder, write_config
 from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from gengram_megatron.training.agreement import Agreement
+
+SKIPS = 10
+"""Batches that are left out in a row; after the last of them the run stops."""
 
 
 def train(config: Config, layout: Layout) -> int:
@@ -26,15 +33,16 @@ def train(config: Config, layout: Layout) -> int:
 
     Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
     """
-    data = RunData(config)
-    make_folder(Path(config.run.dir))
+    data, folder = RunData(config), Path(config.run.dir)
+    make_folder(folder)
     _, rank = world_size_from_environment()
-    with StopSignals() as signals:
+    with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(locked(folder))
+        signals = stack.enter_context(StopSignals())
+        stack.callback(end_processes)
         start_processes(layout, config.run.seed, rank, config.train.deterministic)
-        try:
-            return _Run(config, layout, data, signals).run()
-        finally:
-            end_processes()
+        return _Run(config, layout, data, signals).run()
 
 
 @dataclass
@@ -45,6 +53,7 @@ class _Step:
     grad_norm: float
     lr: float
     others: dict[str, float]
+    microbatches: list[Tensor]
 
 
 class _Run:
@@ -71,30 +80,40 @@ class _Run:
         self.implementations = implementations(self.chunks, self.optimizer)
         self.first_rank = dist.get_rank() == 0
         self.folder = Path(config.run.dir)
+        self.skipped_in_a_row = 0
 
     def run(self) -> int:
         """All steps that are left, or until a signal; the exit code."""
-        start = self.state.load_newest()
+        start, damaged = self.state.load_newest()
         with ExitStack() as stack:
             self.log = self.progress = None
             if self.first_rank:
                 self._open_outputs(stack, start)
+            self.watchdog = stack.enter_context(self._watchdog())
             self._say(self.implementations)
+            self._warn(damaged)
             self._say(self._place(start))
-            code = self._train_from(start)
+            batches = stack.enter_context(closing(self._batches_from(start)))
+            code = self._train_from(start, batches)
         if self.first_rank:
             self._plot()
         return code
 
-    def _train_from(self, start: int) -> int:
+    def _batches_from(self, start: int) -> Iterator[Tensor]:
+        """Microbatches after a step. To close it ends the processes that read: they ignore the
+        signal that Python ends forgotten ones with."""
+        consumed = start * self.config.train.global_batch_size
+        yield from self.data.training(self.layout, self.data_rank, consumed)
+
+    def _train_from(self, start: int, batches: Iterator[Tensor]) -> int:
         settings, last = self.config, self._last_step()
-        batches = self.data.training(
-            self.layout, self.data_rank, start * settings.train.global_batch_size
-        )
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
-            result = self._step(batches)
+            result = self._step(step, batches)
             self._report(step, result, time.perf_counter() - began)
+            if not result.agreed.finite:
+                self._not_finite(step, result)
+            self._warn(self.state.poll(result.agreed.writing))
             stop = result.agreed.stop and step < last
             if stop:  # the time left may be short: before anything else
                 self._save_to_stop(step)
@@ -105,32 +124,86 @@ class _Run:
             # After the validation: a run cut between the two would not repeat it.
             at_end = last if settings.checkpoint.at_end else None
             if _due(step, settings.checkpoint.interval, at_end):
-                self.state.save(step)
-            self.state.poll()
-        self.state.wait()
+                self._save(step, must=step == at_end)
+        self._warn(self.state.wait())
         return 0
 
+    def _save(self, step: int, must: bool) -> None:
+        self.watchdog.mark(step, "saving a checkpoint")
+        self._warn(self.state.save(step, must))
+
     def _save_to_stop(self, step: int) -> None:
-        self.state.save(step)
+        self._save(step, must=True)
         self.state.wait()
         self._say(
             f"{self.folder}: asked by a signal to stop; saved after step {step} of "
             f"{self.layout.steps}. Exit code {REQUEUE}: the same command goes on from there"
         )
 
+    def _not_finite(self, step: int, result: _Step) -> None:
+        """The policy for a loss or gradient that is not finite; no weight has changed."""
+        from gengram_megatron.training.diagnosis import diagnose
+
+        found = f"step {step}: loss {result.agreed.loss}, gradient norm {result.grad_norm}"
+        self.skipped_in_a_row += 1
+        if self.config.train.on_nan == "skip" and self.skipped_in_a_row < SKIPS:
+            self._warn(f"{found}; the batch is left out (train.on_nan is skip)")
+            return
+        self._warn(self.state.wait())
+        cause = diagnose(self.chunks, lambda: self._compute(iter(result.microbatches)))
+        raise UserError(
+            f"{found}: {cause}. Training goes on from the last checkpoint if it is started again; "
+            "lower optimizer.lr, or set train.on_nan to skip"
+        )
+
     def _last_step(self) -> int:
         return min(self.layout.steps, self.config.train.stop_at or self.layout.steps)
 
-    def _step(self, batches) -> _Step:
+    def _step(self, step: int, batches: Iterator[Tensor]) -> _Step:
         from gengram_megatron.training.agreement import agree
         from gengram_megatron.training.balance import balance_losses
+
+        microbatches = []
+        report = self._compute(self._marked(step, batches, microbatches))
+        lr = self._lr()
+
+        def accept(grad_norm: float) -> bool:
+            nonlocal agreed
+            agreed = agree(
+                report,
+                grad_norm=grad_norm,
+                stop=self.signals.received,
+                writing=self.state.writing,
+            )
+            return agreed.finite
+
+        agreed = None
+        grad_norm = self.optimizer.step_if(accept)
+        self.schedule.step(self.config.train.global_batch_size)
+        if agreed.finite:
+            self.skipped_in_a_row = 0
+        skips = self.config.train.on_nan == "skip"
+        return _Step(
+            agreed=agreed,
+            grad_norm=grad_norm,
+            lr=lr,
+            others={
+                **balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
+                **self._rows_touched(),
+                **({"skipped": int(not agreed.finite)} if skips else {}),
+            },
+            microbatches=microbatches,
+        )
+
+    def _compute(self, batches: Iterator[Tensor]) -> Tensor | None:
+        """The gradients of a batch, and what forward_backward says of it."""
         from gengram_megatron.training.step import forward_backward
 
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        report = forward_backward(
+        return forward_backward(
             self.chunks,
             batches,
             self.config,
@@ -138,18 +211,14 @@ class _Run:
             forward_only=False,
             touched=self.touched,
         )
-        lr = self._lr()
-        _, grad_norm, _ = self.optimizer.step()
-        self.schedule.step(self.config.train.global_batch_size)
-        return _Step(
-            agreed=agree(report, stop=self.signals.received),
-            grad_norm=grad_norm or 0.0,
-            lr=lr,
-            others={
-                **balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
-                **self._rows_touched(),
-            },
-        )
+
+    def _marked(self, step: int, batches: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
+        """The microbatches of a step, kept, with a mark for the watchdog at each."""
+        for _ in range(self.layout.num_microbatches):
+            self.watchdog.mark(step, "reading data")
+            kept.append(next(batches))
+            self.watchdog.mark(step, "computing")
+            yield kept[-1]
 
     def _rows_touched(self) -> dict[str, int]:
         from megatron.core import parallel_state
@@ -167,6 +236,7 @@ class _Run:
         batches, reports = self.data.validation(self.layout, self.data_rank), []
         batch = self.config.train.global_batch_size
         for _ in range(-(-self.data.validation_samples // batch)):
+            self.watchdog.mark(step, "validating")
             reports.append(
                 forward_backward(self.chunks, batches, self.config, self.layout, forward_only=True)
             )
@@ -188,10 +258,12 @@ class _Run:
             "seconds": seconds,
         }
         self.progress.step(**shown)
-        memory = {}
+        others = dict(result.others)
+        if stall := self.state.take_stall():
+            others["save_stall"] = stall
         if torch.cuda.is_available():
-            memory["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        self.log.train(**shown, **self._place_in_data(step), **result.others, **memory)
+            others["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        self.log.train(**shown, **self._place_in_data(step), **others)
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
         from gengram_megatron.training.metrics import RunLog
@@ -242,6 +314,20 @@ class _Run:
 
         name = self.folder.name
         plot_loss({name: self.folder / "metrics.jsonl"}, self.folder / "loss.png")
+
+    def _watchdog(self) -> Watchdog:
+        started = [time.strftime("%Y-%m-%dT%H-%M-%S")]
+        dist.broadcast_object_list(started)
+        return Watchdog(
+            self.config.train.watchdog_seconds,
+            self.folder / "stacks" / started[0],
+            dist.get_rank(),
+            dist.get_world_size(),
+        )
+
+    def _warn(self, line: str | None) -> None:
+        if line is not None:
+            self._say(f"warning: {line}")
 
     def _say(self, line: str) -> None:
         if self.first_rank:

@@ -1,0 +1,83 @@
+"""A rank that computes nonsense, and one that hangs: the job ends, and says which one and where."""
+
+from functools import partial
+
+import pytest
+
+from gengram_megatron.training.watchdog import HUNG
+from tests.training import broken
+from tests.training.faults import STEPS, Lab
+from tests.training.tiny import entries, numbers
+
+WEIGHT = "decoder.layers.2.mlp.router.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "poison", "found"),
+    [
+        ("weight", broken.poison_weight, "the weight layer 3.mlp.router.weight"),
+        (
+            "gradient",
+            partial(broken.poison_gradient, times=1000),
+            "the gradient of layer 3.mlp.router.weight",
+        ),
+    ],
+)
+def test_nan_on_one_rank_stops_all_and_is_traced(lab: Lab, name, poison, found) -> None:
+    ended = lab.start(name, before=partial(poison, rank=1, step=6, name=WEIGHT)).wait()
+    assert [said.code for said in ended] == [2, 2], ended[0].err
+    assert f"gradient norm nan: on rank 1, {found} is not finite" in ended[0].err
+    assert "step 6: loss" in ended[0].err and len(ended[0].err.splitlines()) == 1
+    assert lab.checkpoints(name) == [4]
+
+
+def test_nan_batch_is_left_out_and_counted(lab: Lab) -> None:
+    # Two passes of the rank: the step has two microbatches on each.
+    poison = partial(broken.poison_gradient, rank=1, step=6, name=WEIGHT, times=2)
+    ended = lab.start("skip", "train.on_nan=skip", before=poison).wait()
+    assert [said.code for said in ended] == [0, 0], ended[0].err
+    assert "warning: step 6: loss" in ended[0].out and "the batch is left out" in ended[0].out
+    lines, whole = entries(lab.run("skip"), "train"), entries(lab.run("whole"), "train")
+    assert [line["skipped"] for line in lines] == [int(s == 6) for s in range(1, STEPS + 1)]
+    losses = [[line["loss"] for line in run] for run in (lines, whole)]
+    assert losses[0][:6] == losses[1][:6]  # that of step 6 is from before the weights are changed
+    assert losses[0][6] != losses[1][6]
+    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=0.05)
+
+
+def test_batches_are_not_left_out_for_ever(lab: Lab) -> None:
+    poison = partial(broken.poison_weight, rank=1, step=2, name=WEIGHT)
+    ended = lab.start("hopeless", "train.on_nan=skip", before=poison).wait()
+    assert [said.code for said in ended] == [2, 2], ended[0].err
+    assert "step 11: loss nan" in ended[0].err  # ten in a row
+    assert "on rank 1, the weight layer 3.mlp.router.weight is not finite" in ended[0].err
+
+
+SECONDS = "train.watchdog_seconds=6"
+
+
+def test_rank_that_hangs_is_named_and_all_stacks_are_kept(lab: Lab) -> None:
+    stuck = partial(broken.hang_in_data, rank=1, sample=22)  # four samples a step: the sixth
+    ended = lab.start("stuck", SECONDS, "data.workers=0", before=stuck).wait()
+    assert [said.code for said in ended] == [HUNG, HUNG], ended[0].err
+    assert "no progress for 6 seconds (train.watchdog_seconds): " in ended[0].err
+    assert "rank 1 hangs in step 6, reading data; the stacks" in ended[0].err
+    assert not ended[1].err
+    (stacks,) = (lab.run("stuck") / "stacks").iterdir()
+    assert "all_reduce" in (stacks / "rank_0.txt").read_text()
+    assert "in stuck" in (stacks / "rank_1.txt").read_text()
+    assert lab.checkpoints("stuck") == [4]
+
+
+def test_rank_that_hangs_outside_python_is_named_too(lab: Lab) -> None:
+    stuck = partial(broken.hang_outside_python, rank=1, step=6)
+    ended = lab.start("native", SECONDS, before=stuck).wait()
+    assert [said.code for said in ended] == [HUNG, 1], ended[0].err
+    assert "rank 1 gave no sign of life" in ended[0].err
+    assert "Timeout (0:00:08" in ended[1].err and "in _step" in ended[1].err
+
+
+def test_watchdog_lets_a_run_be_that_goes_on(lab: Lab) -> None:
+    """The unbroken run has one, with the default."""
+    assert len(numbers(lab.run("whole"), "train")) == STEPS
+    assert not (lab.run("whole") / "stacks").exists()
