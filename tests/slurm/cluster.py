@@ -18,6 +18,7 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CPUS = 8
 """That the node says it has: tests start more processes than there are cores."""
+ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"}
 
 CONFIG = """\
 ClusterName=tests
@@ -78,10 +79,10 @@ class Cluster:
         remembered for minutes after the end."""
         return self.ask("squeue", "--noheader", "-t", "all", "-o", "%T", "-r", "-j", job).split()
 
-    def wait(self, job: str, seconds: float = 300) -> list[str]:
+    def wait(self, job: str, seconds: float = 600) -> list[str]:
         """Until a job and all members of an array have ended for good; their last states."""
         end = time.monotonic() + seconds
-        while {*self.states(job)} - {"COMPLETED", "FAILED"}:
+        while not ENDED.issuperset(self.states(job)):
             told = self.ask("scontrol", "show", "job", job)
             assert time.monotonic() < end, f"waited too long: {told}\n{self.logs()}"
             time.sleep(0.3)
