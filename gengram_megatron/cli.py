@@ -69,7 +69,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a model, or go on with its training.
 
     CONFIG is a YAML file with the sections run, model, parallel, data, optimizer, train,
-    checkpoint and logging. Its key `base:` names files that it builds on; what stands in the
+    checkpoint, logging and launch. Its key `base:` names files that it builds on; what stands in the
     file itself wins over them. `gengram config --keys` lists every key and what it may be.
 
     Words of the form key=value win over the file. Keys are written with dots, values as in

@@ -18,6 +18,7 @@ from gengram_megatron.cli import app
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
+from gengram_megatron.launch.job import seconds
 from tests.layouts.launch import ROOT
 from tests.training.at_start import BROKEN
 from tests.training.launch import gengram, start, wait_for
@@ -166,9 +167,36 @@ def test_what_does_not_fit_is_refused_before_the_start(tmp_path: Path) -> None:
     assert not (tmp_path / "the run").exists()
 
 
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [
+        ("90", 5400),
+        ("2:30", 150),
+        ("1:02:03", 3723),
+        ("2-3", 183_600),
+        ("2-3:04", 183_840),
+        ("2-3:04:05", 183_845),
+    ],
+)
+def test_time_limits_are_read_as_slurm_does(limit: str, wanted: int) -> None:
+    assert seconds(limit) == wanted
+
+
+def test_time_limit_that_leaves_no_time_to_train(tmp_path: Path) -> None:
+    words = (written(tmp_path, {"processes": 2}), "--slurm", "launch.slurm.save_before=240")
+    assert "as soon as it starts" in refused(*words, "launch.slurm.time=5")
+    assert "--signal=USR1@240" in dry_run(*words, "launch.slurm.time=6")
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "the run").write_text("a file")
+    assert "cannot be made" in refused(written(tmp_path, {}), "--nproc", "2")
+
+
 def test_sbatch_must_be_there(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert "sbatch was not found" in refused(written(tmp_path, {}), "--slurm", "--nproc", "2")
+    assert not (tmp_path / "the run").exists()
 
 
 class Runs:

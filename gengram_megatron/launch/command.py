@@ -69,7 +69,6 @@ def _with_slurm(job: Job, dry_run: bool) -> None:
     if dry_run:
         print(slurm.script([job], job.run / "logs"), end="")
         return
-    write_record(job)
     number = slurm.submit([job], job.record)
     print(f"job {number} is in the queue; its logs: {job.run / 'logs'}/job-{number}*")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from gengram_megatron import __version__
 from gengram_megatron.config.load import dump_config
 from gengram_megatron.launch.job import Job
+from gengram_megatron.training.folder import make_folder
 
 PACKAGE = Path(__file__).parents[1]
 PREFIXES = ("CUDA_", "NCCL_", "OMP_", "TORCH", "PYTORCH_", "GLOO_", "UCX_", "SLURM_")
@@ -20,6 +21,7 @@ SECRET = "SLURM_JWT"
 
 def write_record(job: Job) -> None:
     """Write config.yaml, code.json, code.diff, packages.txt and environment.json of a start."""
+    make_folder(job.run)
     job.record.mkdir(parents=True)
     job.config_file.write_text(dump_config(job.config))
     version, diff = code_version()

@@ -15,6 +15,7 @@ from shlex import quote
 
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch.job import RANK_MODULE, Job
+from gengram_megatron.launch.record import write_record
 from gengram_megatron.signals import REQUEUE
 
 OTHERS_MAY_TAKE = 60
@@ -86,9 +87,14 @@ def script(jobs: list[Job], output: Path, at_a_time: int | None = None) -> str:
 
 
 def submit(jobs: list[Job], folder: Path, at_a_time: int | None = None) -> str:
-    """Write job.sh to a folder and give it to sbatch; the number of the job."""
+    """Write the records of jobs, and job.sh to a folder, and give it to sbatch.
+
+    Returns the number of the job.
+    """
     if shutil.which("sbatch") is None:
         raise UserError("sbatch was not found: --slurm works on a machine of a Slurm cluster")
+    for job in jobs:
+        write_record(job)
     output = jobs[0].run / "logs" if len(jobs) == 1 else folder
     for made in (folder, output):
         made.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,4 @@ def as_array(jobs: list[Job], folder: Path, at_a_time: int | None) -> str:
                 f"{jobs[0].run.name} and {job.run.name} differ in launch or in what megatron needs "
                 "of it, and cannot be one Slurm array: put them into sweeps of their own"
             )
-    for job in jobs:
-        write_record(job)
     return slurm.submit(jobs, folder, at_a_time)
