@@ -29,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(launch)
-app.command()(sweep)
 checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 checkpoint.command()(verify)
 app.add_typer(checkpoint, name="checkpoint")
@@ -199,3 +197,7 @@ def plan(
         print(json.dumps(found, indent=1))
     else:
         show(found)
+
+
+app.command()(launch)
+app.command()(sweep)

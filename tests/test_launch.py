@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -250,6 +251,18 @@ def test_stopped_and_started_again_as_if_never_stopped(runs: Runs) -> None:
     assert runs.on_one_node("second") == 0
     assert "resuming after step" in (runs.folder / "second.log").read_text()
     assert numbers(runs.cut) == numbers(runs.nodes)
+
+
+@pytest.mark.slow
+def test_second_interrupt_ends_the_run_at_once(runs: Runs) -> None:
+    run = runs.folder / "at_once"
+    process, output = runs.start(run, "at_once", "train.steps=1000000")
+    wait_for(lambda: (run / "metrics.jsonl").exists(), process, output)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)  # signals of one kind that come together are one
+    assert process.wait(60) == 75, output.read_text()
+    assert "without saving" in output.read_text()
 
 
 @pytest.mark.slow

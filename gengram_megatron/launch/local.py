@@ -49,8 +49,8 @@ def environment(job: Job) -> dict[str, str]:
 def run_here(job: Job) -> int:
     """Run a job to its end and show its first rank's log; its exit code.
 
-    SIGTERM, SIGUSR1 and Ctrl-C have the run save and stop, with code 75; a second Ctrl-C ends it
-    at once.
+    SIGTERM, SIGUSR1 and Ctrl-C have the run save and stop; a second Ctrl-C ends it at once. Both
+    give the code REQUEUE.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -73,8 +73,8 @@ def _explain(error, job: Job, told: bool) -> int:
     told: that the run was told to stop.
     """
     rank, failure = error.get_first_failure()
-    if told and failure.exitcode == -signal.SIGTERM:
-        print(f"{job.run}: stopped before it had begun, as it was told to")
+    if told and failure.exitcode < 0:  # before it trained, or by a second Ctrl-C
+        print(f"{job.run}: ended without saving, as it was told to; the same command goes on")
         return REQUEUE
     if failure.exitcode == REQUEUE:
         print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
@@ -112,10 +112,10 @@ def _forward_signals() -> Iterator[Event]:
     told = Event()
 
     def forward(number: int, frame: object) -> None:
+        at_once = told.is_set() and number == signal.SIGINT
         told.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         for rank in psutil.Process().children():
-            rank.send_signal(signal.SIGTERM)
+            rank.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:

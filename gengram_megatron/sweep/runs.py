@@ -97,13 +97,9 @@ def read_sweep(path: Path, overrides: list[str]) -> Runs:
 class _Member:
     """A run before its config is put together."""
 
+    name: str
     group: str
     settings: dict[str, Tree]
-
-    @property
-    def name(self) -> str:
-        seed = self.settings.get(SEED)
-        return self.group if seed is None else f"{self.group}_seed-{seed.value}"
 
 
 def _of_the_grid(varied: Tree) -> list[_Member]:
@@ -113,11 +109,12 @@ def _of_the_grid(varied: Tree) -> list[_Member]:
         return []
     combinations = product(*(values.value for values in grid.values()))
     settings = [dict(zip(grid, values)) for values in combinations]
-    return [_Member(_name(one), one) for one in settings]
+    return [_Member(_name(one), _name(one), one) for one in settings]
 
 
 def _of_names(varied: Tree) -> list[_Member]:
-    return [_Member(name, settings.value) for name, settings in _group(varied, "runs").items()]
+    runs = _group(varied, "runs").items()
+    return [_Member(name, name, settings.value) for name, settings in runs]
 
 
 def _with_seeds(member: _Member, varied: Tree) -> list[_Member]:
@@ -125,7 +122,10 @@ def _with_seeds(member: _Member, varied: Tree) -> list[_Member]:
     seeds = varied.nearest(("sweep", "seeds"))
     if not isinstance(seeds.value, list) or not seeds.value:
         return [member]
-    return [_Member(member.group, {**member.settings, SEED: seed}) for seed in seeds.value]
+    return [
+        _Member(f"{member.name}_seed-{seed.value}", member.name, {**member.settings, SEED: seed})
+        for seed in seeds.value
+    ]
 
 
 def _group(varied: Tree, name: str) -> dict[str, Tree]:
