@@ -54,17 +54,17 @@ def words(tiny: Path, run: Path, *more: str) -> tuple[str, ...]:
     return ("launch", str(tiny), *common, *more)
 
 
-# Read by Python at its start: until the job goes back into the queue, each step takes two
-# seconds longer, so that the time limit comes before the end on fast and slow machines.
+# Read by Python at its start: until the job goes back into the queue, each step takes two seconds
+# longer, so that the time limit comes before the end on fast and slow machines.
 UNHURRIED = """
 import os, time
 if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-    import gengram_megatron.training.step as step
-    fast = step.forward_backward
-    def forward_backward(*words, **settings):
+    from gengram_megatron.training.metrics import RunLog
+    fast = RunLog.train
+    def train(self, **numbers):
         time.sleep(2)
-        return fast(*words, **settings)
-    step.forward_backward = forward_backward
+        fast(self, **numbers)
+    RunLog.train = train
 """
 
 

@@ -31,9 +31,13 @@ def main() -> None:
         os.environ[ERROR_FILE] = str(log_file(logs, rank).with_suffix(".error.json"))
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    record(_train)()
+
+
+def _train() -> None:
     from gengram_megatron.cli import main as gengram
 
-    record(gengram)()
+    gengram()
 
 
 def _write_output_to(file: Path) -> None:
