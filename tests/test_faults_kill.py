@@ -16,7 +16,7 @@ from tests.training.faults import COMMON, INTERVAL, STEPS, Lab
 from tests.training.launch import children, kill, wait_for
 from tests.training.tiny import environment, numbers
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def test_kill_in_the_middle_of_a_save(lab: Lab) -> None:

@@ -169,7 +169,7 @@ def test_warm_up_may_last_as_long_as_the_run(runs: Runs) -> None:
 
 def test_folder_holds_what_the_design_says(runs: Runs) -> None:
     run = runs["alone"]
-    names = {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "loss.png"}
+    names = {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "loss.png", ".lock"}
     assert {path.name for path in run.iterdir()} == names
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000004"]
     assert [path.name for path in (run / "tensorboard").glob("events.out.*")]

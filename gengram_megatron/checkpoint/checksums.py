@@ -20,7 +20,7 @@ def write_manifest(folder: Path, known: dict[str, str]) -> None:
 
     known: those that are there already, by file name; the others are computed.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
     lines = (f"{known.get(name) or checksum(folder / name)}  {name}\n" for name in names)
     (folder / MANIFEST).write_text("".join(lines))
     flush(folder / MANIFEST)

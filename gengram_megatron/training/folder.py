@@ -14,6 +14,7 @@ from gengram_megatron.errors import UserError
 
 LOCK = ".lock"
 """Who holds the folder; it stays when the run ends, and then means nothing."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def make_folder(folder: Path) -> None:
@@ -45,7 +46,7 @@ def locked(folder: Path) -> Iterator[None]:
                     f"run.dir {folder} is in use by another run, {file.read().strip()}: wait for "
                     "its end, or give another run.dir"
                 ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -64,7 +64,7 @@ class Watchdog:
         self._since = time.monotonic()
         if self._seconds is not None:
             # For code that hangs outside Python and lets no other thread run.
-            last = self._seconds + GRACE_SECONDS / 2
+            last = self._seconds + 2 * GRACE_SECONDS
             faulthandler.dump_traceback_later(last, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:

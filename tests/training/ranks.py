@@ -35,7 +35,7 @@ class Ranks:
         for pid in (self.processes[rank].pid, *family):
             os.kill(pid, number)
 
-    def wait(self, seconds: float = 60) -> list[Ended]:
+    def wait(self, seconds: float = 240) -> list[Ended]:
         """How each ended; those that take longer are killed."""
         end = time.monotonic() + seconds
         for process in self.processes:
@@ -43,7 +43,7 @@ class Ranks:
         self.kill()
         return self.said()
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = 240) -> None:
         """Until a condition holds; fails if the first rank ends before."""
         end = time.monotonic() + seconds
         while not condition():

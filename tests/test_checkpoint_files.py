@@ -1,0 +1,157 @@
+"""A run's checkpoints as files: which stay, whether they fit, whether they are what was written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gengram_megatron.checkpoint.checksums import MANIFEST, damage
+from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts
+from gengram_megatron.checkpoint.verify import DAMAGED
+from gengram_megatron.cli import app
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
+from tests.training.tiny import RUN
+
+
+def write(store: CheckpointStore, step: int, **known: str) -> Path:
+    """A checkpoint with two files."""
+    partial = store.begin(step)
+    (partial / "weights").write_bytes(b"0123456789" * step)
+    (partial / ".metadata").write_bytes(b"which is where")
+    facts = Facts(format=FORMAT, step=step, samples=step, seed=1, layout={})
+    store.finish(partial, facts, known)
+    return store.path(step)
+
+
+def test_newest_and_every_mth_stay(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2, keep_every=6)
+    stay = []
+    for step in (2, 4, 6, 8, 10, 12, 14, 16):
+        write(store, step)
+        stay.append(store.steps())
+    assert stay[3] == [6, 8]  # of the newest two anyway
+    assert stay[4] == [6, 8, 10]
+    assert stay[-1] == [6, 12, 14, 16]
+
+
+@pytest.mark.parametrize(("interval", "every"), [(4, 6), (None, 4)])
+def test_keep_every_that_never_comes_is_refused(interval: int | None, every: int) -> None:
+    config = Config.model_validate(
+        {
+            **RUN,
+            "run": {"dir": "unused"},
+            "data": {"path": "unused"},
+            "checkpoint": {"interval": interval, "keep_every": every},
+        }
+    )
+    with pytest.raises(UserError, match=f"checkpoint.keep_every is {every}, which is no multiple"):
+        check_layout(config, 1)
+    config.checkpoint.interval = 2
+    check_layout(config, 1)
+
+
+def test_checkpoint_that_does_not_fit_is_not_begun(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"needs 1,000,000,000,000,000 bytes and [0-9,]+ are free"):
+        store.begin(1, estimate=10**15)
+    assert not [*(tmp_path / "checkpoints").iterdir()]
+    write(store, 1)
+    store.begin(2, estimate=10**15)  # the last one is known to be small
+
+
+def test_two_attempts_at_one_step_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The writer of a run that was killed may still write to the first."""
+    store = CheckpointStore(tmp_path)
+    first, second = store.begin(1), store.begin(1)
+    assert first != second and not first.exists() and second.exists()
+
+
+def test_manifest_is_one_that_sha256sum_reads(tmp_path: Path) -> None:
+    checkpoint = write(CheckpointStore(tmp_path), 3)
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", MANIFEST],
+        cwd=checkpoint,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    files = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    assert {line.split(":")[0] for line in done.stdout.splitlines()} == files
+
+
+def test_checksum_that_a_writer_computed_is_taken_over(tmp_path: Path) -> None:
+    checkpoint = write(CheckpointStore(tmp_path), 3, weights="0" * 64)
+    assert damage(checkpoint) == ["weights is not what was written"]
+
+
+def flip(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / "weights").read_bytes())
+    content[7] ^= 1
+    (checkpoint / "weights").write_bytes(content)
+
+
+def truncate(checkpoint: Path) -> None:
+    (checkpoint / "weights").write_bytes((checkpoint / "weights").read_bytes()[:-1])
+
+
+def cut_manifest(checkpoint: Path) -> None:
+    text = (checkpoint / MANIFEST).read_text()
+    (checkpoint / MANIFEST).write_text("".join(text.splitlines(keepends=True)[:-1]))
+
+
+WAYS = {
+    "flipped": (flip, "weights is not what was written"),
+    "truncated": (truncate, "weights is not what was written"),
+    "missing": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
+    "added": (lambda path: (path / "more").touch(), f"{MANIFEST} lacks more"),
+    "manifest_cut": (cut_manifest, f"{MANIFEST} lacks weights"),
+    "manifest_gone": (lambda path: (path / MANIFEST).unlink(), f"{MANIFEST} is missing"),
+    "manifest_empty_line": (
+        lambda path: (path / MANIFEST).write_text("\n"),
+        f"{MANIFEST} is not a list of checksums and names",
+    ),
+    "manifest_binary": (
+        lambda path: (path / MANIFEST).write_bytes(b"\xff\xfe"),
+        f"{MANIFEST} is not a list of checksums and names",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_verify_names_what_is_wrong(tmp_path: Path, way: str) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    good, bad = write(store, 1), write(store, 2)
+    spoil, expected = WAYS[way]
+    spoil(bad)
+    for path, lines in ((bad, [f"{bad}: {expected}"]), (good, [f"{good}: whole, 3 files"])):
+        said = CliRunner().invoke(app, ["checkpoint", "verify", str(path)])
+        assert said.output.splitlines() == lines
+        assert said.exit_code == (DAMAGED if path == bad else 0)
+    said = CliRunner().invoke(app, ["checkpoint", "verify", str(tmp_path)])
+    assert said.output.splitlines() == [f"{good}: whole, 3 files", f"{bad}: {expected}"]
+    assert said.exit_code == DAMAGED
+
+
+@pytest.mark.parametrize("way", ["flipped", "missing", "added", "manifest_gone"])
+def test_shares_of_the_files_are_all_of_them(tmp_path: Path, way: str) -> None:
+    bad = write(CheckpointStore(tmp_path), 2)
+    spoil, expected = WAYS[way]
+    spoil(bad)
+    found = [damage(bad, share, 4) for share in range(4)]
+    assert {problem for own in found for problem in own} == {expected}
+
+
+def test_verify_of_what_is_no_run_is_told_in_one_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gengram_megatron", "checkpoint", "verify", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"gengram: {tmp_path} is no checkpoint, and no folder of a run that has any\n"
+    )
