@@ -55,6 +55,10 @@ def why_not() -> str | None:
     return None if os.geteuid() == 0 else "only root can start Slurm's daemons"
 
 
+class DoesNotStart(Exception):
+    """The daemons are here, but do not come up on this machine."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A running cluster."""
@@ -113,11 +117,7 @@ def cluster() -> Iterator[Cluster]:
     for name in ("state", "spool", "munge"):
         (folder / name).mkdir()
     try:
-        daemons.append(_start_munge(folder / "munge"))
-        _until(lambda: (folder / "munge/socket").exists(), this)
-        for name in ("slurmctld", "slurmd"):
-            daemons.append(_start(folder, name, "-D", "-f", str(folder / "slurm.conf")))
-        _until(lambda: this.ask("sinfo", "--noheader", "-o", "%T").strip() == "idle", this)
+        _start_all(this, daemons)
         yield this
         this.ask("scancel", "--user=root")
         # Slurm starts processes that would outlive its daemons.
@@ -127,6 +127,19 @@ def cluster() -> Iterator[Cluster]:
             daemon.terminate()
             daemon.wait(timeout=30)
         shutil.rmtree(folder)
+
+
+def _start_all(this: Cluster, daemons: list[subprocess.Popen]) -> None:
+    """Add munged, slurmctld and slurmd to the daemons, each once it answers."""
+    folder = this.folder
+    try:
+        daemons.append(_start_munge(folder / "munge"))
+        _until(lambda: (folder / "munge/socket").exists(), this)
+        for name in ("slurmctld", "slurmd"):
+            daemons.append(_start(folder, name, "-D", "-f", str(folder / "slurm.conf")))
+        _until(lambda: this.ask("sinfo", "--noheader", "-o", "%T").strip() == "idle", this)
+    except (OSError, LookupError) as error:  # TimeoutError among them; no user named munge
+        raise DoesNotStart(f"Slurm does not start here: {error}") from None
 
 
 def _start_munge(folder: Path) -> subprocess.Popen:
@@ -157,7 +170,8 @@ def _until(condition, this: Cluster, seconds: float = 60) -> None:
                 return
         except AssertionError:  # not yet answering
             pass
-        assert time.monotonic() < end, f"Slurm does not start:\n{this.logs()}"
+        if time.monotonic() > end:
+            raise TimeoutError(this.logs())
         time.sleep(0.2)
 
 
