@@ -17,9 +17,9 @@ from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.errors import UserError
-
-EXIT_CODE = 2
+from gengram_megatron.errors import EXIT_CODE, UserError
+from gengram_megatron.launch.command import launch
+from gengram_megatron.sweep.command import sweep
 
 app = typer.Typer(
     name="gengram",
@@ -67,7 +67,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a model, or go on with its training.
 
     CONFIG is a YAML file with the sections run, model, parallel, data, optimizer, train,
-    checkpoint and logging. Its key `base:` names files that it builds on; what stands in the
+    checkpoint, logging and launch. Its key `base:` names files that it builds on; what stands in the
     file itself wins over them. `gengram config --keys` lists every key and what it may be.
 
     Words of the form key=value win over the file. Keys are written with dots, values as in
@@ -197,3 +197,7 @@ def plan(
         print(json.dumps(found, indent=1))
     else:
         show(found)
+
+
+app.command()(launch)
+app.command()(sweep)

@@ -21,13 +21,29 @@ def load_config(path: Path, overrides: list[str], schema: type[AnySection]) -> A
 
     Raises UserError with one line for each thing that is wrong.
     """
-    tree = read_tree(Path(path))
+    tree, problems = with_overrides(read_tree(Path(path)), overrides)
+    return check_tree(tree, path, schema, problems)
+
+
+def with_overrides(tree: Tree, overrides: list[str]) -> tuple[Tree, list[str]]:
+    """A tree with `key=value` words on top of it, and what is wrong with those words."""
     problems = []
     for word in overrides:
         try:
             tree = tree.merged_with(_override(word))
         except UserError as error:
             problems.append(str(error))
+    return tree, problems
+
+
+def check_tree(
+    tree: Tree, path: Path, schema: type[AnySection], problems: list[str] | None = None
+) -> AnySection:
+    """The config that a tree read from `path` stands for.
+
+    Raises UserError with one line for each thing that is wrong, after the `problems` known before.
+    """
+    problems = list(problems or [])
     try:
         # As JSON, because strict checking of JSON takes text for a path and a list for a tuple,
         # yet never text for a number.
@@ -59,10 +75,14 @@ def _override(word: str) -> Tree:
             f"{COMMAND_LINE}: {key.strip()} has no value; write {key.strip()}=null for none"
         )
     tree = parse_yaml(text, f"{COMMAND_LINE}, value of {key.strip()}", numbered=False)
-    tree = Tree(tree.value, COMMAND_LINE)
+    return tree_at(parts, Tree(tree.value, COMMAND_LINE))
+
+
+def tree_at(parts: list[str], value: Tree) -> Tree:
+    """A tree with nothing but a value under the key of these parts, all in the value's place."""
     for part in reversed(parts):
-        tree = Tree({part: tree}, COMMAND_LINE)
-    return tree
+        value = Tree({part: value}, value.place)
+    return value
 
 
 def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:

@@ -8,20 +8,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A group of keys. Unknown keys are errors, and numbers are never guessed from strings."""
-
-    model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
-    )
+from gengram_megatron.config.launch import Launch
+from gengram_megatron.config.section import Fraction, Name, NonNegative, Positive, Section
 
 
 class Run(Section):
@@ -334,3 +324,4 @@ class Config(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    launch: Launch = Launch()

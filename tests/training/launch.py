@@ -98,3 +98,16 @@ def wait_for(condition, process: subprocess.Popen, output: Path, seconds: float 
         assert process.poll() is None, f"ended too early:\n{output.read_text()[-8000:]}"
         assert time.monotonic() < end, f"waited too long:\n{output.read_text()[-8000:]}"
         time.sleep(0.01)
+
+
+def gengram(*words: str, **variables: str) -> Ended:
+    """A `gengram` command in a process of its own, with variables on top of the environment."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gengram_megatron", *words],
+        cwd=ROOT,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,112 @@
+"""What is launched: a checked config, its processes, and the files that one start leaves behind."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gengram_megatron.config.launch import Launch
+from gengram_megatron.config.layout import Layout, check_layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
+
+SLURM_IS_EARLY = 60
+"""Seconds by which Slurm may send a signal too soon, as its manual says."""
+RANK_MODULE = "gengram_megatron.launch.rank"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One start of a run.
+
+    processes: of each node.
+    name: of this start, unique in the run's folder.
+    """
+
+    config: Config
+    layout: Layout
+    processes: int
+    name: str
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run.dir).absolute()
+
+    @property
+    def record(self) -> Path:
+        """Where config, code version and environment of this start are kept."""
+        return self.run / "launches" / self.name
+
+    @property
+    def config_file(self) -> Path:
+        """What the processes read: the whole config, as it was when the run was started."""
+        return self.record / "config.yaml"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that every process gets on top of those of its machine."""
+        launch = self.config.launch
+        needed = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if _needs_one_connection(self.config) else {}
+        if launch.cpus is not None:
+            needed["OMP_NUM_THREADS"] = str(launch.cpus)
+        return {**needed, **launch.environment}
+
+
+def check_job(config: Config, name: str, for_slurm: bool) -> Job:
+    """The job of a config, or UserError with what does not fit, before anything is started."""
+    problems = [*(_slurm_problems(config.launch) if for_slurm else _local_problems(config.launch))]
+    if problems:
+        raise UserError("\n".join(problems))
+    launch = config.launch
+    processes = launch.processes or _gpus_here() or 1
+    layout = check_layout(config, launch.nodes * processes)
+    return Job(config, layout, processes, name)
+
+
+def _slurm_problems(launch: Launch) -> Iterator[str]:
+    if launch.processes is None:
+        yield "launch.processes is null: Slurm needs their number; give --nproc, the GPUs of a node"
+    before, limit = launch.slurm.save_before, launch.slurm.time
+    if limit is not None and before + SLURM_IS_EARLY >= seconds(limit):
+        yield (
+            f"launch.slurm.save_before is {before} seconds, and the time limit {limit} is "
+            f"{seconds(limit)} seconds: a job would be told to stop as soon as it starts; give it "
+            "more time, or save later"
+        )
+
+
+def _local_problems(launch: Launch) -> Iterator[str]:
+    if launch.nodes > 1 and launch.rendezvous is None:
+        yield (
+            f"launch.nodes is {launch.nodes}, but launch.rendezvous is null: give the HOST:PORT "
+            "of one of the nodes, or start with --slurm"
+        )
+
+
+def seconds(limit: str) -> int:
+    """A time limit as Slurm reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)
+    hours, minutes, rest = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _needs_one_connection(config: Config) -> bool:
+    """Whether megatron-core relies on the order in which kernels were started.
+
+    With one queue between host and GPU, communication that was started first also begins first,
+    and so overlaps with the computation it was meant to.
+    """
+    parallel, optimizer = config.parallel, config.optimizer
+    return parallel.tensor > 1 or parallel.context > 1 or optimizer.overlap_grad_reduce
+
+
+def _gpus_here() -> int:
+    """Of this machine, without starting CUDA in this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

@@ -1,0 +1,157 @@
+"""torchrun on this machine, alone or as one node of several."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+from gengram_megatron.errors import EXIT_CODE
+from gengram_megatron.launch.job import RANK_MODULE, Job
+from gengram_megatron.launch.rank import log_file
+from gengram_megatron.signals import REQUEUE
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def torchrun_words(job: Job) -> list[str]:
+    """The words after `torchrun`."""
+    launch = job.config.launch
+    meet = ["--standalone"]
+    if launch.nodes > 1:
+        meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={launch.rendezvous}"]
+        meet += [f"--rdzv-id={job.run.name}"]
+    return [
+        f"--nnodes={launch.nodes}",
+        f"--nproc-per-node={job.processes}",
+        *meet,
+        f"--log-dir={logs_folder(job) / 'torchrun'}",  # of its error files only
+        "--signals-to-handle=SIGHUP,SIGQUIT",  # the others are forwarded, so that the run saves
+        *("-m", RANK_MODULE, str(logs_folder(job)), "train", str(job.config_file)),
+    ]
+
+
+def logs_folder(job: Job) -> Path:
+    """Where the logs of the ranks lie."""
+    return job.run / "logs" / job.name
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Variables of the processes. torchrun gives each one thread, and warns, if nobody decides."""
+    threads = {"OMP_NUM_THREADS": "1"} if job.processes > 1 else {}
+    given = {name: os.environ[name] for name in threads if name in os.environ}
+    return {**threads, **given, **job.environment}
+
+
+def run_here(job: Job) -> int:
+    """Run a job to its end and show its first rank's log; its exit code.
+
+    SIGTERM, SIGUSR1 and Ctrl-C have the run save and stop; a second Ctrl-C ends it at once. Both
+    give the code REQUEUE.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said better below
+    logs = logs_folder(job)
+    shown = _show_first_log(logs, job.processes)
+    with _variables(environment(job)), _forward_signals() as told, shown:
+        try:
+            run(parse_args(torchrun_words(job)))
+            return 0
+        except ChildFailedError as error:
+            failed = error
+    return _explain(failed, job, told.is_set())
+
+
+def _explain(error, job: Job, told: bool) -> int:
+    """Name the rank that failed first, and why; the exit code for it.
+
+    told: that the run was told to stop.
+    """
+    rank, failure = error.get_first_failure()
+    if told and failure.exitcode < 0:  # before it trained, or by a second Ctrl-C
+        print(f"{job.run}: ended without saving, as it was told to; the same command goes on")
+        return REQUEUE
+    if failure.exitcode == REQUEUE:
+        print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
+        return REQUEUE
+    if failure.exitcode == EXIT_CODE:  # said in full on the screen
+        return EXIT_CODE
+    log = log_file(logs_folder(job), rank)
+    why = f"exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        why = f"killed by {signal.Signals(-failure.exitcode).name}"
+    elif isinstance(failure.message, dict):  # as @record wrote it
+        why = failure.message["message"]
+    size = job.layout.world_size
+    print(f"gengram: rank {rank} of {size} failed first: {why}\nits log: {log}", file=sys.stderr)
+    return failure.exitcode if failure.exitcode > 0 else 1
+
+
+@contextmanager
+def _variables(wanted: dict[str, str]) -> Iterator[None]:
+    """Variables of this process, which torchrun hands on."""
+    before = dict(os.environ)
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _forward_signals() -> Iterator[Event]:
+    """Pass requests to stop on to the ranks, which have sessions of their own; whether any came."""
+    import psutil
+
+    told = Event()
+
+    def forward(number: int, frame: object) -> None:
+        at_once = told.is_set() and number == signal.SIGINT
+        told.set()
+        for rank in psutil.Process().children():
+            rank.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _show_first_log(logs: Path, processes: int) -> Iterator[None]:
+    """Copy what the first rank of this node writes to its log, as it is written."""
+    over = Event()
+    thread = Thread(target=_follow, args=(logs, processes, over))
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _follow(logs: Path, processes: int, over: Event) -> None:
+    files: list[Path] = []
+    while len(files) < processes and not over.wait(0.1):
+        files = sorted(logs.glob("rank-*.log"), key=_rank_of)
+    if not files:
+        return
+    with files[0].open(errors="replace") as log:
+        while True:
+            last = over.wait(0.1)
+            sys.stdout.write(log.read())
+            sys.stdout.flush()
+            if last:
+                return
+
+
+def _rank_of(log: Path) -> int:
+    return int(log.stem.removeprefix("rank-"))

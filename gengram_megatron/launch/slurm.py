@@ -1,0 +1,173 @@
+"""A job, or an array of them, for Slurm: the script, and sbatch.
+
+srun starts a process for each rank. Before the time limit Slurm sends SIGUSR1 to all of them; they
+save and exit with REQUEUE, and the script puts its job back into the queue. A run resumes from its
+folder by itself, so the script has nothing to remember.
+"""
+
+import shutil
+import string
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
+
+from gengram_megatron.errors import UserError
+from gengram_megatron.launch.job import RANK_MODULE, Job
+from gengram_megatron.launch.record import write_record
+from gengram_megatron.signals import REQUEUE
+
+OTHERS_MAY_TAKE = 60
+"""Seconds that the other ranks have to end by themselves once one has ended."""
+
+
+class Template(string.Template):
+    """Of shell, which has its own use for dollars."""
+
+    delimiter = "@"
+
+
+BODY = Template("""\
+#!/bin/bash
+@options
+
+runs=(
+@runs
+)
+run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}
+logs=$run/logs/job-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+mkdir -p "$logs"
+echo "logs of the ranks: $logs"
+
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+@setup
+srun --kill-on-bad-exit=0 --wait=@wait --output="$logs/rank-%t.log" @command
+code=$?
+
+if [ $code -eq @saved ]; then
+  echo "saved and stopped, as it was told to"
+  @requeue
+elif [ $code -ne 0 ]; then
+  first=$(ls -tr "$logs"/*.error.json 2>/dev/null | head -n 1)
+  if [ -n "$first" ]; then
+    why=$(sed 's/^{"message": {"message": "\\(.*\\)", "extraInfo".*/\\1/' "$first")
+    echo "gengram: $(basename "$first" .error.json) failed first: $why"
+    echo "its log: ${first%.error.json}.log"
+  else
+    tail -n 5 "$logs/rank-0.log"
+  fi
+fi
+exit $code
+""")
+
+
+def script(jobs: list[Job], output: Path, at_a_time: int | None = None) -> str:
+    """The script of a job, or of an array of jobs that differ in nothing but their runs.
+
+    Args:
+        output: folder of what the script itself prints.
+        at_a_time: members of an array that may run at once; None: all.
+    """
+    job = jobs[0]
+    options = [*_options(job), f"--output={output / 'job-%j.log'}"]
+    if len(jobs) > 1:
+        options[-1] = f"--output={output / 'job-%A_%a.log'}"
+        options.append(f"--array=0-{len(jobs) - 1}" + (f"%{at_a_time}" if at_a_time else ""))
+    return BODY.substitute(
+        options="\n".join(f"#SBATCH {quote(option)}" for option in options),
+        runs="\n".join(f"  {quote(str(one.run))}" for one in jobs),
+        setup="".join(f"{line}\n" for line in _setup(job)),
+        command=_command(job),
+        wait=OTHERS_MAY_TAKE,
+        saved=REQUEUE,
+        requeue='scontrol requeue "$SLURM_JOB_ID"' if job.config.launch.slurm.requeue else ":",
+    )
+
+
+def submit(jobs: list[Job], folder: Path, at_a_time: int | None = None) -> str:
+    """Write the records of jobs, and job.sh to a folder, and give it to sbatch.
+
+    Returns the number of the job.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch was not found: --slurm works on a machine of a Slurm cluster")
+    for job in jobs:
+        write_record(job)
+    output = jobs[0].run / "logs" if len(jobs) == 1 else folder
+    for made in (folder, output):
+        made.mkdir(parents=True, exist_ok=True)
+    file = folder / "job.sh"
+    file.write_text(script(jobs, output, at_a_time))
+    done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"sbatch refused {file}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().split(";")[0]
+
+
+def _options(job: Job) -> Iterator[str]:
+    """sbatch's options but for those of output and array."""
+    launch, slurm = job.config.launch, job.config.launch.slurm
+    yield f"--job-name={job.run.name}"
+    yield f"--nodes={launch.nodes}"
+    yield f"--ntasks-per-node={job.processes}"
+    gpus = job.processes if slurm.gpus is None else slurm.gpus
+    if gpus:
+        yield f"--gres=gpu:{gpus}"
+    wanted = {
+        "cpus-per-task": launch.cpus,
+        "mem": slurm.memory,
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "time": slurm.time,
+    }
+    yield from (f"--{name}={value}" for name, value in wanted.items() if value is not None)
+    # To all ranks, as there is no "B:" before it.
+    yield f"--signal=USR1@{slurm.save_before}"
+    yield "--requeue" if slurm.requeue else "--no-requeue"
+    yield "--open-mode=append"  # a job that went back into the queue goes on in the same file
+    yield f"--chdir={Path.cwd()}"
+    yield from slurm.options
+
+
+def _setup(job: Job) -> Iterator[str]:
+    """Lines of shell before the start."""
+    slurm = job.config.launch.slurm
+    for name, value in job.environment.items():
+        yield f"export {name}={quote(value)}"
+    yield from slurm.setup
+    if slurm.virtual_environment is not None:
+        yield f"source {quote(str(Path(slurm.virtual_environment).absolute() / 'bin/activate'))}"
+
+
+def _command(job: Job) -> str:
+    """What srun starts for each rank, with the shell's $run and $logs in it."""
+    launch = job.config.launch
+    own = launch.slurm.virtual_environment or launch.slurm.container
+    words = [*_container(job), "python" if own else quote(sys.executable)]
+    if launch.cpus is not None:  # which srun does not take over from sbatch
+        words.insert(0, f"--cpus-per-task={launch.cpus}")
+    config = job.config_file.relative_to(job.run)
+    words += ["-m", RANK_MODULE, '"$logs"', "train", f'"$run"/{quote(str(config))}']
+    return " ".join(words)
+
+
+def _container(job: Job) -> list[str]:
+    """The words that put a command into the container, if there is one."""
+    container = job.config.launch.slurm.container
+    if container is None:
+        return []
+    here, image = str(Path.cwd()), quote(container.image)
+    data = str(Path(job.config.data.path).absolute())
+    mounts = [f"{folder}:{folder}" for folder in (here, data)] + container.mounts
+    mounts = ",".join(['"$run:$run"', *map(quote, mounts)])
+    if container.runtime == "pyxis":
+        return [
+            f"--container-image={image}",
+            f"--container-mounts={mounts}",
+            f"--container-workdir={quote(here)}",
+        ]
+    gpus = [] if job.config.launch.slurm.gpus == 0 else ["--nv"]
+    return ["apptainer", "exec", *gpus, "--bind", mounts, "--pwd", quote(here), image]

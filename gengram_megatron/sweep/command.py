@@ -1,0 +1,132 @@
+"""The command `gengram sweep`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gengram_megatron.config.arguments import ConfigFile, Overrides
+from gengram_megatron.errors import UserError
+from gengram_megatron.launch import slurm
+from gengram_megatron.launch.command import DryRun, Slurm, name_of_start
+from gengram_megatron.launch.job import Job, check_job
+from gengram_megatron.sweep import results
+from gengram_megatron.sweep.runs import Runs, read_sweep
+from gengram_megatron.sweep.start import as_array, run_in_turn
+from gengram_megatron.sweep.state import State, read_state
+
+
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    list_runs: Annotated[
+        bool, typer.Option("--list", help="Show every run: differences, folder, how far it is.")
+    ] = False,
+    launch: Annotated[
+        bool, typer.Option("--launch", help="Start what is not finished, one after the other.")
+    ] = False,
+    use_slurm: Slurm = False,
+    collect: Annotated[
+        bool, typer.Option("--results", help="Collect validation losses: table, files, figure.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run one config with different settings, and compare.
+
+    CONFIG is the config that all runs share, with one section more:
+
+    \b
+        base: ../base/moe_1.2b.yaml
+        run: {dir: runs/windows}          # a folder for each run is made in it
+        sweep:
+          grid:                           # a run for every combination
+            model.gengram.layers: [[10], [3, 6, 10]]
+            model.gengram.window: [null, 6, 21]
+          runs:                           # and these
+            baseline: {model.gengram.enabled: false}
+          seeds: [1, 2, 3]                # every run with each; without it once
+          at_a_time: 4                    # of a Slurm array; without it all
+
+    \b
+      gengram sweep configs/sweeps/windows_cpu.yaml                      # the same as --list
+      gengram sweep configs/sweeps/windows_cpu.yaml --launch             # on this machine
+      gengram sweep configs/sweeps/windows_50b_8k.yaml --launch --slurm  # as an array of jobs
+      gengram sweep configs/sweeps/windows_cpu.yaml --results
+
+    A finished run is not run again, and one that was cut goes on, so the same command also
+    continues a sweep. Words of the form key=value go to all runs. How runs start is said in the
+    section launch, as for `gengram launch`.
+
+    --results writes results.csv, results.json and results.png into the folder of the sweep: the
+    loss of the last validation of every finished run, over the first key of the grid. The other
+    keys give lines of their own, and runs without that key are horizontal lines.
+    """
+    found = read_sweep(config, list(overrides or []))
+    name = name_of_start()
+    jobs = [check_job(run.config, name, use_slurm) for run in found.runs]
+    states = [read_state(job.config, job.layout.steps) for job in jobs]
+    code = 0
+    if launch or dry_run:
+        code = _start(found, _left(jobs, states), use_slurm, dry_run)
+        states = [read_state(job.config, job.layout.steps) for job in jobs]
+    if collect:
+        _collect(found, states, config)
+    elif list_runs or not (launch or dry_run):
+        _show(found, results.rows(found.runs, states))
+    raise typer.Exit(code)
+
+
+def _left(jobs: list[Job], states: list[State]) -> list[Job]:
+    """The jobs that are not finished; refuses folders whose runs had other settings."""
+    problems = [
+        f"{job.run} was trained with other values of {', '.join(state.changed)}; remove it, or "
+        "give the sweep another run.dir"
+        for job, state in zip(jobs, states)
+        if state.changed
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return [job for job, state in zip(jobs, states) if not state.finished]
+
+
+def _start(found: Runs, jobs: list[Job], use_slurm: bool, dry_run: bool) -> int:
+    """Start the jobs that are left; the exit code."""
+    print(f"{len(found.runs)} runs, {len(found.runs) - len(jobs)} finished")
+    if not jobs:
+        return 0
+    if dry_run:
+        _say_what_would_start(found, jobs, use_slurm)
+    elif use_slurm:
+        folder = found.folder.absolute() / "launches" / jobs[0].name
+        number = as_array(jobs, folder, found.sweep.at_a_time)
+        print(f"job {number} is in the queue, {len(jobs)} runs; its script and logs: {folder}")
+    else:
+        return run_in_turn(jobs)
+    return 0
+
+
+def _say_what_would_start(found: Runs, jobs: list[Job], use_slurm: bool) -> None:
+    if use_slurm:
+        folder = found.folder.absolute() / "launches" / jobs[0].name
+        print(slurm.script(jobs, folder, found.sweep.at_a_time), end="")
+    else:
+        print(*(f"would run {job.run}" for job in jobs), sep="\n")
+
+
+def _collect(found: Runs, states: list[State], path: Path) -> None:
+    """Print the table, and write the files and the figure."""
+    rows = results.rows(found.runs, states)
+    if all(row["loss"] is None for row in rows):
+        raise UserError(f"{path}: no run of this sweep is finished; start them with --launch")
+    _show(found, rows)
+    files = results.write_files(rows, found.folder)
+    from gengram_megatron.sweep.plot import plot_results
+
+    files.append(found.folder / "results.png")
+    plot_results(rows, next(iter(found.sweep.grid), None), files[-1])
+    print("written:", *files)
+
+
+def _show(found: Runs, rows: list[results.Row]) -> None:
+    Console().print(results.shown(rows, f"{len(rows)} runs, each in {found.folder}/<run>"))

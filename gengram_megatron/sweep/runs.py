@@ -1,0 +1,172 @@
+"""A sweep file to its runs.
+
+A sweep file is the config that all its runs share, with one section more, `sweep`, which says what
+varies. Settings there win over the rest of the file.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from gengram_megatron.config.load import check_tree, tree_at, with_overrides
+from gengram_megatron.config.schema import Config
+from gengram_megatron.config.section import Name, NonNegative, Positive, Section
+from gengram_megatron.config.tree import Tree, inline_yaml, read_tree
+from gengram_megatron.errors import UserError
+
+SEED = "run.seed"
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+
+class Sweep(Section):
+    """What varies."""
+
+    grid: dict[Name, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="keys, each with its values: a run for every combination"
+    )
+    runs: dict[RunName, dict[Name, Any]] = Field(
+        {}, description="further runs by name, each with its settings"
+    )
+    seeds: list[NonNegative] = Field(
+        [], description="every run once with each as run.seed; none: once with the config's"
+    )
+    at_a_time: Positive | None = Field(
+        None, description="runs of a Slurm array that may compute at once; null: all"
+    )
+
+
+class SweepFile(Section):
+    """The part of a sweep file that is not the config of its runs."""
+
+    sweep: Sweep
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run: its name, in what it differs from the others by dotted key, and its config.
+
+    group: the name without the seed.
+    """
+
+    name: str
+    group: str
+    settings: dict[str, Any]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All runs of a sweep. folder: run.dir of the file; each run has a folder of its name there."""
+
+    folder: Path
+    runs: list[SweepRun]
+    sweep: Sweep
+
+
+def read_sweep(path: Path, overrides: list[str]) -> Runs:
+    """The runs of a sweep file, all of them checked.
+
+    Raises UserError with one line for each thing that is wrong in the file or in a run.
+    """
+    tree, problems = with_overrides(read_tree(path), overrides)
+    shared = Tree({k: v for k, v in tree.value.items() if k != "sweep"}, tree.place)
+    varied = Tree({k: v for k, v in tree.value.items() if k == "sweep"}, tree.place)
+    sweep = check_tree(varied, path, SweepFile, problems).sweep
+    members = [*_of_the_grid(varied), *_of_names(varied)]
+    if not members:
+        raise UserError(f"{path}: the sweep is empty; give sweep.grid or sweep.runs")
+    members = [one for member in members for one in _with_seeds(member, varied)]
+    _refuse_equal_names([member.name for member in members], path)
+    runs = []
+    for member in members:
+        try:
+            runs.append(_run(member, shared, path))
+        except UserError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return Runs(Path(shared.nearest(("run", "dir")).value), runs, sweep)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A run before its config is put together."""
+
+    name: str
+    group: str
+    settings: dict[str, Tree]
+
+
+def _of_the_grid(varied: Tree) -> list[_Member]:
+    """A name and settings for every combination, the last key's values changing fastest."""
+    grid = _group(varied, "grid")
+    if not grid:
+        return []
+    combinations = product(*(values.value for values in grid.values()))
+    settings = [dict(zip(grid, values)) for values in combinations]
+    return [_Member(_name(one), _name(one), one) for one in settings]
+
+
+def _of_names(varied: Tree) -> list[_Member]:
+    runs = _group(varied, "runs").items()
+    return [_Member(name, name, settings.value) for name, settings in runs]
+
+
+def _with_seeds(member: _Member, varied: Tree) -> list[_Member]:
+    """A run with each of the seeds, or as it is where there are none."""
+    seeds = varied.nearest(("sweep", "seeds"))
+    if not isinstance(seeds.value, list) or not seeds.value:
+        return [member]
+    return [
+        _Member(f"{member.name}_seed-{seed.value}", member.name, {**member.settings, SEED: seed})
+        for seed in seeds.value
+    ]
+
+
+def _group(varied: Tree, name: str) -> dict[str, Tree]:
+    return varied.value["sweep"].value.get(name, Tree({}, "")).value
+
+
+def _name(settings: dict[str, Tree]) -> str:
+    """Such as layers-3-6-10_window-21: of each key the last word, or all where that is not
+    enough."""
+    leaves = Counter(key.rsplit(".", 1)[-1] for key in settings)
+    parts = []
+    for key, value in settings.items():
+        leaf = key.rsplit(".", 1)[-1]
+        text = re.sub(r"[^A-Za-z0-9.+]+", "-", inline_yaml(value.plain())).strip("-")
+        parts.append(f"{leaf if leaves[leaf] == 1 else key}-{text}")
+    return "_".join(parts)
+
+
+def _refuse_equal_names(names: list[str], path: Path) -> None:
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(
+            f"{path}: two runs of the sweep would share the folder {twice[0]}; "
+            "remove one, or give it a name of its own in sweep.runs"
+        )
+
+
+def _run(member: _Member, shared: Tree, path: Path) -> SweepRun:
+    tree = shared
+    for key, value in member.settings.items():
+        parts = key.split(".")
+        if not all(parts) or key in ("run", "run.dir", "sweep", "base"):
+            raise UserError(
+                f"{value.place}: {key!r} is not a key that a run can have of its own; "
+                "such keys are written with dots, as in model.gengram.window"
+            )
+        tree = tree.merged_with(tree_at(parts, value))
+    folder = shared.nearest(("run", "dir"))
+    if isinstance(folder.value, str):  # if not, the check below says so
+        below = Tree(str(Path(folder.value) / member.name), folder.place)
+        tree = tree.merged_with(tree_at(["run", "dir"], below))
+    config = check_tree(tree, path, Config)
+    settings = {key: value.plain() for key, value in member.settings.items()}
+    return SweepRun(member.name, member.group, settings, config)

@@ -1,0 +1,11 @@
+"""Code that a test gives to Python's start (as sitecustomize.py): the second rank fails in its first
+step."""
+
+BROKEN = """
+import os
+if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "1":
+    import gengram_megatron.training.step as step
+    def forward_backward(*_, **__):
+        raise RuntimeError("the disk is gone")
+    step.forward_backward = forward_backward
+"""
