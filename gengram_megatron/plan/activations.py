@@ -10,6 +10,9 @@ from gengram_megatron.plan import weights
 from gengram_megatron.plan.stages import Split
 
 BYTES = {"bf16": 2, "fp32": 4}
+EXPERTS_AT_WORK = {"bf16": (5, 10), "fp32": (1, 5)}
+"""Widths of an expert that its backward pass holds at once, as measured: without and with
+recomputation of the activation. In bf16 half of them are float32."""
 STATISTICS = 4  # bytes of a number that norms and softmaxes keep in float32
 
 
@@ -68,22 +71,22 @@ class Activations:
         """Projections, rotated queries and keys, the result, and the softmax's statistics."""
         model, heads = self.model, self.model.num_attention_heads
         query_width, value_width = weights.head_widths(model)
-        out, statistics = heads * value_width, heads * STATISTICS
+        statistics = heads * STATISTICS
         if model.attention == "mla":
             mla = model.mla
-            keys = heads * (query_width + mla.qk_head_dim + value_width)
-            queries = heads * (query_width + (query_width if mla.q_lora_rank is None else 0))
-            rotary = 4 * mla.qk_pos_emb_head_dim
-            compressed = 2 * (mla.kv_lora_rank + (mla.q_lora_rank or 0)) + mla.qk_pos_emb_head_dim
+            inside = heads * 2 * (query_width + value_width)
+            rotated = mla.qk_pos_emb_head_dim
+            compressed = 2 * (mla.kv_lora_rank + (mla.q_lora_rank or 0)) + rotated
         else:
+            # All three projected in one tensor, of which the values are a view.
             groups = weights.key_value_heads(model)
-            keys, queries = groups * 3 * query_width, 2 * heads * query_width
-            rotary, compressed = 4 * query_width, 0
-        inside = (keys + queries + out) // self.tensor
-        kept = (
-            self.tokens.part * ((inside + rotary) * self.size + statistics // self.tensor)
-            + self.tokens.shard * compressed * self.size
+            inside = (3 * heads + 3 * groups) * query_width
+            rotated, compressed = query_width, 0
+        rotary = 4 * rotated  # sines and cosines, for queries and for keys
+        kept = self.tokens.part * (
+            (inside // self.tensor + rotary) * self.size + statistics // self.tensor
         )
+        kept += self.tokens.shard * compressed * self.size
         return kept + (self._gathered_keys() if self.split.layout.context > 1 else 0)
 
     def _gathered_keys(self) -> int:
@@ -101,7 +104,7 @@ class Activations:
     def _dense(self) -> int:
         """Gate and up together, and their product; nothing where the layer is recomputed."""
         if self.recompute == "selective":
-            return self.stream
+            return 0
         width = 3 * self.model.ffn_hidden_size // self.tensor
         return self.tokens.part * width * self.size
 
@@ -138,7 +141,11 @@ class Activations:
 
     def at_work(self) -> int:
         """What the backward pass of one layer needs besides what was kept."""
-        experts = self.split.feed_forward_ranks
-        routed = self.tokens.part if self.split.is_dense else self.tokens.routed
-        inside = routed * self.model.ffn_hidden_size // experts * 3 * self.size
-        return inside + 4 * self.stream
+        again = self.recompute == "selective"
+        if self.split.is_dense:
+            rows, widths = self.tokens.part, 6 if again else 3
+        else:
+            rows = self.tokens.routed
+            widths = EXPERTS_AT_WORK[self.split.config.train.precision][again]
+        width = widths * self.model.ffn_hidden_size // self.split.feed_forward_ranks
+        return rows * width * self.size + 4 * self.stream

@@ -52,7 +52,8 @@ def of_stage(split: Split, stage: int) -> Memory:
     kept += activations.last() if last else 0
     logits = activations.logits() if last else 0
     states = _states(split, stage)
-    working = _working(split, stage, activations)
+    # Logits are gone when the first layer's backward pass begins.
+    working = max(_working(split, stage, activations) - logits, 0)
     # Adam takes the square root of all second moments at once, when no activations are left.
     step = states // MOMENTS[precision] * 4
     return Memory(
