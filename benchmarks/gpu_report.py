@@ -19,7 +19,7 @@ from statistics import median
 
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.model.flops import (
+from gengram_megatron.plan.flops import (
     PEAK_BF16_FLOPS,
     count_parameters,
     model_flops_utilisation,
@@ -144,7 +144,7 @@ def report(work: Path) -> dict:
     if peak is None:
         result["note"] = (
             f"no utilisation: the peak of {about['device'] or 'a CPU'} is not in "
-            "PEAK_BF16_FLOPS of gengram_megatron/model/flops.py"
+            "PEAK_BF16_FLOPS of gengram_megatron/plan/flops.py"
         )
     return result
 

@@ -4,7 +4,6 @@ torch and megatron-core are imported only by the commands that compute, so that 
 and mistakes are shown at once.
 """
 
-import json
 import os
 import sys
 from typing import Annotated
@@ -19,6 +18,7 @@ from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import EXIT_CODE, UserError
 from gengram_megatron.launch.command import launch
+from gengram_megatron.plan.command import plan
 from gengram_megatron.sweep.command import sweep
 
 app = typer.Typer(
@@ -172,32 +172,6 @@ def config(
     print(dump_config(loaded), end="")
 
 
-@app.command()
-def plan(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes of the run.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Say what a run will be, without starting it.
-
-    Steps, tokens and parameters; of Gengram's tables, how each is split over the ranks, what a
-    rank holds of it, and why.
-
-    \b
-      gengram plan configs/smoke/cpu.yaml --nproc 4
-      gengram plan my_run.yaml --nproc 64 'model.gengram.kmer_sizes=[1,2,3,4,5,6,12]'
-    """
-    from gengram_megatron.plan import plan as work_out
-    from gengram_megatron.plan import show
-
-    loaded = load_config(config, overrides or [], Config)
-    found = work_out(loaded, check_layout(loaded, nproc))
-    if as_json:
-        print(json.dumps(found, indent=1))
-    else:
-        show(found)
-
-
 app.command()(launch)
+app.command()(plan)
 app.command()(sweep)

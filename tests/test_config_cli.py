@@ -10,13 +10,11 @@ import pytest
 import yaml
 
 from gengram_megatron import __version__
-from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "configs" / "smoke"
-WORLD_SIZES = {"cpu.yaml": 4, "one_gpu.yaml": 1, "moe_1.2b_8k_one_gpu.yaml": 1}
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID")
 
 
@@ -106,11 +104,6 @@ def test_start_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("path", sorted(SMOKE.glob("*.yaml")), ids=lambda path: path.name)
-def test_smoke_configs_work(path):
-    check_layout(load_config(path, [], Config), WORLD_SIZES[path.name])
-
-
 def test_config_checks_the_layout_where_a_number_of_processes_is_given():
     done = gengram("config", SMOKE / "cpu.yaml", "--nproc", "3")
     assert done.returncode == 2
@@ -157,7 +150,7 @@ def test_plan_says_how_tables_are_split_and_why() -> None:
 
 
 def test_plan_counts_what_config_says() -> None:
-    from gengram_megatron.model.flops import count_parameters
+    from gengram_megatron.plan.flops import count_parameters
 
     found = json.loads(gengram("plan", SMOKE / "cpu.yaml", "--nproc", "4", "--json").stdout)
     loaded = load_config(SMOKE / "cpu.yaml", [], Config)

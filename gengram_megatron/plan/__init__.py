@@ -1,0 +1,67 @@
+"""What a run will be, worked out from its config alone: nothing is started, no GPU is needed.
+
+stages: layers and weights of each rank; activations and memory: bytes of the fullest rank;
+communication: bytes that a rank sends; time: how long it takes; suggest: layouts that fit.
+"""
+
+from dataclasses import asdict
+
+from gengram_megatron.config.layout import Layout
+from gengram_megatron.config.placement import Placement
+from gengram_megatron.config.schema import Config
+from gengram_megatron.plan.communication import most_sent
+from gengram_megatron.plan.flops import count_parameters, forward_flops, training_flops
+from gengram_megatron.plan.memory import fullest
+from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.time import Speed, seconds_of_run
+from gengram_megatron.plan.warnings import warnings
+
+
+def plan(config: Config, layout: Layout, speed: Speed, gigabytes: float) -> dict:
+    """All figures, as --json prints them. gigabytes: of one GPU.
+
+    A table's rows_per_rank and columns_per_rank, and memory, are those of the rank that holds
+    most; communication is that of the rank that sends most.
+    """
+    split = Split(config, layout)
+    memory, sent = fullest(split), most_sent(split)
+    tokens_a_step = config.train.global_batch_size * config.model.seq_length
+    seconds = seconds_of_run(split, speed)
+    return {
+        "processes": layout.world_size,
+        "steps": layout.steps,
+        "samples": config.train.samples or layout.samples,
+        "samples_trained": layout.samples,
+        "tokens": layout.samples * config.model.seq_length,
+        "parameters": asdict(count_parameters(config)),
+        "parameters_per_rank": split.held(memory.stage).total,
+        "forward_flops_per_token": forward_flops(config).total,
+        "flops_per_token": training_flops(config),
+        "flops_per_step": training_flops(config) * tokens_a_step,
+        "memory_bytes_per_rank": {**asdict(memory), "total": memory.total},
+        "bytes_sent_per_rank_and_step": {**asdict(sent), "total": sent.total},
+        "utilisation": speed.utilisation,
+        "gpu_tflops": speed.tflops,
+        "seconds_per_step": seconds / layout.steps,
+        "hours": seconds / 3600,
+        "gpu_hours": seconds / 3600 * layout.world_size,
+        "memory_layers": config.model.gengram.layers if config.model.gengram.enabled else [],
+        "tables": [_table(place, split) for place in split.tables],
+        "warnings": list(warnings(split, memory, gigabytes)),
+    }
+
+
+def _table(place: Placement, split: Split) -> dict:
+    table = place.table
+    return {
+        "name": table.name,
+        "k": table.k,
+        "hashed": table.hash_seed is not None,
+        "rows": table.rows,
+        "columns": table.columns,
+        "split": place.split,
+        "over": place.over or "tensor",
+        "rows_per_rank": split.table_rows_held(place),
+        "columns_per_rank": place.columns_held(split.layout.tensor),
+        "reason": place.reason,
+    }

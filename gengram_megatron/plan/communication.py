@@ -1,0 +1,150 @@
+"""Bytes that a rank sends in a step, by the group that it sends them to.
+
+Collectives count as rings: a rank of n sends (n - 1) / n of the result of an all-gather or of the
+input of a reduce-scatter, and twice that for an all-reduce. Left out are single numbers and what
+grows with neither tokens nor weights.
+"""
+
+from dataclasses import dataclass, fields
+
+from gengram_megatron.config.placement import group_sizes
+from gengram_megatron.plan import weights
+from gengram_megatron.plan.activations import Activations
+from gengram_megatron.plan.memory import GRADIENT
+from gengram_megatron.plan.stages import Split
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes a step, of one rank."""
+
+    tensor: int
+    """Activations inside of layers."""
+    pipeline: int
+    """Activations and their gradients to the next and the previous stage."""
+    data: int
+    """Gradients, and with a distributed optimizer updated weights."""
+    expert: int
+    """Rows to the experts and back."""
+    context: int
+    """Keys, values and their gradients."""
+    memory_rows: int
+    """Rows of tables that ranks share by rows, and their gradients."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def most_sent(split: Split) -> Sent:
+    """By a rank of the stage that sends most."""
+    return max((of_stage(split, s) for s in range(split.layout.pipeline)), key=lambda s: s.total)
+
+
+def of_stage(split: Split, stage: int) -> Sent:
+    """By a rank of a pipeline stage."""
+    one = _Microbatch(split)
+    times = split.layout.num_microbatches
+    layers = split.layers(stage)
+    memories = sum(map(split.has_memory, layers))
+    ends = (stage == 0) + (stage == split.layout.pipeline - 1)
+    return Sent(
+        tensor=times
+        * (
+            len(layers) * one.tensor_layer()
+            + memories * one.tensor_memory()
+            + ends * one.tensor_end()
+        ),
+        pipeline=times * one.pipeline(stage),
+        data=_data(split, stage),
+        expert=times * len(layers) * one.expert(),
+        context=times * len(layers) * one.context(),
+        memory_rows=times * memories * one.rows(),
+    )
+
+
+def _ring(size: int, ranks: int) -> int:
+    return size * (ranks - 1) // ranks
+
+
+def _data(split: Split, stage: int) -> int:
+    held, copies = split.held(stage), split.copies
+    weight = Activations(split).size
+    a_weight = GRADIENT + (weight if split.config.optimizer.distributed else GRADIENT)
+    groups = (
+        (held.copied, copies),
+        (held.experts, split.layout.expert_data),
+        (held.rows, split.row_copies()),
+    )
+    return sum(_ring(count * a_weight, ranks) for count, ranks in groups)
+
+
+class _Microbatch:
+    """What one microbatch makes a rank send, forward and backward."""
+
+    def __init__(self, split: Split):
+        self.split, self.layout, self.model = split, split.layout, split.config.model
+        activations = Activations(split)
+        self.tokens, self.size = activations.tokens, activations.size
+        recompute = split.config.train.recompute
+        self.forwards = 2 if recompute == "full" else 1
+        self.dense_forwards = 1 if recompute == "none" else 2
+
+    def _regions(self, width: int, forwards: int, gathered: bool = True) -> int:
+        """A region of tensor-parallel work on [tokens, width]: gathered at its start and reduced
+        and scattered at its end, in the backward pass the other way round. What was gathered is
+        gathered once more for the gradient of the weight. Without sequence parallelism there is
+        an all-reduce forward and one backward, which is as much as a gather and a scatter."""
+        again = gathered and self.layout.sequence
+        passes = 2 * forwards + 2 + again
+        return passes * _ring(self.tokens.part * width * self.size, self.layout.tensor)
+
+    def tensor_layer(self) -> int:
+        hidden = self.model.hidden_size
+        attention = self._regions(hidden, self.forwards)
+        if self.split.is_dense:
+            return attention + self._regions(hidden, self.dense_forwards)
+        rows = self.tokens.routed * hidden * self.size
+        return attention + (2 * self.forwards + 2) * _ring(rows, self.layout.expert_tensor)
+
+    def tensor_memory(self) -> int:
+        """Key and value, scattered forward and gathered backward."""
+        rows = self.tokens.part * 2 * self.model.hidden_size * self.size
+        alone = 1 if self.layout.sequence else 2
+        return (self.forwards * alone + (1 if self.layout.sequence else 0)) * _ring(
+            rows, self.layout.tensor
+        )
+
+    def tensor_end(self) -> int:
+        """The embedding, or the logits."""
+        return 2 * _ring(self.tokens.part * self.model.hidden_size * self.size, self.layout.tensor)
+
+    def pipeline(self, stage: int) -> int:
+        stages, chunks = self.layout.pipeline, self.layout.virtual_pipeline or 1
+        if stages == 1:
+            return 0
+        forward = chunks - (stage == stages - 1)
+        backward = chunks - (stage == 0)
+        return (forward + backward) * self.tokens.shard * self.model.hidden_size * self.size
+
+    def expert(self) -> int:
+        if self.split.is_dense:
+            return 0
+        rows = self.tokens.shard * self.model.moe_router_topk * self.model.hidden_size * self.size
+        return (2 * self.forwards + 2) * _ring(rows, self.layout.expert)
+
+    def context(self) -> int:
+        heads = weights.key_value_heads(self.model) // self.layout.tensor
+        keys = self.tokens.whole * heads * sum(weights.head_widths(self.model)) * self.size
+        return (self.forwards + 1) * _ring(keys, self.layout.context)
+
+    def rows(self) -> int:
+        """At most: every token another row, or every row of the table."""
+        sent = 0
+        for place in self.split.tables:
+            if place.over is not None:
+                ranks = group_sizes(self.split.config, self.layout.world_size)[place.over]
+                rows = min(place.table.rows, self.tokens.part)
+                row = place.table.columns // self.layout.tensor * self.size
+                sent += (self.forwards + 1) * _ring(rows * row, ranks)
+        return sent

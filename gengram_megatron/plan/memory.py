@@ -1,0 +1,109 @@
+"""Bytes that the fullest rank of a layout needs, by kind."""
+
+from dataclasses import dataclass
+
+from gengram_megatron.plan.activations import BYTES, Activations
+from gengram_megatron.plan.stages import Split
+
+GRADIENT = 4  # bytes a weight; they add up in float32
+MOMENTS = {"bf16": 12, "fp32": 8}
+"""Bytes a weight of Adam's two moments and, of bf16 weights, the float32 ones."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    stage: int
+    """Its pipeline rank."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Of all microbatches that are in flight at once."""
+    logits: int
+    buffers: int
+    """What one layer's backward pass works with, or Adam's step if it needs more; ids of k-mers."""
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+            + self.buffers
+        )
+
+
+def fullest(split: Split) -> Memory:
+    """Of the rank that needs most."""
+    return max((of_stage(split, s) for s in range(split.layout.pipeline)), key=lambda m: m.total)
+
+
+def of_stage(split: Split, stage: int) -> Memory:
+    """Of a rank of a pipeline stage."""
+    held, precision = split.held(stage), split.config.train.precision
+    activations = Activations(split)
+    flying = in_flight(split, stage)
+    kept = sum(activations.kept(layer) for chunk in flying for layer in split.stages[stage][chunk])
+    last = stage == split.layout.pipeline - 1
+    kept += activations.last() if last else 0
+    logits = activations.logits() if last else 0
+    states = _states(split, stage)
+    # Logits are gone when the first layer's backward pass begins.
+    working = max(_working(split, stage, activations) - logits, 0)
+    # Adam takes the square root of all second moments at once, when no activations are left.
+    step = states // MOMENTS[precision] * 4
+    return Memory(
+        stage=stage,
+        weights=BYTES[precision] * held.total,
+        gradients=GRADIENT * held.total,
+        optimizer=states,
+        activations=kept,
+        logits=logits,
+        buffers=max(working + len(flying) * activations.ids(), step - kept - logits),
+    )
+
+
+def _states(split: Split, stage: int) -> int:
+    """Bytes of Adam's states on a rank of a stage."""
+    held, size = split.held(stage), MOMENTS[split.config.train.precision]
+    if not split.config.optimizer.distributed:
+        return size * held.total
+    return size * (
+        -(-held.copied // split.copies)
+        + -(-held.experts // split.layout.expert_data)
+        + -(-held.rows // split.row_copies())
+    )
+
+
+def _working(split: Split, stage: int, activations: Activations) -> int:
+    """What the backward pass of one layer holds for a moment: a fully recomputed layer's own
+    activations, gradients of activations, and that of a weight before it is added up."""
+    layers = split.layers(stage)
+    again = 0
+    if split.config.train.recompute == "full":
+        again = max(activations.of_layer(layer) for layer in layers)
+    return again + activations.at_work() + _largest_gradient(split) * activations.size
+
+
+def _largest_gradient(split: Split) -> int:
+    """Elements of the largest matrix of a layer: gate and up of its experts."""
+    model = split.config.model
+    width = 2 * model.ffn_hidden_size // split.feed_forward_ranks
+    return split.experts_a_rank * width * model.hidden_size
+
+
+def in_flight(split: Split, stage: int) -> list[int]:
+    """The forward passes of which a rank keeps activations at once, each as the number of its
+    model chunk, in megatron-core's schedules."""
+    layout = split.layout
+    after = layout.pipeline - stage - 1
+    if layout.virtual_pipeline is None:
+        return [0] * min(layout.num_microbatches, after + 1)
+    virtual = layout.virtual_pipeline
+    passes = 2 * after + (virtual - 1) * layout.pipeline + 1
+    passes = min(passes, layout.num_microbatches * virtual)
+    return [number // layout.pipeline % virtual for number in range(passes)]

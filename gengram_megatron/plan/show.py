@@ -1,0 +1,105 @@
+"""A plan as tables, for people."""
+
+from rich.console import Console
+from rich.table import Table
+
+from gengram_megatron.plan.suggest import Suggestion
+from gengram_megatron.plan.warnings import GB
+
+SHOWN = 10
+"""Layouts that --suggest prints; --json has all."""
+
+
+def show(plan: dict) -> None:
+    """What gengram plan prints."""
+    console = Console()
+    console.print(_facts(plan))
+    stage = plan["memory_bytes_per_rank"]["stage"] + 1
+    kinds = {k: v for k, v in plan["memory_bytes_per_rank"].items() if k != "stage"}
+    console.print(_bytes(f"Memory of the fullest rank, in pipeline stage {stage}", kinds))
+    sent = {k.replace("_", " "): v for k, v in plan["bytes_sent_per_rank_and_step"].items() if v}
+    if sent:
+        console.print(_bytes("Sent by a rank in a step, at most", sent))
+    if plan["tables"]:
+        console.print(_tables(plan))
+    for sentence in plan["warnings"]:
+        console.print(f"warning: {sentence}", markup=False, highlight=False)
+
+
+def _facts(plan: dict) -> Table:
+    facts = Table(title="The run", show_header=False)
+    facts.add_column("what")
+    facts.add_column("number", justify="right")
+    for name in ("processes", "steps", "samples", "tokens"):
+        facts.add_row(name, f"{plan[name]:,}")
+    if plan["samples_trained"] != plan["samples"]:
+        facts.add_row("samples, in whole batches", f"{plan['samples_trained']:,}")
+    for name, number in plan["parameters"].items():
+        facts.add_row(f"parameters, {name}", f"{number:,}")
+    facts.add_row("parameters, of the fullest rank", f"{plan['parameters_per_rank']:,}")
+    facts.add_row("FLOPs a token, forward", f"{plan['forward_flops_per_token']:,}")
+    facts.add_row("FLOPs a token, forward and backward", f"{plan['flops_per_token']:,}")
+    facts.add_row("FLOPs a step", f"{plan['flops_per_step']:.3g}")
+    at = f"at {plan['utilisation']:.0%} of {plan['gpu_tflops']:g} TFLOP/s"
+    facts.add_row(f"seconds a step, {at}", f"{plan['seconds_per_step']:,.3g}")
+    facts.add_row(f"hours, {at}", f"{plan['hours']:,.1f}")
+    facts.add_row(f"GPU hours, {at}", f"{plan['gpu_hours']:,.0f}")
+    return facts
+
+
+def _bytes(title: str, sizes: dict[str, int]) -> Table:
+    shown = Table(title=title, show_header=False)
+    shown.add_column("kind")
+    shown.add_column("GB", justify="right")
+    for kind, size in sizes.items():
+        shown.add_row(kind, f"{size / GB:,.3f} GB")
+    return shown
+
+
+def _tables(plan: dict) -> Table:
+    layers = ", ".join(map(str, plan["memory_layers"]))
+    hashed = any(row["hashed"] for row in plan["tables"])
+    shown = Table(
+        title=f"Memory tables of each of the layers {layers}",
+        caption="* hashed" if hashed else None,
+    )
+    for heading in ("table", "rows", "columns", "split by", "a rank holds", "because"):
+        right = heading in ("rows", "columns", "a rank holds")
+        shown.add_column(
+            heading, justify="right" if right else "left", no_wrap=heading != "because"
+        )
+    for row in plan["tables"]:
+        shown.add_row(
+            row["name"] + ("*" if row["hashed"] else ""),
+            f"{row['rows']:,}",
+            f"{row['columns']:,}",
+            f"{row['split']}, {row['over']}",
+            f"{row['rows_per_rank']:,} x {row['columns_per_rank']:,}",
+            row["reason"],
+        )
+    return shown
+
+
+def show_suggestions(found: list[Suggestion], gpus: int, gigabytes: float) -> None:
+    """The fastest layouts, where their time goes, and the words that choose the first."""
+    shown = Table(
+        title=f"Layouts on {gpus} GPUs that fit in {gigabytes:g} GB: {len(found)}, the fastest first",
+        caption="seconds a step: arithmetic + waiting in the pipeline + communication",
+    )
+    for heading in ("layout", "GB a rank", "seconds a step", "of which"):
+        shown.add_column(heading, justify="left" if heading == "layout" else "right")
+    for one in found[:SHOWN]:
+        time = one.time
+        shown.add_row(
+            _words(one).replace("parallel.", "").replace("train.", "") or "no split",
+            f"{one.memory.total / GB:.1f}",
+            f"{time.total:.2f}",
+            f"{time.arithmetic:.2f} + {time.bubble:.2f} + {time.communication:.2f}",
+        )
+    console = Console()
+    console.print(shown)
+    console.print(f"The first: {_words(found[0]) or 'no key'}", highlight=False, soft_wrap=True)
+
+
+def _words(one: Suggestion) -> str:
+    return " ".join(f"{key}={value}" for key, value in one.settings.items())

@@ -1,0 +1,136 @@
+"""Layouts that fit, the fastest first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import log
+
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
+from gengram_megatron.plan.memory import Memory, fullest
+from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.time import GPUS_A_NODE, Speed, StepTime, step_time
+from gengram_megatron.plan.warnings import GB
+
+LARGEST_CONTEXT = 16
+ALIKE = 1.05
+"""Times within such a ratio count as equal, and the layout with fewer keys comes first."""
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A layout that was looked at."""
+
+    settings: dict[str, int | str | None]
+    """The config's keys that make it."""
+    memory: Memory
+    time: StepTime
+
+
+def suggest(config: Config, gpus: int, gigabytes: float, speed: Speed) -> list[Suggestion]:
+    """All layouts of a config on so many GPUs that fit in so many gigabytes each, the fastest
+    first. The batch stays as it is; uneven stages are not tried.
+
+    Raises UserError if none fits, or none works at all.
+    """
+    found = [_judge(tried, settings, gpus, speed) for settings, tried in _layouts(config, gpus)]
+    if not found:
+        check_layout(_with(config, {}), gpus)  # says what cannot work even without any split
+        raise UserError(f"no layout works on {gpus} processes; give another number of GPUs")
+    fitting = [one for one in found if one.memory.total <= gigabytes * GB]
+    if not fitting:
+        least = min(found, key=lambda one: one.memory.total)
+        words = " ".join(f"{key}={value}" for key, value in least.settings.items())
+        raise UserError(
+            f"no layout on {gpus} GPUs fits in {gigabytes:g} GB: the smallest needs about "
+            f"{least.memory.total / GB:.1f} GB a rank ({words or 'no split'}); give more GPUs or "
+            "a smaller train.micro_batch_size"
+        )
+    best = min(one.time.total for one in fitting)
+
+    def rank(one: Suggestion) -> tuple:
+        return int(log(one.time.total / best, ALIKE)), len(one.settings), one.time.total
+
+    return sorted(fitting, key=rank)
+
+
+def _judge(config: Config, settings: dict, gpus: int, speed: Speed) -> Suggestion:
+    split = Split(config, check_layout(config, gpus))
+    return Suggestion(settings, fullest(split), step_time(split, speed))
+
+
+def _layouts(config: Config, gpus: int) -> Iterator[tuple[dict, Config]]:
+    """Those that the checks allow, with the keys that make them."""
+    for settings in _choices(config, gpus):
+        tried = _with(config, settings)
+        try:
+            check_layout(tried, gpus)
+        except UserError:
+            continue
+        yield settings, tried
+
+
+def _choices(config: Config, gpus: int) -> Iterator[dict]:
+    """Keys and values; what is at its default is left out. The checks judge them."""
+    model = config.model
+    tensors = [n for n in _powers(GPUS_A_NODE) if gpus % n == 0]
+    pipelines = [n for n in _divisors(model.num_layers) if gpus % n == 0]
+    contexts = [n for n in _powers(LARGEST_CONTEXT) if gpus % n == 0]
+    for tensor, pipeline, context in product(tensors, pipelines, contexts):
+        if gpus % (tensor * pipeline * context):
+            continue
+        chunks = [None] if pipeline == 1 else [None, *_divisors(model.num_layers // pipeline)[1:]]
+        for virtual, (expert, width), recompute in product(
+            chunks, _expert_splits(config, tensor, gpus // pipeline), RECOMPUTE
+        ):
+            yield {
+                key: value
+                for key, value, default in (
+                    ("parallel.tensor", tensor, 1),
+                    ("parallel.pipeline", pipeline, 1),
+                    ("parallel.virtual_pipeline", virtual, None),
+                    ("parallel.context", context, 1),
+                    ("parallel.expert", expert, 1),
+                    ("parallel.expert_tensor", width, None),
+                    ("train.recompute", recompute, "none"),
+                )
+                if value != default
+            }
+
+
+def _expert_splits(config: Config, tensor: int, ranks: int) -> list[tuple[int, int | None]]:
+    """Pairs of parallel.expert and parallel.expert_tensor."""
+    if config.model.num_experts is None:
+        return [(1, None)]
+    widths = [None] if tensor == 1 else [None, 1]
+    return [
+        (expert, width)
+        for expert in _divisors(config.model.num_experts)
+        for width in widths
+        if ranks % (expert * (width or tensor)) == 0
+    ]
+
+
+def _with(config: Config, settings: dict) -> Config:
+    """The config in another layout."""
+    parallel = {
+        key.removeprefix("parallel."): v for key, v in settings.items() if "parallel" in key
+    }
+    return config.model_copy(
+        update={
+            "parallel": type(config.parallel)(**parallel),
+            "train": config.train.model_copy(
+                update={"recompute": settings.get("train.recompute", "none")}
+            ),
+        }
+    )
+
+
+def _powers(largest: int) -> list[int]:
+    return [2**n for n in range(largest.bit_length()) if 2**n <= largest]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,49 @@
+"""Models of any size as any rank of any layout builds them, in one process and without their
+memory: torch's process groups that pretend, and its tensors that have shapes only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from gengram_megatron.config.layout import Layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.platform import prepare
+
+
+@contextmanager
+def as_rank(layout: Layout, rank: int) -> Iterator[None]:
+    """megatron-core's groups as one rank of a layout sees them; nobody answers."""
+    prepare()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def build_shapes(config: Config, layout: Layout) -> list[torch.nn.Module]:
+    """This rank's model chunks as they are built for training, but for the numbers in them."""
+    from gengram_megatron.model import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+        patch.setattr(build, "initialize", lambda chunks, seed: None)
+        return build.build_model(config, layout)
