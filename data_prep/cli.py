@@ -11,6 +11,7 @@ from rich.table import Table
 
 from data_prep.build import build as build_data_set
 from data_prep.download.command import download
+from data_prep.inspect.command import inspect
 from data_prep.schema import DataConfig
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 
 app.command()(download)
+app.command()(inspect)
 
 
 @app.callback()
