@@ -70,17 +70,23 @@ class DataSet:
             )
         return Split(tokens, origins)
 
-    def _whole(self, name: str) -> Path:
-        """The path of a file that is there, with as many bytes as the manifest says."""
+    def fault(self, name: str) -> str | None:
+        """What is wrong with a file as far as its size tells, as a sentence."""
         path, facts = self.folder / name, self.facts.files.get(name)
         if facts is None:
-            raise UserError(f"the manifest of {self.folder} lists no {name}; {AGAIN}")
+            return f"the manifest of {self.folder} lists no {name}"
         if not path.is_file():
-            raise UserError(f"{path} is missing; {AGAIN}")
+            return f"{path} is missing"
         size = path.stat().st_size
         if size != facts.bytes:
-            raise UserError(f"{path} has {size:,} bytes and should have {facts.bytes:,}; {AGAIN}")
-        return path
+            return f"{path} has {size:,} bytes and should have {facts.bytes:,}"
+        return None
+
+    def _whole(self, name: str) -> Path:
+        """The path of a file that is there, with as many bytes as the manifest says."""
+        if fault := self.fault(name):
+            raise UserError(f"{fault}; {AGAIN}")
+        return self.folder / name
 
 
 def open_tokens(path: Path, seq_length: int) -> np.ndarray:

@@ -105,7 +105,7 @@ def _strands(axes: Axes, said: dict[str, Any]) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("Strands")
     axes.invert_yaxis()
-    _tidy(axes)
+    _tidy(axes, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
 
 
 def _sources(axes: Axes, said: dict[str, Any]) -> None:
@@ -130,6 +130,6 @@ def _fragments(source: dict[str, Any], said: dict[str, Any]) -> int:
     return sum(source[name]["fragments"] for name in said["splits"])
 
 
-def _tidy(axes: Axes) -> None:
+def _tidy(axes: Axes, **legend: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, **legend)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.inspect.opened import DataSet, Split
+from data_prep.origins import RECORDS
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, BASES
 
@@ -57,22 +58,28 @@ def survey(data: DataSet, most: int | None, report: Report) -> dict[str, SplitSu
 
 
 def _survey_split(data: DataSet, name: str, most: int | None, report: Report) -> SplitSurvey:
-    split, sequences = data.split(name), len(data.sequences)
-    fragments = np.zeros(2 * sequences, dtype=np.int64)
-    for start in range(0, len(split.origins), ORIGINS_AT_A_TIME):
-        block = split.origins[start : start + ORIGINS_AT_A_TIME]
-        if block["record"].max() >= sequences:
-            raise UserError(
-                f"{data.folder} is damaged: split {name} has fragments of sequence "
-                f"{block['record'].max()}, and there are {sequences}"
-            )
-        places = 2 * block["record"].astype(np.int64) + (block["strand"] == b"-")
-        fragments += np.bincount(places, minlength=2 * sequences)
+    split = data.split(name)
+    fragments, astray = count_fragments(split.origins, len(data.sequences))
+    if astray:
+        raise UserError(
+            f"{data.folder} is damaged: {astray:,} fragments of split {name} are of sequences that "
+            f"{RECORDS} does not list"
+        )
     count = len(split.origins)
     looked = count if most is None else min(count, most)
     numbers = np.arange(looked) * count // max(looked, 1)
     bases = _count_bases(split, numbers, report)
-    return SplitSurvey(fragments.reshape(-1, 2), split.origins["record"][numbers], bases)
+    return SplitSurvey(fragments, split.origins["record"][numbers], bases)
+
+
+def count_fragments(origins: np.ndarray, sequences: int) -> tuple[np.ndarray, int]:
+    """Fragments of each sequence, forward and reverse: [sequences, 2]; and how many are of none."""
+    found = np.zeros(2 * (sequences + 1), dtype=np.int64)  # the last row: those of none
+    for start in range(0, len(origins), ORIGINS_AT_A_TIME):
+        block = origins[start : start + ORIGINS_AT_A_TIME]
+        rows = np.minimum(block["record"].astype(np.int64), sequences)
+        found += np.bincount(2 * rows + (block["strand"] == b"-"), minlength=len(found))
+    return found[:-2].reshape(-1, 2), int(found[-2:].sum())
 
 
 def _count_bases(split: Split, numbers: np.ndarray, report: Report) -> np.ndarray:
