@@ -63,7 +63,9 @@ def inspect(
         from data_prep.inspect import picture  # here, because matplotlib takes a second to load
 
         picture.check_ending(report)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    quiet = not console.is_terminal  # a log file needs no bar
+    with Progress(console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task("counting bases", total=None)
         found = survey(data, None if every else fragments, lambda n: progress.advance(task, n))
     said = describe(data, found, sequences)

@@ -46,13 +46,15 @@ def verify(
     size = sum(facts.bytes for facts in data.facts.files.values())
     bases = sum(facts.bases for facts in data.facts.sources.values()) if sources else 0
     start, found = time.perf_counter(), 0
+    console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,  # a log file needs no bar
     ) as progress:
         task = progress.add_task("starting", total=size + bases)
 

@@ -37,7 +37,7 @@ def problems(data: DataSet, sources: dict[str, Path], report: Report) -> Iterato
 def _check_places(data: DataSet) -> Iterator[str]:
     """Problems of sequences and origins, as far as their files are whole."""
     if data.fault(RECORDS):
-        return  # without the names of the sequences no origin means anything
+        return
     try:
         yield from check_sequences(data)
         yield from check_places(data, {name: data.split(name) for name in _whole_splits(data)})
@@ -47,6 +47,8 @@ def _check_places(data: DataSet) -> Iterator[str]:
 
 def _whole_splits(data: DataSet) -> list[str]:
     """The splits that can be looked into; of the others it was said why not."""
+    if data.fault(RECORDS):
+        return []  # without the names of the sequences no origin means anything
     return [
         name
         for name in data.facts.splits

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep import fragment
 from data_prep.fasta import read_fasta
-from data_prep.inspect.opened import DataSet, Split
+from data_prep.inspect.opened import DataSet, Sequence, Split
 from data_prep.inspect.survey import count_fragments
 from data_prep.manifest import MANIFEST, file_facts
 from data_prep.schema import DataConfig
@@ -75,14 +75,14 @@ def _compare(
     composition = np.zeros(len(BASES), dtype=np.int64)
     for number, record in zip_longest(numbers, read_fasta(path)):
         expected = None if number is None else data.sequences[number]
-        name, ids = record or (None, ())
-        if expected is None or (name, len(ids)) != (expected.name, expected.bases):
+        there = None if record is None else Sequence(key, record[0], len(record[1]))
+        if there != expected:
             yield (
-                f"{path}: its sequence {name} of {len(ids):,} bases stands where the data set has "
-                f"{expected.name if expected else None} of {expected.bases if expected else 0:,}; "
-                "the rest of the file was not compared"
+                f"{path} has {_words(there)} where the data set has {_words(expected)}; from there "
+                "on it was not compared"
             )
             return
+        ids = record[1]
         composition += [np.count_nonzero(ids == base) for base in BASE_IDS]
         for split, opened in splits.items():
             wrong[split].add(_differing(opened, number, ids, data.seq_length))
@@ -92,6 +92,12 @@ def _compare(
             yield f"split {split}: {tally} with other bases than {path} has at their coordinates"
     if dict(zip(BASES, composition.tolist())) != data.facts.sources[key].composition:
         yield f"{path}: its composition is not the one that {MANIFEST} has of source {key}"
+
+
+def _words(sequence: Sequence | None) -> str:
+    if sequence is None:
+        return "no more sequence"
+    return f"sequence {sequence.name} of {sequence.bases:,} bases"
 
 
 def _differing(ordered: Ordered, record: int, ids: np.ndarray, seq_length: int) -> np.ndarray:
