@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from data_prep.inspect.contents import contents, describe
 from data_prep.inspect.opened import DataSet
 from data_prep.inspect.sample import locate
-from data_prep.inspect.survey import describe, survey
 from data_prep.inspect.tables import sample_table, tables
 from gengram_megatron.errors import UserError
 
@@ -67,7 +67,7 @@ def inspect(
     quiet = not console.is_terminal  # a log file needs no bar
     with Progress(console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task("counting bases", total=None)
-        found = survey(data, None if every else fragments, lambda n: progress.advance(task, n))
+        found = contents(data, None if every else fragments, lambda n: progress.advance(task, n))
     said = describe(data, found, sequences)
     _show(said, tables(said), as_json)
     if report is not None:

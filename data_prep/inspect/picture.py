@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from data_prep.inspect.contents import SplitContents
 from data_prep.inspect.opened import DataSet
-from data_prep.inspect.survey import SplitSurvey
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASES
 
@@ -26,7 +26,7 @@ def check_ending(out: Path) -> None:
         raise UserError(f"--report {out}: there is no folder {out.parent}")
 
 
-def draw(data: DataSet, said: dict[str, Any], found: dict[str, SplitSurvey], out: Path) -> None:
+def draw(data: DataSet, said: dict[str, Any], found: dict[str, SplitContents], out: Path) -> None:
     """Write the picture; `said` is what `describe` made of `found`."""
     figure = Figure(figsize=(14, 8), layout="constrained")  # without pyplot: no screen needed
     axes = figure.subplot_mosaic(PANELS, width_ratios=[1, 1, 1.1])
@@ -47,7 +47,7 @@ def draw(data: DataSet, said: dict[str, Any], found: dict[str, SplitSurvey], out
     beside.replace(out)
 
 
-def _bases_by_group(data: DataSet, found: dict[str, SplitSurvey]) -> dict[str, np.ndarray]:
+def _bases_by_group(data: DataSet, found: dict[str, SplitContents]) -> dict[str, np.ndarray]:
     """A, C, G, T and N of the fragments looked at, of all splits: [n, 5] for each group."""
     groups = np.array([sequence.source.split("/")[0] for sequence in data.sequences])
     return {

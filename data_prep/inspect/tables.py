@@ -8,7 +8,7 @@ from rich.table import Table
 from gengram_megatron.tokenizer import BASES
 
 Said = dict[str, Any]
-"""What `data_prep.inspect.survey.describe` returns."""
+"""What `data_prep.inspect.contents.describe` returns."""
 
 
 def tables(said: Said) -> Iterator[Table]:

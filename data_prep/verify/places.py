@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep import strand
+from data_prep.inspect.contents import ORIGINS_AT_A_TIME, count_fragments
 from data_prep.inspect.opened import DataSet, Sequence, Split
-from data_prep.inspect.survey import ORIGINS_AT_A_TIME, count_fragments
 from data_prep.manifest import MANIFEST
 from data_prep.origins import RECORDS
 from data_prep.verify.tally import Tally

@@ -9,8 +9,8 @@ import numpy as np
 
 from data_prep import fragment
 from data_prep.fasta import read_fasta
+from data_prep.inspect.contents import count_fragments
 from data_prep.inspect.opened import DataSet, Sequence, Split
-from data_prep.inspect.survey import count_fragments
 from data_prep.manifest import MANIFEST, file_facts
 from data_prep.schema import DataConfig
 from data_prep.strand import turn

@@ -23,7 +23,7 @@ Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class SplitSurvey:
+class SplitContents:
     """What was found in one split."""
 
     fragments: np.ndarray  # [sequences, 2] of each sequence, forward and reverse
@@ -52,12 +52,12 @@ def composition(bases: np.ndarray) -> dict[str, Any]:
     }
 
 
-def survey(data: DataSet, most: int | None, report: Report) -> dict[str, SplitSurvey]:
+def contents(data: DataSet, most: int | None, report: Report) -> dict[str, SplitContents]:
     """Look over all splits; at the bases of `most` fragments of each at most, None: of all."""
-    return {name: _survey_split(data, name, most, report) for name in data.facts.splits}
+    return {name: _split_contents(data, name, most, report) for name in data.facts.splits}
 
 
-def _survey_split(data: DataSet, name: str, most: int | None, report: Report) -> SplitSurvey:
+def _split_contents(data: DataSet, name: str, most: int | None, report: Report) -> SplitContents:
     split = data.split(name)
     fragments, astray = count_fragments(split.origins, len(data.sequences))
     if astray:
@@ -69,7 +69,7 @@ def _survey_split(data: DataSet, name: str, most: int | None, report: Report) ->
     looked = count if most is None else min(count, most)
     numbers = np.arange(looked) * count // max(looked, 1)
     bases = _count_bases(split, numbers, report)
-    return SplitSurvey(fragments, split.origins["record"][numbers], bases)
+    return SplitContents(fragments, split.origins["record"][numbers], bases)
 
 
 def count_fragments(origins: np.ndarray, sequences: int) -> tuple[np.ndarray, int]:
@@ -94,7 +94,7 @@ def _count_bases(split: Split, numbers: np.ndarray, report: Report) -> np.ndarra
     return found
 
 
-def describe(data: DataSet, found: dict[str, SplitSurvey], by_sequence: bool) -> dict[str, Any]:
+def describe(data: DataSet, found: dict[str, SplitContents], by_sequence: bool) -> dict[str, Any]:
     """All that was found, as plain values: what `--json` prints and the tables show."""
     sources = np.array([sequence.source for sequence in data.sequences])
     groups = np.array([source.split("/")[0] for source in sources])
