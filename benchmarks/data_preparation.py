@@ -10,7 +10,7 @@ on plain and on gzip files; in each repeat all take turns, so that a noisy machi
 and a ratio is the median of the ratios within the repeats. KEY=VALUE words go to the build.
 Without --fasta, the DNA in sample_data is repeated up to --mbp megabases a copy.
 
-- build: `gengram-data build` of all fragments; start: the same of a single fragment
+- build: `gengram-data build` of all fragments; start: the same of a hundred fragments
 - pipeline: benchmarks/json_pipeline.py; tokenize: its second half, Megatron's tool, alone
 - memory: the largest sum of the resident memory of the command and its children, shared pages
   counted for each of them
@@ -145,8 +145,8 @@ def build(folder: Path, files: list[Path], arguments: argparse.Namespace) -> dic
     }
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "data_prep", "build", str(config), *arguments.words]
+    shutil.rmtree(output, ignore_errors=True)  # of the run before
     measured, _ = run_measured(command)
-    shutil.rmtree(output)
     return measured
 
 
@@ -156,7 +156,6 @@ def pipeline(folder: Path, files: list[Path], arguments: argparse.Namespace) -> 
     command = [sys.executable, str(HERE / "json_pipeline.py"), *map(str, files)]
     command += ["--out", str(output), "--seq-length", str(arguments.seq_length)]
     measured, printed = run_measured([*command, "--workers", str(cores())])
-    shutil.rmtree(output)
     return {**measured, **json.loads(printed.splitlines()[-1])}
 
 

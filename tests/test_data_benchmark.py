@@ -1,15 +1,15 @@
 """The benchmark of data preparation: what it compares with does the same work, and its sums."""
 
 import importlib.util
-import json
-import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
 import dnaio
 import numpy as np
 import pytest
+import sentencepiece
 
 from data_prep.inspect.opened import DataSet
 from gengram_megatron.platform import prepare
@@ -30,18 +30,16 @@ benchmark, json_pipeline = program("data_preparation"), program("json_pipeline")
 def test_the_pipeline_writes_every_base(tmp_path):
     text = "".join(np.random.default_rng(1).choice([*"ACGTNacgt"], 1000))
     (tmp_path / "a.fa").write_text(f">r1\n{text[:500]}\n{text[500:]}\n>r2\n{text[:70]}\n")
-    json_pipeline.write_json_lines([tmp_path / "a.fa"], 64, tmp_path / "lines")
-    json_pipeline.tokenize(tmp_path / "lines", tmp_path / "train", workers=2)
+    measured = benchmark.pipeline(tmp_path, [tmp_path / "a.fa"], Namespace(seq_length=64))
+    assert 0 < measured["json_lines"] + measured["tokenize"] < measured["seconds"]
     prepare()
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    dataset = IndexedDataset(str(tmp_path / "train"))
+    dataset = IndexedDataset(str(tmp_path / "pipeline/train"))
     assert dataset.index.dtype == np.uint16
     expected = [text[start : start + 64].upper() for start in range(0, 937, 64)]
     expected.append(text[:64].upper())
     assert len(dataset) == len(expected)
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor(model_proto=json_pipeline.train_model())
     for document, fragment in zip([dataset[number] for number in range(len(dataset))], expected):
         assert "".join(model.id_to_piece(int(token)) for token in document[:-1]) == fragment
@@ -101,34 +99,14 @@ def test_medians_and_projection():
     assert benchmark.hours(100e6, 2, 16) == pytest.approx(4495 / 8 / 3600)
 
 
-@pytest.mark.slow
-def test_the_whole_benchmark(tmp_path):
-    out = tmp_path / "result.json"
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "data_preparation.py"),
-        "--mbp",
-        "0.1",
-        "--copies",
-        "2",
-    ]
-    command += ["--seq-length", "512", "--repeats", "1", "--out", str(out), "seed=7"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr
-    assert "times as fast as tokenizing" in ended.stdout
-    result = json.loads(out.read_text())
-    assert (result["bases"], result["sources"], result["words"]) == (200_000, 2, ["seed=7"])
-    assert result["device"]["cores"] >= 1 and len(result["runs"]) == 1
-
-
 def test_the_build_writes_the_same_documents(tmp_path):
     """Ours and the pipeline take the same fragments, but for those at the validation border."""
     files = benchmark.write_sources(tmp_path, benchmark.read_dna(None, 50_000, tmp_path), 2)
-    arguments = benchmark.argparse.Namespace(seq_length=512, words=[])
-    kept = tmp_path / "kept"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark.shutil, "rmtree", lambda path: path.rename(kept))
-        benchmark.build(tmp_path, files["plain"], arguments)
-    splits = DataSet(kept).facts.splits
+    arguments = Namespace(seq_length=512, words=["seed=7"])
+    measured = benchmark.build(tmp_path, files["plain"], arguments)
+    assert measured["seconds"] > 0 and measured["memory"] > 1 << 20
+    facts = DataSet(tmp_path / "built").facts
+    assert facts.settings.seed == 7
+    splits = facts.splits
     written = splits["train"].fragments + splits["validation"].fragments
     assert 2 * (50_000 // 512) - 2 <= written <= 2 * (50_000 // 512)
