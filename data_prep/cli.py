@@ -11,7 +11,9 @@ from rich.table import Table
 
 from data_prep.build import build as build_data_set
 from data_prep.download.command import download
+from data_prep.inspect.command import inspect
 from data_prep.schema import DataConfig
+from data_prep.verify.command import verify
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
 from gengram_megatron.errors import UserError
@@ -25,6 +27,8 @@ app = typer.Typer(
 
 
 app.command()(download)
+app.command()(inspect)
+app.command()(verify)
 
 
 @app.callback()

@@ -1,0 +1,1 @@
+"""What is in a built data set: counts, composition, and where each sample comes from."""

@@ -1,0 +1,108 @@
+"""A built data set, opened: its manifest, its table of sequences, its files as memory maps.
+
+Nothing is read before it is asked for, so a data set of any size opens at once.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.inspect.facts import Facts, read_facts
+from data_prep.origins import ORIGIN, RECORDS, origins_path
+from gengram_megatron.errors import UserError
+
+AGAIN = "copy or build the data set again"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A record of a source, as records.tsv has it."""
+
+    source: str  # group/name
+    name: str
+    bases: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The fragments of a split."""
+
+    tokens: np.ndarray  # [fragments, seq_length + 1] uint8: bases and EOD
+    origins: np.ndarray  # [fragments] of data_prep.origins.ORIGIN
+
+
+class DataSet:
+    """A folder that `gengram-data build` wrote. Raises UserError if it is none."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.facts: Facts = read_facts(folder)
+        self.seq_length = self.facts.settings.seq_length
+
+    @cached_property
+    def sequences(self) -> list[Sequence]:
+        """All sequences of all sources; a fragment's origin names one by its place here."""
+        path = self._whole(RECORDS)
+        try:
+            rows = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+            found = [Sequence(source, name, int(bases)) for source, name, bases in rows]
+        except ValueError:
+            raise UserError(f"{path} is damaged; {AGAIN}") from None
+        unknown = {sequence.source for sequence in found} - self.facts.sources.keys()
+        if unknown:
+            raise UserError(f"{path} has sources that the manifest lacks: {', '.join(unknown)}")
+        return found
+
+    def split(self, name: str) -> Split:
+        """Open one split. UserError if there is none of this name or a file of it is not whole."""
+        if name not in self.facts.splits:
+            there = " and ".join(self.facts.splits)
+            raise UserError(f"{self.folder} has no split {name}; its splits are {there}")
+        tokens = open_tokens(self._whole(f"{name}.bin"), self.seq_length)
+        origins = open_origins(self._whole(origins_path(self.folder, name).name))
+        count = self.facts.splits[name].fragments
+        if not count == len(tokens) == len(origins):
+            raise UserError(
+                f"{self.folder} is damaged: split {name} should have {count:,} fragments, and has "
+                f"{len(tokens):,} in its tokens and {len(origins):,} in its origins; {AGAIN}"
+            )
+        return Split(tokens, origins)
+
+    def fault(self, name: str) -> str | None:
+        """What is wrong with a file as far as its size tells, as a sentence."""
+        path, facts = self.folder / name, self.facts.files.get(name)
+        if facts is None:
+            return f"the manifest of {self.folder} lists no {name}"
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != facts.bytes:
+            return f"{path} has {size:,} bytes and should have {facts.bytes:,}"
+        return None
+
+    def _whole(self, name: str) -> Path:
+        """The path of a file that is there, with as many bytes as the manifest says."""
+        if fault := self.fault(name):
+            raise UserError(f"{fault}; {AGAIN}")
+        return self.folder / name
+
+
+def open_tokens(path: Path, seq_length: int) -> np.ndarray:
+    """A split's tokens as a map [fragments, seq_length + 1], as far as there are whole rows."""
+    count = path.stat().st_size // (seq_length + 1)
+    if count == 0:  # there is no map of nothing
+        return np.empty((0, seq_length + 1), dtype=np.uint8)
+    return np.memmap(path, dtype=np.uint8, mode="r", shape=(count, seq_length + 1))
+
+
+def open_origins(path: Path) -> np.ndarray:
+    """A split's origins as a map [fragments]. UserError if the file holds something else."""
+    try:
+        origins = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        origins = None
+    if origins is None or origins.dtype != ORIGIN or origins.ndim != 1:
+        raise UserError(f"{path} is damaged: it is no table of origins; {AGAIN}")
+    return origins

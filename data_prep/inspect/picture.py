@@ -1,0 +1,135 @@
+"""One page that shows what is in a data set."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from data_prep.inspect.contents import SplitContents
+from data_prep.inspect.opened import DataSet
+from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import BASES
+
+MOST_SOURCES = 30  # bars that stay readable
+PANELS = [["composition", "gc", "sources"], ["n", "strands", "sources"]]
+
+
+def check_ending(out: Path) -> None:
+    """UserError unless a picture can be written under this name."""
+    endings = Figure().canvas.get_supported_filetypes()
+    if out.suffix[1:] not in endings:
+        raise UserError(f"--report {out}: the name must end in .png, .pdf or .svg")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--report {out}: there is no folder {out.parent}")
+
+
+def draw(data: DataSet, said: dict[str, Any], found: dict[str, SplitContents], out: Path) -> None:
+    """Write the picture; `said` is what `describe` made of `found`."""
+    figure = Figure(figsize=(14, 8), layout="constrained")  # without pyplot: no screen needed
+    axes = figure.subplot_mosaic(PANELS, width_ratios=[1, 1, 1.1])
+    totals = ", ".join(f"{own['fragments']:,} {name}" for name, own in said["splits"].items())
+    figure.suptitle(f"{data.folder.name}: {totals} fragments of {data.seq_length:,} bases")
+    bases = _bases_by_group(data, found)
+    _composition(axes["composition"], bases)
+    _distribution(axes["gc"], {group: _gc(rows) for group, rows in bases.items()})
+    axes["gc"].set(title="G and C of each fragment, N apart", xlabel="share of G and C")
+    _distribution(
+        axes["n"], {group: rows[:, -1] / data.seq_length for group, rows in bases.items()}
+    )
+    axes["n"].set(title="N of each fragment", xlabel="share of N", yscale="log")
+    _strands(axes["strands"], said)
+    _sources(axes["sources"], said)
+    beside = out.with_name(f".{out.stem}.new{out.suffix}")
+    figure.savefig(beside, dpi=120)
+    beside.replace(out)
+
+
+def _bases_by_group(data: DataSet, found: dict[str, SplitContents]) -> dict[str, np.ndarray]:
+    """A, C, G, T and N of the fragments looked at, of all splits: [n, 5] for each group."""
+    groups = np.array([sequence.source.split("/")[0] for sequence in data.sequences])
+    return {
+        group: np.concatenate(
+            [split.bases[groups[split.looked_at] == group] for split in found.values()]
+        )
+        for group in data.facts.groups
+    }
+
+
+def _gc(bases: np.ndarray) -> np.ndarray:
+    """The share of G and C in each fragment that has a base but N."""
+    known = bases[:, :4].sum(axis=1)
+    there = known > 0
+    return (bases[there, 1] + bases[there, 2]) / known[there]
+
+
+def _composition(axes: Axes, bases: dict[str, np.ndarray]) -> None:
+    width = 0.8 / len(bases)
+    for place, (group, rows) in enumerate(bases.items()):
+        shares = rows.sum(axis=0) / max(rows.sum(), 1)
+        left = np.arange(len(BASES)) + (place - (len(bases) - 1) / 2) * width
+        bars = axes.bar(left, shares, width, label=group, color=f"C{place}")
+        axes.bar_label(bars, [f"{100 * share:.1f}" for share in shares], fontsize=7)
+    axes.set_xticks(range(len(BASES)), BASES)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title("Composition, %")
+    _tidy(axes)
+
+
+def _distribution(axes: Axes, shares: dict[str, np.ndarray]) -> None:
+    """Fragments by a share, a curve for each group, on common bins."""
+    top = max((values.max() for values in shares.values() if len(values)), default=0)
+    bottom = min((values.min() for values in shares.values() if len(values)), default=0)
+    bins = np.linspace(bottom, max(top, bottom + 0.01), 51)
+    for place, (group, values) in enumerate(shares.items()):
+        axes.hist(values, bins, histtype="step", linewidth=1.6, color=f"C{place}", label=group)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel("fragments looked at")
+    _tidy(axes)
+
+
+def _strands(axes: Axes, said: dict[str, Any]) -> None:
+    rows = [
+        (f"{group}\n{name}", own[name]["strands"])
+        for group, own in said["groups"].items()
+        for name in said["splits"]
+    ]
+    names = [name for name, _ in rows]
+    left = np.zeros(len(rows))
+    for strand, label, colour in (("+", "forward", "#4c8c5c"), ("-", "reverse", "#c98a3d")):
+        shares = [strands[strand] / max(sum(strands.values()), 1) for _, strands in rows]
+        axes.barh(names, shares, left=left, color=colour, label=label)
+        left += shares
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title("Strands")
+    axes.invert_yaxis()
+    _tidy(axes, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+
+
+def _sources(axes: Axes, said: dict[str, Any]) -> None:
+    """A bar for each source in its group's colour, the validation part paler; the largest ones."""
+    colours = {group: f"C{place}" for place, group in enumerate(said["groups"])}
+    sources = said["sources"]
+    shown = sorted(sources, key=lambda key: -_fragments(sources[key], said))[:MOST_SOURCES]
+    colour = [colours[key.split("/")[0]] for key in shown]
+    left = np.zeros(len(shown))
+    for place, name in enumerate(said["splits"]):
+        counts = [sources[key][name]["fragments"] for key in shown]
+        axes.barh(shown, counts, left=left, color=colour, alpha=1 - 0.5 * place, label=name)
+        left += counts
+    rest = len(sources) - len(shown)
+    axes.set_title("Fragments by source" + (f" ({rest} smaller ones left out)" if rest else ""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.invert_yaxis()
+    _tidy(axes)
+
+
+def _fragments(source: dict[str, Any], said: dict[str, Any]) -> int:
+    return sum(source[name]["fragments"] for name in said["splits"])
+
+
+def _tidy(axes: Axes, **legend: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, **legend)
