@@ -76,6 +76,11 @@ class DataConfig(Section):
     reverse_complement: Fraction = Field(
         0.0, description="share of the fragments written as reverse complement, both splits alike"
     )
+    workers: Positive | None = Field(
+        None,
+        description="processes that read the sources; null: the usable cores, at most a source "
+        "each. The data set is the same",
+    )
     groups: dict[Name, Group] = Field(min_length=1, description="parts of the mix by name")
 
     @model_validator(mode="after")
