@@ -70,7 +70,13 @@ def build(
     settings = load_config(config, words, DataConfig)
     start = time.perf_counter()
     with Display(Console(stderr=True)) as display:
-        manifest = build_data_set(settings, config.parent, overwrite, display.report, display.say)
+        try:
+            manifest = build_data_set(
+                settings, config.parent, overwrite, display.report, display.say
+            )
+        except KeyboardInterrupt:
+            display.say("interrupted; the same command goes on from here")
+            raise typer.Exit(130) from None
     if manifest is None:
         print(f"{settings.output} is up to date")
         return

@@ -13,6 +13,8 @@ from gengram_megatron.tokenizer import PIECES, DnaTokenizer
 
 N = PIECES.index("N")
 
+LONGEST_HEADER = 1 << 20
+
 BLANKS = b" \t\r\n\v\f"
 """What may stand between bases, or in an empty line."""
 
@@ -28,7 +30,7 @@ class Piece:
 
 
 def read_pieces(path: Path, multiple: int, file: Hashed | None = None) -> Iterator[Piece]:
-    """All bases of a file in pieces of about 1 MB, so that no record need fit in memory.
+    """All bases of a file in small pieces, so that no record need fit in memory.
 
     The pieces of a record follow each other, and but for its last one each has a multiple of
     `multiple` bases. Reads plain, gzip, bgzip, bzip2, xz and zstd files, through `file` if that
@@ -113,14 +115,20 @@ def _parts(path: Path, file: Hashed | None) -> Iterator[tuple[bytes | None, byte
     lines. Lines may be cut anywhere, headers are whole."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    with unpacked(path, file) as text:
+    with unpacked(path, file) as unpacked_file:
         begun = False
         held = b"\n"  # what the next block decides on: a '>' after this begins a record
-        while block := text.read(BLOCK):
-            lines, *records = (held + block).split(b"\n>")
+        while block := unpacked_file.read(BLOCK):
+            text = held + block
+            # To look for one character alone is many times as fast.
+            lines, *records = text.split(b"\n>") if b">" in text else (text,)
             held = b"\n" if block.endswith(b"\n") else b""
             if records and b"\n" not in records[-1]:  # a header that may go on
                 held = b"\n>" + records.pop()
+                if len(held) > LONGEST_HEADER:
+                    raise UserError(
+                        f"{path} is not a FASTA file: a header has more than {LONGEST_HEADER:,} bytes"
+                    )
             if begun:
                 yield None, lines
             elif lines.strip(BLANKS):

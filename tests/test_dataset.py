@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.manifest import write_manifest
 from data_prep.schema import DataConfig
-from data_prep.write import SplitWriter
+from data_prep.write import SplitWriter, prepare_split
 from gengram_megatron.data.batches import microbatches
 from gengram_megatron.data.dataset import FragmentDataset
 from gengram_megatron.data.order import SampleOrder
@@ -31,6 +31,7 @@ def folder(tmp_path, fragments) -> Path:
     folder = tmp_path / "dataset"
     folder.mkdir()
     for split, part in (("train", fragments[:30]), ("validation", fragments[30:])):
+        prepare_split(folder, split, len(part), LENGTH + 1)
         with SplitWriter(folder, split) as writer:
             starts = np.arange(len(part)) * LENGTH
             writer.add(part, 0, starts, np.zeros(len(part), dtype=bool))
