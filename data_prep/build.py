@@ -49,7 +49,8 @@ def build(
         with work_on(output) as work:
             surveys = _survey(sources, config, work, workers, report, say)
             _check_twins(surveys)
-            fates = _mix(sources, surveys, config)
+            _say_what_was_missing(sources, surveys, config, say)
+            fates = _mix(sources, surveys, config, say)
             _write(sources, surveys, fates, config, work, workers, report, say)
             counts = _counts(sources, surveys, fates, config)
             found = manifest.write_manifest(work.data, config, *counts)
@@ -134,8 +135,24 @@ def _check_twins(surveys: dict[str, Survey]) -> None:
             raise UserError(f"sources {twin} and {key} are the same file, byte for byte")
 
 
+def _say_what_was_missing(
+    sources: list[Input], surveys: dict[str, Survey], config: DataConfig, say: Say
+) -> None:
+    """Name the sources to which a rule of the config does not apply, for lack of what it needs."""
+    without = [it.key for it in sources if "without_annotation" in surveys[it.key].facts["genes"]]
+    if without:
+        say(f"without annotation, so that gene_distance cannot apply: {', '.join(without)}")
+    whole = [
+        source.key
+        for source in sources
+        if source.settings.validation_headers and not surveys[source.key].facts["held_out_bases"]
+    ]
+    if whole:
+        say(f"no header is like validation_headers, so nothing is held out: {', '.join(whole)}")
+
+
 def _mix(
-    sources: list[Input], surveys: dict[str, Survey], config: DataConfig
+    sources: list[Input], surveys: dict[str, Survey], config: DataConfig, say: Say
 ) -> dict[str, np.ndarray]:
     """The fates of each source's fragments once the groups are balanced."""
     groups = {
@@ -143,7 +160,10 @@ def _mix(
         for group in config.groups
     }
     weights = {name: group.weight for name, group in config.groups.items()}
-    mix.balance(groups, weights, config.seed, config.seq_length + 1, config.total_tokens)
+    tokens, total = config.seq_length + 1, config.total_tokens
+    fewer = mix.balance(groups, weights, config.seed, tokens, total, config.allow_fewer)
+    if fewer:
+        say(f"{fewer}; all that there are is taken")
     fates = {}
     for source in sources:
         count = len(surveys[source.key].fates)

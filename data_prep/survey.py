@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import fragment, genes, split
+from data_prep.chromosomes import with_chromosomes
 from data_prep.compressed import Hashed
 from data_prep.fasta import Piece, read_pieces
 from data_prep.fragment import Record
@@ -50,16 +51,25 @@ def survey(source: Input, advance: Advance, config: DataConfig) -> Survey:
     """Read a source, and decide for each fragment what the source alone decides."""
     stamps = source.stamps()
     facts, records, composition = _read(source, config.seq_length, advance)
+    if "chromosomes" in source.files:
+        records = with_chromosomes(records, source.files["chromosomes"])
     bases = sum(record.length for record in records)
     if composition["N"] == bases:
         raise UserError(f"{source.path} has no base but N")
     fragment.check_longest(source.path, records, config.seq_length)
-    fates, found_genes = _fates(source, config, records)
-    if source.annotation is not None:
-        facts["annotation"] = file_facts(source.annotation)
+    held_out = split.held_out(source.settings, config.validation, records)
+    fates = [split.assign(record, held_out, config.seq_length) for record in records]
+    found_genes = _drop(fates, source, config, records)
+    facts |= {key: file_facts(path) for key, path in source.files.items() if key != "fasta"}
+    held_out_bases = sum(end - start for spans in held_out.values() for start, end in spans)
     check_unchanged(source, stamps)
     return Survey(
-        facts={**facts, "genes": found_genes, "composition": composition},
+        facts={
+            **facts,
+            "genes": found_genes,
+            "composition": composition,
+            "held_out_bases": held_out_bases,
+        },
         names=[record.name for record in records],
         lengths=np.array([record.length for record in records], dtype=np.int64),
         fates=np.concatenate(fates),
@@ -107,23 +117,20 @@ def _n_bases(piece: Piece, seq_length: int, total: int) -> np.ndarray:
     return fragment.count_n(piece.ids, seq_length)
 
 
-def _fates(
-    source: Input, config: DataConfig, records: list[Record]
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """The fate of each record's fragments as far as the source decides it, and what the manifest
-    says of its genes."""
-    regions = split.held_out(source.settings, config.validation, records)
-    fates = [split.assign(record, regions, config.seq_length) for record in records]
+def _drop(
+    fates: list[np.ndarray], source: Input, config: DataConfig, records: list[Record]
+) -> dict[str, Any]:
+    """Give the fragments of each record that the config does not want their fate, of those still
+    in a split; returns what the manifest says of the genes."""
     for record, fate in zip(records, fates):
         fragment.drop_n(fate, record, config.seq_length, config.max_n_fraction)
     if config.gene_distance is None:
-        return fates, {}
-    found = genes.drop_far(
+        return {}
+    return genes.drop_far(
         fates,
         records,
         source.settings,
-        source.annotation,
+        source.files.get("annotation"),
         config.seq_length,
         config.gene_distance,
     )
-    return fates, found

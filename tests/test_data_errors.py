@@ -129,7 +129,7 @@ def test_sources_are_relative_to_the_config(folder, monkeypatch, capsys):
                 "groups.apes.sources.b.validation_records=[r1]",
                 "groups.apes.sources.b.validation=0.5",
             ],
-            "give one of validation, validation_records and validation_regions",
+            "give one of validation, validation_records, validation_regions, validation_headers",
         ),
         (["validation=0"], "for the validation split and needs at least 1"),
         (["groups.apes.weight=1000"], "needs at least 1000"),

@@ -167,5 +167,8 @@ def test_a_total_that_the_sources_do_not_hold():
         "total_tokens is 1,000, and the sources hold fewer for the train split: "
         "group human has 300 tokens of 500 (would be repeated 1.67 times); "
         "group apes has 1,000 tokens of 500 (enough); "
-        "add sources, ask for at most 600, or set total_tokens to null for all that there are"
+        "add sources, ask for at most 600, or set allow_fewer to true for all that there are"
     )
+    said = balance(fates, {"human": 1, "apes": 1}, 1, 10, 1000, allow_fewer=True)
+    assert str(refused.value).startswith(f"{said}; add sources")
+    assert [np.count_nonzero(fate == Fate.TRAIN) for fate in fates.values()] == [30, 30]
