@@ -1,13 +1,13 @@
 """Genes of an annotation file: GTF, GFF3 or BED."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from xopen import xopen
 
-from data_prep.compressed import reading
+from data_prep.compressed import reading, unpacked
 from gengram_megatron.errors import UserError
 
 GENES = ("gene", "ncRNA_gene", "pseudogene")
@@ -52,8 +52,8 @@ def _lines_of(path: Path) -> Iterator[Line]:
             f"{path} is no annotation by its name, which must end in "
             ".gtf, .gff3, .gff or .bed, with or without that of a compression"
         )
-    with xopen(path, "rt", threads=0, encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
+    with unpacked(path) as file:
+        for number, text in enumerate(io.TextIOWrapper(file, encoding="utf-8"), 1):
             if text.startswith("##FASTA"):  # GFF3 may end in the sequence itself
                 return
             if text.startswith("#") or not text.strip():

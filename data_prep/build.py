@@ -1,200 +1,251 @@
 """A whole build, in the order in which it happens.
 
 Every source is read twice: once to lay its grid and count, then, when the fate of each fragment
-is known, to write. So only one record's bases are in memory at a time.
+is known, to write. Between the two the place of each fragment in the data set is known, so each
+source is written to its own place, in any order and by any process.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal
 
-from data_prep import fragment, genes, manifest, mix, split, strand
-from data_prep.fasta import read_fasta
-from data_prep.fragment import Fate, Record
-from data_prep.origins import write_records
-from data_prep.publish import published
-from data_prep.schema import DataConfig, Source
-from data_prep.write import SplitWriter
+from data_prep import manifest, mix
+from data_prep.fragment import Fate
+from data_prep.origins import ORIGIN, write_records
+from data_prep.schema import DataConfig
+from data_prep.sources import Input, inputs
+from data_prep.survey import Survey, survey
+from data_prep.work import Work, work_on
+from data_prep.workers import Advance, Workers
+from data_prep.write import INDEX_BYTES, SPLITS, Part, prepare_split, write_part
 from gengram_megatron.errors import UserError
-from gengram_megatron.tokenizer import BASE_IDS, BASES
-
-SPLITS = {"train": Fate.TRAIN, "validation": Fate.VALIDATION}
 
 Report = Callable[[str, int], None]
 """Is told what is being done, and how many more bases it was done to."""
 
-
-@dataclass
-class Reading:
-    """A source and what is found out about it on the way."""
-
-    group: str
-    name: str
-    path: Path
-    annotation: Path | None
-    settings: Source
-    facts: dict[str, Any] = field(default_factory=dict)  # sizes and checksums
-    genes: dict[str, Any] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
-    composition: np.ndarray = field(default_factory=lambda: np.zeros(len(BASES), dtype=np.int64))
-    fates: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
-
-    @property
-    def key(self) -> str:
-        """The source's name in the whole data set."""
-        return f"{self.group}/{self.name}"
+Say = Callable[[str], None]
+"""Is told, in a sentence, what the user should know."""
 
 
 def build(
-    config: DataConfig, config_folder: Path, overwrite: bool, report: Report
+    config: DataConfig,
+    config_folder: Path,
+    overwrite: bool,
+    report: Report,
+    say: Say = lambda text: None,
 ) -> dict[str, Any] | None:
     """Build the data set and return its manifest; None if it is there and up to date."""
     output = Path(config.output).absolute()
-    sources = list(_sources(config, config_folder))
-    _checksum(sources, report)
-    if output.exists() and _keep(output, config, sources, overwrite):
-        return None
-    for source in sources:
-        _survey(source, config, report)
-    _mix(sources, config)
-    with published(output, replace=overwrite) as folder:
-        _write(folder, sources, config, report)
-        return manifest.write_manifest(folder, config, *_counts(sources, config))
+    sources = inputs(config, config_folder)
+    with Workers(_worker_count(config, len(sources))) as workers:
+        if output.exists() and _keep(output, config, sources, overwrite, workers, report):
+            return None
+        with work_on(output) as work:
+            surveys = _survey(sources, config, work, workers, report, say)
+            _check_twins(surveys)
+            _say_what_was_missing(sources, surveys, config, say)
+            fates = _mix(sources, surveys, config, say)
+            _write(sources, surveys, fates, config, work, workers, report, say)
+            counts = _counts(sources, surveys, fates, config)
+            found = manifest.write_manifest(work.data, config, *counts)
+            work.publish(replace=overwrite)
+            return found
 
 
-def _sources(config: DataConfig, folder: Path) -> Iterator[Reading]:
-    for group_name, group in config.groups.items():
-        for name, settings in group.sources.items():
-            used = config.gene_distance is not None and settings.annotation is not None
-            annotation = folder / settings.annotation if used else None
-            yield Reading(group_name, name, folder / settings.fasta, annotation, settings)
+def _worker_count(config: DataConfig, sources: int) -> int:
+    return min(config.workers or len(os.sched_getaffinity(0)), sources)
 
 
-def _checksum(sources: list[Reading], report: Report) -> None:
-    """Checksums of all sources, before any work: they tell whether there is any to do."""
-    known: dict[str, str] = {}
-    for source in sources:
-        report(f"checksum of {source.key}", 0)
-        source.facts = _facts(source.path, source.key)
-        if source.annotation is not None:
-            source.facts["annotation"] = _facts(source.annotation, source.key)
-        twin = known.setdefault(source.facts["sha256"], source.key)
-        if twin != source.key:
-            raise UserError(f"sources {twin} and {source.key} are the same file, byte for byte")
-
-
-def _facts(path: Path, source: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file (source {source})")
-    try:
-        return manifest.file_facts(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _keep(output: Path, config: DataConfig, sources: list[Reading], overwrite: bool) -> bool:
+def _keep(
+    output: Path,
+    config: DataConfig,
+    sources: list[Input],
+    overwrite: bool,
+    workers: Workers,
+    report: Report,
+) -> bool:
     """Whether the output that exists is to stay. Refuses where that is not for us to decide."""
     if not (output / manifest.MANIFEST).is_file():
         raise UserError(f"{output} exists and is not a data set; give another output")
     if overwrite:
         return False
-    how = manifest.difference(output, config, {source.key: source.facts for source in sources})
+    how = manifest.difference(output, config, partial(_checksums, sources, workers, report))
     if how is None:
         return True
     raise UserError(f"{output} {how}; give another output, or --overwrite to replace it")
 
 
-def _survey(source: Reading, config: DataConfig, report: Report) -> None:
-    """First reading: records, composition, and the fate of fragments before the mix."""
-    for name, ids in read_fasta(source.path):
-        source.records.append(fragment.survey(name, ids, config.seq_length))
-        source.composition += [np.count_nonzero(ids == base) for base in BASE_IDS]
-        report(f"looking over {source.key}", len(ids))
-    fragment.check_longest(source.path, source.records, config.seq_length)
-    regions = split.held_out(source.settings, config.validation, source.records)
-    fates = [split.assign(record, regions, config.seq_length) for record in source.records]
-    for record, fate in zip(source.records, fates):
-        fragment.drop_n(fate, record, config.seq_length, config.max_n_fraction)
-    if config.gene_distance is not None:
-        source.genes = genes.drop_far(
-            fates,
-            source.records,
-            source.settings,
-            source.annotation,
-            config.seq_length,
-            config.gene_distance,
+def _checksums(
+    sources: list[Input], workers: Workers, report: Report
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Sizes and checksums of the files of all sources."""
+    found = workers.run(_facts, sources, partial(report, "checking the sources"))
+    return {source.key: facts for source, facts in found}
+
+
+def _facts(source: Input, advance: Advance) -> dict[str, Any]:
+    facts = {}
+    for kind, path in source.files.items():
+        facts[kind] = manifest.file_facts(path)
+        advance(0)
+    return {**facts.pop("fasta"), **facts}
+
+
+def _survey(
+    sources: list[Input],
+    config: DataConfig,
+    work: Work,
+    workers: Workers,
+    report: Report,
+    say: Say,
+) -> dict[str, Survey]:
+    """First reading, of the sources that no earlier start has read: the largest come first, so
+    that no worker is left with one at the end."""
+    settings = config.model_dump(mode="json", include=set(SURVEYED))
+    surveys = {source.key: work.survey_of(source, settings) for source in sources}
+    left = [source for source in sources if surveys[source.key] is None]
+    if len(left) < len(sources):
+        say(
+            f"going on from {work.folder}: {len(sources) - len(left)} of {len(sources)} sources "
+            "were looked over"
         )
-    source.fates = np.concatenate(fates)
+    left.sort(key=lambda source: source.path.stat().st_size, reverse=True)
+    doing = partial(report, "looking over")
+    for source, found in workers.run(partial(survey, config=config), left, doing):
+        work.keep_survey(source, settings, found)
+        surveys[source.key] = found
+    return surveys
 
 
-def _mix(sources: list[Reading], config: DataConfig) -> None:
-    """Balance the groups; each source's fates become its part of its group's."""
-    fates = {
-        group: np.concatenate([source.fates for source in sources if source.group == group])
+SURVEYED = ("seq_length", "max_n_fraction", "validation", "gene_distance")
+"""The keys of the data set, beside those of the source, that a survey hangs on."""
+
+
+def _check_twins(surveys: dict[str, Survey]) -> None:
+    known: dict[str, str] = {}
+    for key, found in surveys.items():
+        twin = known.setdefault(found.facts["sha256"], key)
+        if twin != key:
+            raise UserError(f"sources {twin} and {key} are the same file, byte for byte")
+
+
+def _say_what_was_missing(
+    sources: list[Input], surveys: dict[str, Survey], config: DataConfig, say: Say
+) -> None:
+    """Name the sources to which a rule of the config does not apply, for lack of what it needs."""
+    without = [it.key for it in sources if "without_annotation" in surveys[it.key].facts["genes"]]
+    if without:
+        say(f"without annotation, so that gene_distance cannot apply: {', '.join(without)}")
+    whole = [
+        source.key
+        for source in sources
+        if source.settings.validation_headers and not surveys[source.key].facts["held_out_bases"]
+    ]
+    if whole:
+        say(f"no header is like validation_headers, so nothing is held out: {', '.join(whole)}")
+
+
+def _mix(
+    sources: list[Input], surveys: dict[str, Survey], config: DataConfig, say: Say
+) -> dict[str, np.ndarray]:
+    """The fates of each source's fragments once the groups are balanced."""
+    groups = {
+        group: np.concatenate([surveys[it.key].fates for it in sources if it.group == group])
         for group in config.groups
     }
     weights = {name: group.weight for name, group in config.groups.items()}
-    mix.balance(fates, weights, config.seed, config.seq_length + 1, config.total_tokens)
-    for group, fate in fates.items():
-        for source in (source for source in sources if source.group == group):
-            source.fates, fate = np.split(fate, [len(source.fates)])
+    tokens, total = config.seq_length + 1, config.total_tokens
+    fewer = mix.balance(groups, weights, config.seed, tokens, total, config.allow_fewer)
+    if fewer:
+        say(f"{fewer}; all that there are is taken")
+    fates = {}
+    for source in sources:
+        count = len(surveys[source.key].fates)
+        fates[source.key], groups[source.group] = np.split(groups[source.group], [count])
+    return fates
 
 
-def _write(folder: Path, sources: list[Reading], config: DataConfig, report: Report) -> None:
-    """Second reading: write the fragments in the order of the sources."""
-    rows: list[tuple[str, str, int]] = []
-    with ExitStack() as stack:
-        writers = {
-            fate: stack.enter_context(SplitWriter(folder, name)) for name, fate in SPLITS.items()
-        }
-        for source in sources:
-            fates = source.fates
-            for record, (name, ids) in zip(source.records, read_fasta(source.path), strict=True):
-                if (name, len(ids)) != (record.name, record.length):
-                    raise UserError(f"{source.path} was changed while it was read")
-                here, fates = np.split(fates, [len(record.n_bases)])
-                share = config.reverse_complement
-                reverse = strand.draw(config.seed, source.key, name, len(here), share)
-                for fate, writer in writers.items():
-                    chosen = np.flatnonzero(here == fate)
-                    fragments = fragment.grid(ids, config.seq_length)[chosen]
-                    turned = strand.turn(fragments, reverse[chosen])
-                    writer.add(turned, len(rows), chosen * config.seq_length, reverse[chosen])
-                rows.append((source.key, name, len(ids)))
-                report(f"writing {source.key}", len(ids))
-    write_records(folder, rows)
+def _write(
+    sources: list[Input],
+    surveys: dict[str, Survey],
+    fates: dict[str, np.ndarray],
+    config: DataConfig,
+    work: Work,
+    workers: Workers,
+    report: Report,
+    say: Say,
+) -> None:
+    """Second reading: the fragments of each source go to their place, in the order of the
+    sources."""
+    parts = _parts(sources, surveys, fates)
+    counts = {
+        split: sum(int(np.count_nonzero(fate == kept)) for fate in fates.values())
+        for split, kept in SPLITS.items()
+    }
+    plan = [manifest.settings_of(config), [surveys[source.key].facts for source in sources]]
+    work.prepare_data(plan, partial(_prepare, counts=counts, config=config))
+    left = [part for part in parts if not work.is_written(part.source)]
+    if len(left) < len(parts):
+        say(f"{len(parts) - len(left)} of {len(parts)} sources were written")
+    left.sort(key=lambda part: len(part.fates), reverse=True)
+    write = partial(write_part, folder=work.data, config=config)
+    for part, _ in workers.run(write, left, partial(report, "writing")):
+        work.mark_written(part.source)
+    rows = [
+        (source.key, name, length)
+        for source in sources
+        for name, length in zip(surveys[source.key].names, surveys[source.key].lengths.tolist())
+    ]
+    write_records(work.data, rows)
+
+
+def _parts(
+    sources: list[Input], surveys: dict[str, Survey], fates: dict[str, np.ndarray]
+) -> list[Part]:
+    """What each source adds to the data set, and where."""
+    parts, row, first = [], 0, dict.fromkeys(SPLITS, 0)
+    for source in sources:
+        found, fate = surveys[source.key], fates[source.key]
+        parts.append(Part(source, found, fate, row, dict(first)))
+        row += len(found.names)
+        for split, kept in SPLITS.items():
+            first[split] += int(np.count_nonzero(fate == kept))
+    return parts
+
+
+def _prepare(folder: Path, counts: dict[str, int], config: DataConfig) -> None:
+    """Make the data set's files in their full size, if the disk has room for them."""
+    tokens = config.seq_length + 1
+    needed = sum(counts.values()) * (tokens + ORIGIN.itemsize + INDEX_BYTES)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{config.output} will take {decimal(needed)} and its disk has {decimal(free)} of "
+            "free space; make room, give another output, or set total_tokens"
+        )
+    for split, count in counts.items():
+        prepare_split(folder, split, count, tokens)
 
 
 def _counts(
-    sources: list[Reading], config: DataConfig
+    sources: list[Input],
+    surveys: dict[str, Survey],
+    fates: dict[str, np.ndarray],
+    config: DataConfig,
 ) -> tuple[dict[str, dict], dict[str, dict], dict[str, dict]]:
     """What the manifest says of sources, groups and splits."""
-    tokens = config.seq_length + 1
     of_source, of_group = {}, {group: {} for group in config.groups}
     for source in sources:
-        bases = sum(record.length for record in source.records)
-        fates = np.bincount(source.fates, minlength=len(Fate)).tolist()
-        counts = {
-            "records": len(source.records),
-            "bases": bases,
-            "remainder_bases": bases - len(source.fates) * config.seq_length,
-            "fragments": len(source.fates),
-            **{fate.name.lower(): fates[fate] for fate in Fate},
-            "train_tokens": fates[Fate.TRAIN] * tokens,
-            "validation_tokens": fates[Fate.VALIDATION] * tokens,
-        }
-        composition = dict(zip(BASES, source.composition.tolist()))
-        of_source[source.key] = {
-            "fasta": source.settings.fasta,
-            **source.facts,
-            "genes": source.genes,
-            "composition": composition,
-            **counts,
-        }
+        found = surveys[source.key]
+        counts = _source_counts(found, fates[source.key], config.seq_length)
+        facts = {"fasta": source.settings.fasta, **found.facts}
+        of_source[source.key] = {**facts, **counts}
         sums = of_group[source.group]
         sums.update({name: sums.get(name, 0) + count for name, count in counts.items()})
     of_split = {
@@ -205,3 +256,16 @@ def _counts(
         for name in SPLITS
     }
     return of_source, of_group, of_split
+
+
+def _source_counts(found: Survey, fates: np.ndarray, seq_length: int) -> dict[str, int]:
+    bases = int(found.lengths.sum())
+    kept = np.bincount(fates, minlength=len(Fate)).tolist()
+    return {
+        "records": len(found.names),
+        "bases": bases,
+        "remainder_bases": bases - len(fates) * seq_length,
+        "fragments": len(fates),
+        **{fate.name.lower(): kept[fate] for fate in Fate},
+        **{f"{split}_tokens": kept[fate] * (seq_length + 1) for split, fate in SPLITS.items()},
+    }

@@ -1,21 +1,13 @@
 """The command `gengram-data`."""
 
 import sys
-import time
-from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from data_prep.build import build as build_data_set
+from data_prep.build_command import build
 from data_prep.download.command import download
 from data_prep.inspect.command import inspect
-from data_prep.schema import DataConfig
 from data_prep.verify.command import verify
-from gengram_megatron.config.arguments import ConfigFile, Overrides
-from gengram_megatron.config.load import load_config
 from gengram_megatron.errors import UserError
 
 app = typer.Typer(
@@ -27,6 +19,7 @@ app = typer.Typer(
 
 
 app.command()(download)
+app.command()(build)
 app.command()(inspect)
 app.command()(verify)
 
@@ -34,111 +27,6 @@ app.command()(verify)
 @app.callback()
 def commands() -> None:
     """Turn genomes into data sets for pretraining."""
-
-
-@app.command()
-def build(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace a data set of other settings")
-    ] = False,
-) -> None:
-    """Cut FASTA files into fragments and write a data set.
-
-    Each record is cut on a grid into fragments of seq_length bases; a fragment and an
-    end-of-document token make one document and one training sample. Letter case is folded and
-    IUPAC's ambiguity codes are read as N. The groups are mixed by their weights, exactly, without
-    repeating a fragment. The end of each file (or the records or regions you name) is held out
-    for validation; fragments that cross that border are dropped.
-
-    A config in full:
-
-    \b
-        output: datasets/apes        # relative to the current folder
-        seq_length: 8192
-        seed: 1234                   # decides what the mix leaves out, and strands
-        validation: 0.05             # share held out at the end of each file
-        max_n_fraction: 0.1          # fragments with more N are dropped
-        gene_distance: 5120          # fragments farther than this from every gene are dropped
-        total_tokens: 50000000000    # of the train split, at most; left out: all there are
-        reverse_complement: 0        # share of fragments written as the other strand
-        groups:
-          human:
-            weight: 1
-            sources:
-              chm13:
-                fasta: genomes/chm13.fa.gz
-                validation_records: [chr20]
-                annotation: genomes/chm13.gff3.gz
-          apes:
-            weight: 1
-            sources:
-              gorilla:
-                fasta: genomes/gorilla.fa.gz
-                validation_regions: ["chr20:1-5000000"]
-                without_annotation: keep
-
-    A relative fasta or annotation is looked for from the folder of CONFIG, also when it comes
-    from a base file or from the command line. The output appears only when it is complete; if it
-    exists and is up to date, nothing is done.
-    """
-    settings = load_config(config, overrides or [], DataConfig)
-    start = time.perf_counter()
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.fields[mbp]:.1f} Mbp"))
-    quiet = not console.is_terminal  # a log file needs no spinner
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=quiet
-    ) as progress:
-        task = progress.add_task("starting", mbp=0.0)
-
-        def report(doing: str, bases: int) -> None:
-            before = progress.tasks[task]
-            done = before.fields["mbp"] if before.description == doing else 0.0
-            progress.update(task, description=doing, mbp=done + bases / 1e6)
-
-        manifest = build_data_set(settings, config.parent, overwrite, report)
-    if manifest is None:
-        print(f"{settings.output} is up to date")
-        return
-    Console().print(_summary(manifest))
-    print(f"wrote {settings.output} in {time.perf_counter() - start:.1f} s")
-
-
-def _summary(manifest: dict) -> Table:
-    """Where the fragments of each source and group went."""
-    length = manifest["settings"]["seq_length"]
-    table = Table(title=f"Fragments of {length:,} bases, and where they went")
-    table.add_column("", no_wrap=True)
-    columns = {
-        "all": ("fragments",),
-        "train": ("train",),
-        "valid.": ("validation",),
-        "N": ("too_many_n",),
-        "border": ("straddles",),
-        "genes": ("far_from_genes",),
-        "mix": ("left_out_of_train", "left_out_of_validation"),
-        "rest, bp": ("remainder_bases",),
-    }
-    table.caption = (
-        "dropped: N, too many of it; border, crossing that of the validation split; genes, too "
-        "far from them; mix, left out for the groups' weights; rest, bases at record ends too few "
-        "for a fragment"
-    )
-    for name in columns:
-        table.add_column(name, justify="right")
-    for group, sums in manifest["groups"].items():
-        parts = {
-            key: counts
-            for key, counts in manifest["sources"].items()
-            if key.startswith(f"{group}/")
-        }
-        for name, counts in {**parts, group: sums}.items():
-            cells = [f"{sum(counts[key] for key in keys):,}" for keys in columns.values()]
-            table.add_row(name, *cells, style="bold" if name == group else None)
-        table.add_section()
-    return table
 
 
 def main() -> None:

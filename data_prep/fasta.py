@@ -1,57 +1,142 @@
-"""FASTA files, record by record, as token ids."""
+"""FASTA files, piece by piece, as token ids."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-import dnaio
 import numpy as np
 
-from data_prep.compressed import reading
+from data_prep.compressed import BLOCK, Hashed, reading, unpacked
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import PIECES, DnaTokenizer
 
 N = PIECES.index("N")
 
+LONGEST_HEADER = 1 << 20
+
+BLANKS = b" \t\r\n\v\f"
+"""What may stand between bases, or in an empty line."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bases of a record from `start` on, counted from 0, as token ids."""
+
+    name: str  # of the record: the first word of its header
+    header: str  # without the '>'
+    start: int
+    ids: np.ndarray
+
+
+def read_pieces(path: Path, multiple: int, file: Hashed | None = None) -> Iterator[Piece]:
+    """All bases of a file in small pieces, so that no record need fit in memory.
+
+    The pieces of a record follow each other, and but for its last one each has a multiple of
+    `multiple` bases. Reads plain, gzip, bgzip, bzip2, xz and zstd files, through `file` if that
+    reads `path`. Raises UserError, at the place where it is found, for a file that is missing,
+    damaged, not FASTA or not DNA, and for records that are empty or share a name (then no
+    coordinate would be certain).
+    """
+    record: _Record | None = None
+    names: set[str] = set()
+    with reading(path, "a FASTA file"):
+        for header, lines in _parts(path, file):
+            if header is not None:
+                yield from record.rest() if record else ()
+                record = _Record(path, header.decode().strip(), multiple, names)
+            yield from record.add(lines)
+        yield from record.rest() if record else ()
+    if record is None:
+        raise UserError(f"{path} is empty: it has no FASTA records")
+
 
 def read_fasta(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Each record's name (the first word of its header) and token ids, one record in memory.
+    """Each record's name and token ids, the whole record in memory; errors as of read_pieces."""
+    for name, pieces in groupby(read_pieces(path, 1), key=lambda piece: piece.name):
+        yield name, np.concatenate([piece.ids for piece in pieces])
 
-    Reads plain, gzip, bgzip, bzip2, xz and zstd files. Raises UserError, at the place where it is
-    found, for a file that is missing, damaged, not FASTA or not DNA, and for records that are
-    empty or share a name (then no coordinate would be certain).
-    """
-    seen: set[str] = set()
-    only_n = True
-    for header, sequence in _parse(path):
-        name = header.split()[0] if header.split() else ""
-        if not name:
-            raise UserError(f"{path}: record {len(seen) + 1} has no name after its '>'")
-        if name in seen:
-            raise UserError(f"{path}: two records are named {name}; names must be unique")
-        if not sequence:
-            raise UserError(f"{path}: record {name} has no bases")
-        seen.add(name)
+
+class _Record:
+    """A record that is being read; bases that make no whole multiple yet wait for more."""
+
+    def __init__(self, path: Path, header: str, multiple: int, names: set[str]):
+        self._path, self._header, self._multiple = path, header, multiple
+        self._name = header.split()[0] if header else ""
+        if not self._name:
+            raise UserError(f"{path}: record {len(names) + 1} has no name after its '>'")
+        if self._name in names:
+            raise UserError(f"{path}: two records are named {self._name}; names must be unique")
+        names.add(self._name)
+        self._start = 0  # of the bases that wait
+        self._waiting: list[np.ndarray] = []
+        self._count = 0  # how many wait
+
+    def add(self, lines: bytes) -> Iterator[Piece]:
+        """The piece that these further lines of the record complete, if they do."""
+        ids = self._encoded(lines)
+        self._waiting.append(ids)
+        self._count += len(ids)
+        if self._count >= self._multiple:
+            yield self._piece(self._count - self._count % self._multiple)
+
+    def rest(self) -> Iterator[Piece]:
+        """The last piece, if there is one."""
+        if self._start + self._count == 0:
+            raise UserError(f"{self._path}: record {self._name} has no bases")
+        if self._count:
+            yield self._piece(self._count)
+
+    def _piece(self, size: int) -> Piece:
+        ids = np.concatenate(self._waiting)
+        piece = Piece(self._name, self._header, self._start, ids[:size])
+        self._waiting, self._count = [ids[size:]], self._count - size
+        self._start += size
+        return piece
+
+    def _encoded(self, lines: bytes) -> np.ndarray:
+        first = self._start + self._count + 1
         try:
-            ids = DnaTokenizer().encode(sequence)
+            ids = DnaTokenizer().encode(lines, skip=BLANKS, first=first)
         except UserError as error:
-            raise UserError(f"{path}: this is not DNA: in record {name}, {error}") from None
-        only_n = only_n and bool((ids == N).all())
-        yield name, ids
-    if not seen:
-        raise UserError(f"{path} is empty: it has no FASTA records")
-    if only_n:
-        raise UserError(f"{path} has no base but N")
+            raise UserError(
+                f"{self._path}: this is not DNA: in record {self._name}, {error}"
+            ) from None
+        if b"U" in lines or b"u" in lines:
+            raise UserError(
+                f"{self._path}: record {self._name} looks like RNA, it has the letter U; give the "
+                "DNA instead, or write T for U"
+            )
+        return ids
 
 
-def _parse(path: Path) -> Iterator[tuple[str, str]]:
-    """Headers and sequences as dnaio reads them, with its errors in the user's words."""
+def _parts(path: Path, file: Hashed | None) -> Iterator[tuple[bytes | None, bytes]]:
+    """The text of a file in order: a record's header and its first lines, or None and more of its
+    lines. Lines may be cut anywhere, headers are whole."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    with reading(path, "a FASTA file"):
-        try:
-            with dnaio.open(path, fileformat="fasta") as reader:
-                for record in reader:
-                    yield record.name, record.sequence
-        except dnaio.FileFormatError as error:
-            line = "" if error.line is None else f"line {error.line + 1}: "
-            raise UserError(f"{path} is not a FASTA file: {line}{error.message[:100]}") from None
+    with unpacked(path, file) as unpacked_file:
+        begun = False
+        held = b"\n"  # what the next block decides on: a '>' after this begins a record
+        while block := unpacked_file.read(BLOCK):
+            text = held + block
+            # To look for one character alone is many times as fast.
+            lines, *records = text.split(b"\n>") if b">" in text else (text,)
+            held = b"\n" if block.endswith(b"\n") else b""
+            if records and b"\n" not in records[-1]:  # a header that may go on
+                held = b"\n>" + records.pop()
+                if len(held) > LONGEST_HEADER:
+                    raise UserError(
+                        f"{path} is not a FASTA file: a header has more than {LONGEST_HEADER:,} bytes"
+                    )
+            if begun:
+                yield None, lines
+            elif lines.strip(BLANKS):
+                start = lines.strip(BLANKS)[:20].decode()
+                raise UserError(f"{path} is not a FASTA file: it begins with {start!r}, not '>'")
+            for record in records:
+                header, _, first_lines = record.partition(b"\n")
+                yield header, first_lines
+                begun = True
+        if held.startswith(b"\n>"):
+            yield held[2:], b""

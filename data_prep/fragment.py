@@ -33,6 +33,7 @@ class Record:
     name: str
     length: int
     n_bases: np.ndarray  # the number of N in each fragment of the grid
+    header: str = ""  # without the '>'
 
 
 def grid(ids: np.ndarray, seq_length: int) -> np.ndarray:
@@ -41,10 +42,9 @@ def grid(ids: np.ndarray, seq_length: int) -> np.ndarray:
     return ids[: count * seq_length].reshape(count, seq_length)
 
 
-def survey(name: str, ids: np.ndarray, seq_length: int) -> Record:
-    """Look over one record."""
-    n_bases = np.count_nonzero(grid(ids, seq_length) == N, axis=1)
-    return Record(name, len(ids), n_bases.astype(np.uint32))
+def count_n(ids: np.ndarray, seq_length: int) -> np.ndarray:
+    """The number of N in each whole fragment, [fragments] uint32."""
+    return np.count_nonzero(grid(ids, seq_length) == N, axis=1).astype(np.uint32)
 
 
 def check_longest(path: object, records: list[Record], seq_length: int) -> None:

@@ -6,9 +6,12 @@ It has no time, user or machine in it, so the same build gives the same bytes.
 import hashlib
 import json
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from data_prep.schema import DataConfig
 from gengram_megatron import __version__
@@ -29,8 +32,9 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
-    """The settings that decide a data set's content: all but where it is written."""
-    return config.model_dump(mode="json", exclude={"output"})
+    """The settings that decide a data set's content: all but where and by how
+    many processes it is written."""
+    return config.model_dump(mode="json", exclude={"output", "workers"})
 
 
 def write_manifest(
@@ -52,7 +56,7 @@ def write_manifest(
         "software": {
             "gengram-megatron": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("numpy", "dnaio", "megatron-core")},
+            **{name: version(name) for name in ("numpy", "xopen")},
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -77,24 +81,43 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def difference(folder: Path, config: DataConfig, sources: dict[str, dict]) -> str | None:
+def difference(
+    folder: Path, config: DataConfig, facts_of_sources: Callable[[], dict[str, dict]]
+) -> str | None:
     """How a data set differs from what a build with this config and these source files would
     write, in words; None if it is up to date. Its files are compared by size: reading them all
-    is the work of a verification."""
+    is the work of a verification. The sources are read only if all else agrees."""
     manifest, settings = read_manifest(folder), settings_of(config)
-    other = [key for key in settings if settings[key] != manifest["settings"].get(key)]
+    earlier = _with_defaults(manifest["settings"])
+    other = [key for key in settings if settings[key] != earlier.get(key)]
     if other:
         return f"was built with other settings ({', '.join(other)})"
-    changed = [
-        key
-        for key, facts in sources.items()
-        if any(manifest["sources"][key].get(name) != fact for name, fact in facts.items())
-    ]
-    if changed:
-        return f"was built from other sources ({', '.join(changed)} changed)"
     damaged = [
         name
         for name, facts in manifest["files"].items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != facts["bytes"]
     ]
-    return f"is damaged ({', '.join(damaged)})" if damaged else None
+    if damaged:
+        return f"is damaged ({', '.join(damaged)})"
+    sources = facts_of_sources()
+    changed = [
+        key
+        for key in dict.fromkeys([*manifest["sources"], *sources])
+        if not _contains(manifest["sources"].get(key), sources.get(key))
+    ]
+    return f"was built from other sources ({', '.join(changed)} changed)" if changed else None
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a manifest with the defaults of keys that came later, which change nothing."""
+    try:
+        return settings_of(DataConfig.model_validate({**settings, "output": "any"}))
+    except ValidationError:
+        return settings
+
+
+def _contains(recorded: dict | None, facts: dict | None) -> bool:
+    """Whether the manifest says the same of a source as what was found now."""
+    if recorded is None or facts is None:
+        return False
+    return all(recorded.get(name) == fact for name, fact in facts.items())

@@ -19,52 +19,70 @@ def balance(
     seed: int,
     tokens: int,
     total_tokens: int | None,
-) -> None:
+    allow_fewer: bool = False,
+) -> str | None:
     """Leave out fragments until the groups stand in the ratio of their weights in each split.
 
     `fates` holds each group's fragments and is changed in place. All fragments have the same
     length, so a ratio of fragments is one of tokens. The group that is scarcest for its weight
     keeps all it can; the others lose fragments at random, the seed deciding which. With
     `total_tokens` all lose them, until the training split has as many as go into that total;
-    a fragment has `tokens`.
+    a fragment has `tokens`. If the groups hold fewer, that is an error; with `allow_fewer` all
+    that they hold is taken, and a sentence about it returned.
     """
+    fewer = None
     for split, left_out in LEFT_OUT.items():
-        here = {group: np.flatnonzero(fate == split) for group, fate in fates.items()}
-        for group, fragments in here.items():
-            if len(fragments) < weights[group]:
+        have = {group: int(np.count_nonzero(fate == split)) for group, fate in fates.items()}
+        for group, count in have.items():
+            if count < weights[group]:
                 raise UserError(_too_few(split, group, weights[group], fates[group]))
-        unit = min(len(fragments) // weights[group] for group, fragments in here.items())
+        unit = min(count // weights[group] for group, count in have.items())
         if split == Fate.TRAIN and total_tokens is not None:
-            unit = _unit_of_total(here, weights, tokens, total_tokens)
-        for place, (group, fragments) in enumerate(here.items()):
-            surplus = len(fragments) - unit * weights[group]
+            most, unit = unit, _unit_of_total(weights, tokens, total_tokens)
+            if unit > most:
+                fewer = _too_few_tokens(have, weights, tokens, unit, total_tokens)
+                if not allow_fewer:
+                    raise UserError(f"{fewer}; {_remedy(most, weights, tokens)}")
+                unit = most
+        for place, (group, fate) in enumerate(fates.items()):
+            surplus = have[group] - unit * weights[group]
             random = np.random.default_rng([seed, split, place])
-            fates[group][random.choice(fragments, surplus, replace=False)] = left_out
+            # One group after the other: of millions of fragments, numbers take hundreds of MB.
+            surplus_ones = random.choice(have[group], surplus, replace=False)
+            fate[np.flatnonzero(fate == split)[surplus_ones]] = left_out
+    return fewer
 
 
-def _unit_of_total(
-    here: dict[str, np.ndarray], weights: dict[str, int], tokens: int, total_tokens: int
-) -> int:
+def _unit_of_total(weights: dict[str, int], tokens: int, total_tokens: int) -> int:
     """The fragments for each part of the weights that make up the total."""
     parts = sum(weights.values())
-    unit = total_tokens // (parts * tokens)
-    if unit == 0:
+    if total_tokens < parts * tokens:
         raise UserError(
             f"total_tokens is {total_tokens:,}; it must be at least {parts * tokens:,}, one "
             f"fragment of {tokens:,} tokens for each part of the groups' weights"
         )
-    most = min(len(fragments) // weights[group] for group, fragments in here.items())
-    if unit > most:
-        said = [
-            _has(group, len(fragments) * tokens, unit * weights[group] * tokens)
-            for group, fragments in here.items()
-        ]
-        raise UserError(
-            f"total_tokens is {total_tokens:,}, and the sources hold fewer for the train split: "
-            f"{'; '.join(said)}; add sources, ask for at most {most * parts * tokens:,}, or set "
-            "total_tokens to null for all that there are"
-        )
-    return unit
+    return total_tokens // (parts * tokens)
+
+
+def _too_few_tokens(
+    have: dict[str, int], weights: dict[str, int], tokens: int, unit: int, total_tokens: int
+) -> str:
+    """Say what each group has of what the total takes from it."""
+    said = [
+        _has(group, count * tokens, unit * weights[group] * tokens) for group, count in have.items()
+    ]
+    return (
+        f"total_tokens is {total_tokens:,}, and the sources hold fewer for the train split: "
+        f"{'; '.join(said)}"
+    )
+
+
+def _remedy(most: int, weights: dict[str, int], tokens: int) -> str:
+    possible = most * sum(weights.values()) * tokens
+    return (
+        f"add sources, ask for at most {possible:,}, or set allow_fewer to true for all that "
+        "there are"
+    )
 
 
 def _has(group: str, have: int, need: int) -> str:

@@ -1,21 +1,43 @@
 """Every key of a data config: its name, type, default and meaning."""
 
+import re
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gengram_megatron.config.schema import Fraction, NonNegative, Positive, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+SourceName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_-]+|\*)$")]
+Words = Annotated[str, Field(min_length=1)]
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"this is no regular expression: {error}") from None
+    return text
+
+
+Regex = Annotated[str, Field(min_length=1), AfterValidator(_regex)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Section):
-    """One FASTA file, and what of it is held out for validation."""
+    """One FASTA file, or many, and what is held out for validation."""
 
     fasta: str = Field(
         min_length=1,
-        description="plain, gzip, bgzip, bzip2, xz or zstd; relative to the config file's folder",
+        description="plain, gzip, bgzip, bzip2, xz or zstd; relative to the config file's folder. "
+        "A * in its name stands for any text: of one file, or if the source is called *, of many, "
+        "each a source named by that text",
+    )
+    only: list[Words] | None = Field(
+        None,
+        min_length=1,
+        description="of the files that fasta stands for, those whose text for the * begins so",
     )
     validation: Share | None = Field(
         None, description="share of the bases held out at the end; null: the data set's"
@@ -26,35 +48,63 @@ class Source(Section):
     validation_regions: list[str] | None = Field(
         None, description="regions held out instead: record:first-last, counted from 1"
     )
+    validation_headers: Regex | None = Field(
+        None,
+        description="records held out instead: those with this regular expression in their header",
+    )
+    chromosomes: str | None = Field(
+        None,
+        min_length=1,
+        description="table of records and their chromosomes, such as HPRC's chromAlias.txt: what a "
+        "line says after a record's name counts as part of its header; the * is that of fasta, "
+        "and may stand for a file that is not there",
+    )
 
     annotation: str | None = Field(
         None,
         min_length=1,
         description="its genes, for gene_distance: GTF, GFF3 or BED, compressed or not; relative "
-        "to the config file's folder",
+        "to the config file's folder; the * is that of fasta",
     )
     annotation_names: dict[str, str | None] = Field(
         {}, description="record: its name in the annotation, where that differs; null: no genes"
     )
     without_annotation: Literal["keep", "drop"] | None = Field(
-        None, description="what gene_distance does with a source that has no annotation"
+        None,
+        description="what gene_distance does with a source that has no annotation, or none like "
+        "the pattern that annotation is; null: the data set's",
     )
 
     @model_validator(mode="after")
     def _one_way(self) -> "Source":
-        ways = (self.validation, self.validation_records, self.validation_regions)
-        if sum(way is not None for way in ways) > 1:
-            raise ValueError(
-                "give one of validation, validation_records and validation_regions, not several"
-            )
+        if sum(getattr(self, way) is not None for way in WAYS) > 1:
+            raise ValueError(f"give one of {', '.join(WAYS)}, not several")
         return self
+
+    @model_validator(mode="after")
+    def _stars(self) -> "Source":
+        if "*" in str(Path(self.fasta).parent) or self.fasta.count("*") > 1:
+            raise ValueError("fasta may have one *, in the file's name")
+        for key in STARRED:
+            if "*" not in self.fasta and "*" in (getattr(self, key) or ""):
+                raise ValueError(f"{key} has a * and fasta has none for it to stand for")
+        if self.only and "*" not in self.fasta:
+            raise ValueError("only chooses among the files of a fasta with a *")
+        return self
+
+
+WAYS = ("validation", "validation_records", "validation_regions", "validation_headers")
+"""The keys of a source that say what of it is held out."""
+
+STARRED = ("fasta", "annotation", "chromosomes")
+"""The keys of a source in which the * of fasta may stand."""
 
 
 class Group(Section):
     """Sources that count as one in the mix."""
 
     weight: Positive = Field(1, description="parts of the mix, by tokens; 1 and 1: half each")
-    sources: dict[Name, Source] = Field(min_length=1, description="FASTA files by name")
+    sources: dict[SourceName, Source] = Field(min_length=1, description="FASTA files by name")
 
 
 class DataConfig(Section):
@@ -67,20 +117,38 @@ class DataConfig(Section):
     validation: Share = Field(
         0.05, description="share of each source's bases held out, at the end of its file"
     )
+    validation_headers: Regex | None = Field(
+        None,
+        description="regular expression: of sources that say nothing of their own, the records "
+        "with this in their header are held out instead",
+    )
     gene_distance: NonNegative | None = Field(
         None, description="fragments farther than this from every gene go, bp; null: none do"
     )
     total_tokens: Positive | None = Field(
         None, description="tokens of the train split at most, EODs included; null: all there are"
     )
+    allow_fewer: bool = Field(
+        False,
+        description="where the sources hold fewer than total_tokens, take what they hold and say "
+        "so; false: that is an error",
+    )
+    without_annotation: Literal["keep", "drop"] | None = Field(
+        None, description="what gene_distance does with sources without annotation"
+    )
     reverse_complement: Fraction = Field(
         0.0, description="share of the fragments written as reverse complement, both splits alike"
+    )
+    workers: Positive | None = Field(
+        None,
+        description="processes that read the sources; null: the usable cores, at most a source "
+        "each. The data set is the same",
     )
     groups: dict[Name, Group] = Field(min_length=1, description="parts of the mix by name")
 
     @model_validator(mode="after")
     def _all_have_genes(self) -> "DataConfig":
-        if self.gene_distance is None:
+        if self.gene_distance is None or self.without_annotation is not None:
             return self
         for group, sources in ((name, group.sources) for name, group in self.groups.items()):
             for name, source in sources.items():

@@ -26,6 +26,11 @@ def held_out(source: Source, default_share: float, records: list[Record]) -> Reg
         return {name: [(0, lengths[name])] for name in source.validation_records}
     if source.validation_regions is not None:
         return _named_regions(source, lengths)
+    if source.validation_headers is not None:
+        found = [
+            record for record in records if re.search(source.validation_headers, record.header)
+        ]
+        return {record.name: [(0, record.length)] for record in found}
     share = default_share if source.validation is None else source.validation
     return _at_the_end(lengths, share)
 

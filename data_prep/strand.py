@@ -32,7 +32,10 @@ def draw(seed: int, source: str, record: str, count: int, share: float) -> np.nd
 
 
 def turn(fragments: np.ndarray, reverse: np.ndarray) -> np.ndarray:
-    """Fragments [count, seq_length] of token ids, those of `reverse` [count] turned."""
+    """Fragments [count, seq_length] of token ids, those of `reverse` [count] turned; the same array if
+    there are none."""
+    if not reverse.any():
+        return fragments
     turned = fragments.copy()
     turned[reverse] = _COMPLEMENTS[fragments[reverse, ::-1]]
     return turned

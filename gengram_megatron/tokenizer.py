@@ -26,13 +26,13 @@ of DNA what the file does not."""
 _NO_NUCLEOTIDE = 255
 
 
-def _id_of_byte() -> np.ndarray:
-    table = np.full(256, _NO_NUCLEOTIDE, dtype=np.uint8)
+def _id_of_byte() -> bytes:
+    table = bytearray([_NO_NUCLEOTIDE] * 256)
     for letter in BASES + IUPAC_AMBIGUOUS:
         piece = letter if letter in BASES else "N"
         for case in (letter, letter.lower()):
             table[ord(case)] = PIECES.index(piece)
-    return table
+    return bytes(table)
 
 
 _ID_OF_BYTE = _id_of_byte()
@@ -42,19 +42,22 @@ _NAMES = np.array([*PIECES, "<CLS>", "<SEP>", "[EOD]"], dtype=object)
 class DnaTokenizer:
     """Letters to token ids and back. It has no state: the ids never change."""
 
-    def encode(self, text: bytes | str) -> np.ndarray:
-        """The id of every letter, as uint8. Case is folded; IUPAC's other letters become N.
+    def encode(self, text: bytes | str, skip: bytes = b"", first: int = 1) -> np.ndarray:
+        """The id of every letter, as uint8 (not to write to, if `text` is bytes). Case is folded;
+        IUPAC's other letters become N.
 
-        Raises UserError at a letter that is no nucleotide code.
+        Letters of `skip`, such as ends of lines, are left out. Raises UserError at a letter that
+        is no nucleotide code; the first one that is not left out is called position `first`.
         """
-        raw = text.encode("latin-1", "replace") if isinstance(text, str) else text
-        ids = _ID_OF_BYTE[np.frombuffer(raw, dtype=np.uint8)]
+        raw = bytearray(text.encode("latin-1", "replace")) if isinstance(text, str) else text
+        # Several times as fast as numpy's indexing, and the ends of lines go in the same pass.
+        ids = np.frombuffer(raw.translate(_ID_OF_BYTE, skip), dtype=np.uint8)
         if ids.size and ids.max() == _NO_NUCLEOTIDE:
             place = int(np.argmax(ids))
-            letter = text[place : place + 1]
-            shown = letter if isinstance(letter, str) else letter.decode("latin-1")
+            if isinstance(text, bytes):
+                text = text.translate(None, skip).decode("latin-1")
             raise UserError(
-                f"{shown!r} at position {place + 1} is no nucleotide code "
+                f"{text[place]!r} at position {first + place:,} is no nucleotide code "
                 f"(one of {BASES} or, read as N, {IUPAC_AMBIGUOUS})"
             )
         return ids

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_prep.manifest import write_manifest
 from data_prep.schema import DataConfig
-from data_prep.write import SplitWriter
+from data_prep.write import SplitWriter, prepare_split
 from gengram_megatron.tokenizer import BASE_IDS
 
 
@@ -20,6 +20,7 @@ def write_set(folder: Path, train: np.ndarray, validation: np.ndarray) -> Path:
     folder.mkdir()
     length = train.shape[1]
     for split, part in (("train", train), ("validation", validation)):
+        prepare_split(folder, split, len(part), length + 1)
         with SplitWriter(folder, split) as writer:
             starts = np.arange(len(part)) * length
             writer.add(part, 0, starts, np.zeros(len(part), dtype=bool))

@@ -1,25 +1,20 @@
 """What can go wrong with the input: one sentence, exit code 2, and nothing left behind."""
 
 import gzip
-import os
 import re
-import resource
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from data_prep import cli
 
-ROOT = Path(__file__).parent.parent
 GOOD = b">r1\n" + b"ACGTACGTAC\n" * 20 + b">r2\n" + b"GATTACAGAT\n" * 20
 CONFIG = """\
 output: out
 seq_length: 16
 validation: 0.25
+workers: 1
 groups:
   human:
     sources:
@@ -28,7 +23,6 @@ groups:
     sources:
       b: {fasta: BAD}
 """
-COMMAND = [sys.executable, "-c", "from data_prep.cli import main; main()", "build", "data.yaml"]
 
 
 @pytest.fixture
@@ -51,16 +45,19 @@ def run(monkeypatch, *words: str, config: str = "data.yaml") -> int:
 
 
 def check_refused(capsys, code: int, message: str) -> None:
-    """One sentence that has the message, and no trace of an output."""
+    """One sentence that has the message, and no output; what was found out about the good source
+    may be kept."""
     shown = capsys.readouterr()
     assert code == 2, shown
     assert re.search(message, shown.err), shown.err
     assert len(shown.err.splitlines()) == 1 and "Traceback" not in shown.err
-    assert not list(Path().glob("out*"))
+    assert {path.name for path in Path().glob("out*")} <= {"out.building"}
 
 
 BAD = {
     "truncated gzip": (gzip.compress(GOOD)[:-12], "cannot be decompressed"),
+    "RNA": (b">r\n" + b"ACGUACGU\n" * 20, "record r looks like RNA, it has the letter U"),
+    "bases after a header that was cut": (b">r1", "record r1 has no bases"),
     "empty": (b"", "bad.fa is empty"),
     "empty when unpacked": (gzip.compress(b""), "bad.fa is empty"),
     "record without bases": (GOOD + b">r3\n>r4\nACGT\n", "record r3 has no bases"),
@@ -69,8 +66,11 @@ BAD = {
     "duplicate names": (GOOD + b">r1 again\nACGT\n", "two records are named r1"),
     "protein": (b">p\nMKVLAAGIVGLLLAQWERTYIPASDFGHKLCVNM\n", "not DNA: in record p, 'L' at"),
     "alignment": (b">r\nACGT--ACGT\n", "not DNA: in record r, '-' at position 5"),
-    "FASTQ": (b"@r1\nACGT\n+\nIIII\n", "is not a FASTA file: line 1: Expected '>'"),
-    "bases without a header": (b"ACGTACGT\n", "is not a FASTA file: line 1"),
+    "FASTQ": (b"@r1\nACGT\n+\nIIII\n", "is not a FASTA file: it begins with '@r1"),
+    "bases without a header": (
+        b"ACGTACGT\n",
+        "is not a FASTA file: it begins with 'ACGTACGT', not '>'",
+    ),
     "binary": (bytes(range(256)) * 20, "is not a FASTA file"),
     "shorter than seq_length": (b">r1\nACGTACGTACGTACG\n", "15 bases, fewer than seq_length"),
     "nothing left after filters": (
@@ -86,6 +86,20 @@ def test_bad_sources(folder, monkeypatch, capsys, kind):
     data, message = BAD[kind]
     Path("bad.fa").write_bytes(data)
     check_refused(capsys, run(monkeypatch), message)
+    Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
+    assert run(monkeypatch) == 0  # nothing of the bad file was kept
+    assert not Path("out.building").exists()
+
+
+def test_gzip_by_its_name_only(folder, monkeypatch, capsys):
+    Path("bad.fa.gz").write_bytes(GOOD)
+    code = run(monkeypatch, "groups.apes.sources.b.fasta=bad.fa.gz")
+    check_refused(capsys, code, r"bad\.fa\.gz is not compressed with gzip, whatever its name says")
+
+
+def test_an_error_of_one_worker_is_the_error_of_all(folder, monkeypatch, capsys):
+    Path("bad.fa").write_bytes(b">p\nMKVLAAGIVGLLLAQWERTYIPASDFGHKLCVNM\n")
+    check_refused(capsys, run(monkeypatch, "--workers", "2"), "this is not DNA: in record p, 'L'")
 
 
 def test_a_missing_source(folder, monkeypatch, capsys):
@@ -115,7 +129,7 @@ def test_sources_are_relative_to_the_config(folder, monkeypatch, capsys):
                 "groups.apes.sources.b.validation_records=[r1]",
                 "groups.apes.sources.b.validation=0.5",
             ],
-            "give one of validation, validation_records and validation_regions",
+            "give one of validation, validation_records, validation_regions, validation_headers",
         ),
         (["validation=0"], "for the validation split and needs at least 1"),
         (["groups.apes.weight=1000"], "needs at least 1000"),
@@ -142,6 +156,25 @@ def test_bad_settings(folder, monkeypatch, capsys, words, message):
     check_refused(capsys, run(monkeypatch, *words), message)
 
 
+ANNOTATIONS = {
+    "names that do not match": ("chr1", 5, 9, 'annotation_names: {"r1": null, "r2": null}'),
+    "names with and without chr": ("chrr1", 5, 9, 'annotation_names: {"r1": "chrr1", "r2": null}'),
+    "a negative coordinate": ("r1", -5, 9, "line 1 starts at -5; the first base"),
+    "reversed coordinates": ("r1", 9, 5, "line 1 starts at 9 and ends before it, at 5"),
+    "of another assembly": ("r1", 5, 999, "the annotation must be of this very assembly"),
+}
+
+
+@pytest.mark.parametrize("kind", ANNOTATIONS)
+def test_bad_annotations(folder, monkeypatch, capsys, kind):
+    record, first, last, message = ANNOTATIONS[kind]
+    Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
+    Path("bad.gtf").write_text(f"{record}\tme\tgene\t{first}\t{last}\t.\t+\t.\t.\n")
+    words = ["gene_distance=5", "without_annotation=keep"]
+    words += ["groups.apes.sources.b.annotation=bad.gtf"]
+    check_refused(capsys, run(monkeypatch, *words), re.escape(message))
+
+
 def test_an_output_of_other_settings(folder, monkeypatch, capsys):
     Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
     assert run(monkeypatch) == 0
@@ -164,41 +197,3 @@ def test_a_data_set_of_an_older_version(folder, monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert "has format 1; this version reads format 2: build the data set again" in shown
     assert run(monkeypatch, "--overwrite") == 0
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-def test_a_disk_that_is_full(folder):
-    """A limit on the size of files stands for the full disk: the kernel refuses the write."""
-    Path("bad.fa").write_bytes(b">r\n" + b"ACCTACGTAC\n" * 20_000)
-    Path("good.fa").write_bytes(b">r\n" + b"ACGTACGTAC\n" * 20_000)
-    ended = subprocess.run(
-        COMMAND,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines() == [
-        f"error: {folder / 'out'} could not be written: File too large"
-    ]
-    assert sorted(path.name for path in folder.iterdir()) == ["bad.fa", "data.yaml", "good.fa"]
-
-
-def test_a_build_that_is_killed_leaves_nothing_that_looks_finished(folder):
-    Path("bad.fa").write_bytes(b">r\n" + b"ACCTACGTAC\n" * 200_000)
-    Path("good.fa").write_bytes(b">r\n" + b"ACGTACGTAC\n" * 200_000)
-    running = subprocess.Popen(COMMAND, env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("out.partial-*/train.bin")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
-    assert not (folder / "out").exists()
-    assert [path.name for path in folder.glob("out*")] == [f"out.partial-{running.pid}"]
-    again = subprocess.run(COMMAND, env=environment(), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert (folder / "out/manifest.json").is_file()

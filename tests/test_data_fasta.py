@@ -14,13 +14,16 @@ import xopen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.fasta import read_fasta
+from data_prep import fasta
+from data_prep.compressed import Hashed
+from data_prep.fasta import read_fasta, read_pieces
+from data_prep.manifest import file_facts
 from gengram_megatron.errors import UserError
 
 TEXT = b">one first\nACGTN\nACG\n\n>two\nTTT\n"
 EXPECTED = [("one", [8, 5, 6, 7, 9, 8, 5, 6]), ("two", [7, 7, 7])]
 
-sequences = st.text("ACGTacgtNnRYSWKMBDHVU", min_size=1, max_size=60)
+sequences = st.text("ACGTacgtNnRYSWKMBDHV", min_size=1, max_size=60)
 
 
 def read(path: Path) -> list[tuple[str, list[int]]]:
@@ -72,22 +75,51 @@ def test_every_form_of_the_same_data_reads_the_same(tmp_path, name, data):
 
 
 @settings(deadline=None)  # the machine may be busy
-@given(st.lists(sequences, min_size=1, max_size=5), st.integers(1, 20), st.booleans())
-def test_against_a_slow_reading_of_the_same_text(records, width, packed):
-    records = ["A", *records]  # a file of nothing but N is refused
+@given(
+    records=st.lists(sequences, min_size=1, max_size=5),
+    width=st.integers(1, 20),
+    end=st.sampled_from(["\n", "\r\n", " \n\n"]),
+    packed=st.booleans(),
+    block=st.integers(1, 40),
+    multiple=st.integers(1, 30),
+)
+def test_against_a_slow_reading_of_the_same_text(records, width, end, packed, block, multiple):
     lines = []
     for number, sequence in enumerate(records):
-        lines += [f">r{number} some words"]
+        lines += [f">r{number} some > words"]
         lines += [sequence[start : start + width] for start in range(0, len(sequence), width)]
-    data = "\n".join(lines).encode()
+    data = end.join(lines).encode()
     slow = [
         (f"r{number}", ["CGTA".find(letter) % 5 + 5 for letter in sequence.upper()])
         for number, sequence in enumerate(records)
     ]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fasta, "BLOCK", block)  # so that blocks end at any place
         path = Path(folder) / "x.fa"
         path.write_bytes(gzip.compress(data) if packed else data)
         assert read(path) == slow
+        pieces = list(read_pieces(path, multiple))
+    for name, bases in slow:
+        own = [piece for piece in pieces if piece.name == name]
+        assert [base for piece in own for base in piece.ids.tolist()] == bases
+        ends = [piece.start + len(piece.ids) for piece in own]
+        assert [piece.start for piece in own] == [0, *ends[:-1]]
+        assert all(end % multiple == 0 for end in ends[:-1]) and ends[-1] == len(bases)
+        assert {piece.header for piece in own} == {f"{name} some > words"}
+
+
+def test_the_checksum_of_what_was_read(tmp_path):
+    path = tmp_path / "x.fa.gz"
+    path.write_bytes(gzip.compress(TEXT) + bytes(1000))  # padding, as of tapes
+    with Hashed(path) as file:
+        assert [piece.name for piece in read_pieces(path, 1, file)] == ["one", "two"]
+    assert file.facts() == file_facts(path)
+
+
+def test_a_header_without_end_is_no_fasta(tmp_path):
+    (tmp_path / "x.fa").write_bytes(b">" + b"x" * 5_000_000)
+    with pytest.raises(UserError, match="is not a FASTA file: a header has more than"):
+        read(tmp_path / "x.fa")
 
 
 DNA = b">a\n" + np.random.default_rng(0).choice([*b"ACGT"], 50_000).tobytes()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.fragment import Fate, drop_n, survey
+from data_prep.fragment import Fate, Record, count_n, drop_n
 from data_prep.mix import balance
 from data_prep.schema import Source
 from data_prep.split import assign, held_out
@@ -16,7 +16,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 def records_of(lengths, seq_length=4):
     return [
-        survey(f"r{number}", np.full(length, 8, dtype=np.uint8), seq_length)
+        Record(f"r{number}", length, np.zeros(length // seq_length, dtype=np.uint32))
         for number, length in enumerate(lengths)
     ]
 
@@ -87,7 +87,7 @@ def test_wrong_regions_are_refused(regions, message):
 @given(st.text("ACGN", min_size=1, max_size=80), st.integers(1, 9), st.sampled_from([0, 0.1, 0.5]))
 def test_fragments_with_too_many_n(text, seq_length, most):
     ids = np.array([9 if letter == "N" else 8 for letter in text], dtype=np.uint8)
-    record = survey("r", ids, seq_length)
+    record = Record("r", len(ids), count_n(ids, seq_length))
     fates = np.zeros(len(record.n_bases), dtype=np.uint8)
     drop_n(fates, record, seq_length, most)
     for number, fate in enumerate(fates):
@@ -167,5 +167,8 @@ def test_a_total_that_the_sources_do_not_hold():
         "total_tokens is 1,000, and the sources hold fewer for the train split: "
         "group human has 300 tokens of 500 (would be repeated 1.67 times); "
         "group apes has 1,000 tokens of 500 (enough); "
-        "add sources, ask for at most 600, or set total_tokens to null for all that there are"
+        "add sources, ask for at most 600, or set allow_fewer to true for all that there are"
     )
+    said = balance(fates, {"human": 1, "apes": 1}, 1, 10, 1000, allow_fewer=True)
+    assert str(refused.value).startswith(f"{said}; add sources")
+    assert [np.count_nonzero(fate == Fate.TRAIN) for fate in fates.values()] == [30, 30]

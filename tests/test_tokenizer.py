@@ -78,6 +78,12 @@ def test_other_letters_are_refused_with_their_place(text):
         DnaTokenizer().encode(text)
 
 
+def test_what_is_skipped_does_not_count():
+    assert DnaTokenizer().encode(b"AC\nG\r\nT\n", skip=b"\r\n").tolist() == [8, 5, 6, 7]
+    with pytest.raises(UserError, match="'E' at position 1,003 is no nucleotide code"):
+        DnaTokenizer().encode(b"A\nC\nEF", skip=b"\n", first=1001)
+
+
 def test_the_published_sentencepiece_model_is_accepted(tmp_path):
     DnaTokenizer.check_sentencepiece(sentencepiece_model(tmp_path / "dna.model", PUBLISHED))
 

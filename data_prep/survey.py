@@ -1,0 +1,136 @@
+"""The first reading of a source: what it holds, and what becomes of its fragments before the mix."""
+
+import json
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import fragment, genes, split
+from data_prep.chromosomes import with_chromosomes
+from data_prep.compressed import Hashed
+from data_prep.fasta import Piece, read_pieces
+from data_prep.fragment import Record
+from data_prep.manifest import file_facts
+from data_prep.schema import DataConfig
+from data_prep.sources import Input
+from data_prep.workers import Advance
+from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import BASE_IDS, BASES
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that is kept of a source once it was read: no bases."""
+
+    facts: dict[str, Any]  # sizes and checksums of the files, genes and composition
+    names: list[str]  # of the records
+    lengths: np.ndarray  # of the records, [records] int64
+    fates: np.ndarray  # of the fragments, record after record, [fragments] uint8
+    stamps: dict[str, list[int]]  # of the files
+
+    def save(self, path: Path) -> None:
+        """Write it to a file, which load reads."""
+        about = {"facts": self.facts, "names": self.names, "stamps": self.stamps}
+        with path.open("wb") as file:
+            np.savez(
+                file, about=np.array(json.dumps(about)), lengths=self.lengths, fates=self.fates
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> "Survey":
+        """Read what save has written."""
+        with np.load(path, allow_pickle=False) as arrays:
+            about = json.loads(arrays["about"].item())
+            return cls(lengths=arrays["lengths"], fates=arrays["fates"], **about)
+
+
+def survey(source: Input, advance: Advance, config: DataConfig) -> Survey:
+    """Read a source, and decide for each fragment what the source alone decides."""
+    stamps = source.stamps()
+    facts, records, composition = _read(source, config.seq_length, advance)
+    if "chromosomes" in source.files:
+        records = with_chromosomes(records, source.files["chromosomes"])
+    bases = sum(record.length for record in records)
+    if composition["N"] == bases:
+        raise UserError(f"{source.path} has no base but N")
+    fragment.check_longest(source.path, records, config.seq_length)
+    held_out = split.held_out(source.settings, config.validation, records)
+    fates = [split.assign(record, held_out, config.seq_length) for record in records]
+    found_genes = _drop(fates, source, config, records)
+    facts |= {key: file_facts(path) for key, path in source.files.items() if key != "fasta"}
+    held_out_bases = sum(end - start for spans in held_out.values() for start, end in spans)
+    check_unchanged(source, stamps)
+    return Survey(
+        facts={
+            **facts,
+            "genes": found_genes,
+            "composition": composition,
+            "held_out_bases": held_out_bases,
+        },
+        names=[record.name for record in records],
+        lengths=np.array([record.length for record in records], dtype=np.int64),
+        fates=np.concatenate(fates),
+        stamps=stamps,
+    )
+
+
+def check_unchanged(source: Input, stamps: dict[str, list[int]]) -> None:
+    """Refuse a source whose files are not what they were."""
+    found = source.stamps()
+    for kind, path in source.files.items():
+        if found[kind] != stamps[kind]:
+            raise changed(path)
+
+
+def changed(path: Path) -> UserError:
+    """What is said of a file that is not what it was at the first reading."""
+    return UserError(f"{path} was changed while it was read; start again")
+
+
+def _read(
+    source: Input, seq_length: int, advance: Advance
+) -> tuple[dict[str, Any], list[Record], dict[str, int]]:
+    """Size and checksum of the FASTA, its records, and how often it has each base."""
+    composition = np.zeros(len(BASES), dtype=np.int64)
+    records: list[Record] = []
+    with Hashed(source.path) as file:
+        all_pieces = read_pieces(source.path, seq_length, file)
+        for (name, header), pieces in groupby(all_pieces, key=lambda it: (it.name, it.header)):
+            length, n_bases = 0, []
+            for piece in pieces:
+                length += len(piece.ids)
+                counts = [np.count_nonzero(piece.ids == base) for base in BASE_IDS]
+                n_bases.append(_n_bases(piece, seq_length, counts[-1]))
+                composition += counts
+                advance(len(piece.ids))
+            records.append(Record(name, length, np.concatenate(n_bases), header))
+        return file.facts(), records, dict(zip(BASES, composition.tolist()))
+
+
+def _n_bases(piece: Piece, seq_length: int, total: int) -> np.ndarray:
+    """The number of N in each fragment; most pieces have none, and to count by rows is slow."""
+    if total == 0:
+        return np.zeros(len(piece.ids) // seq_length, dtype=np.uint32)
+    return fragment.count_n(piece.ids, seq_length)
+
+
+def _drop(
+    fates: list[np.ndarray], source: Input, config: DataConfig, records: list[Record]
+) -> dict[str, Any]:
+    """Give the fragments of each record that the config does not want their fate, of those still
+    in a split; returns what the manifest says of the genes."""
+    for record, fate in zip(records, fates):
+        fragment.drop_n(fate, record, config.seq_length, config.max_n_fraction)
+    if config.gene_distance is None:
+        return {}
+    return genes.drop_far(
+        fates,
+        records,
+        source.settings,
+        source.files.get("annotation"),
+        config.seq_length,
+        config.gene_distance,
+    )

@@ -1,0 +1,104 @@
+"""Work on many sources by several processes."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from typing import Any, TypeVar
+
+from gengram_megatron.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Advance = Callable[[int], None]
+"""Is told how many more bases were gone through."""
+
+POLL = 0.1
+"""Seconds between two looks at how far the workers are."""
+
+
+class Stopped(Exception):
+    """Another worker has failed, or the user has had enough."""
+
+
+class Workers:
+    """Processes that go through tasks; with `count` 1 it is this one.
+
+    A task's function is called as function(task, advance). What it raises, the caller gets, and
+    the others end soon: each time that they report their advance they look whether they may go on.
+    Workers end by themselves when this process does, however it ends.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        if self._count > 1:
+            # Not plain fork: this process has threads. The server that forks has imported all.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__, "data_prep.build"])
+            self._bases = context.Value("Q", 0)
+            self._stop = context.Value("b", 0, lock=False)
+            self._pool = ProcessPoolExecutor(
+                self._count, context, _start_worker, (self._bases, self._stop)
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._stop.value = 1
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(
+        self, function: Callable[[Task, Advance], Result], tasks: list[Task], advance: Advance
+    ) -> Iterator[tuple[Task, Result]]:
+        """Each task and its result, in the order in which they are finished. `advance` is told
+        of the bases that all workers together went through."""
+        if self._pool is None:
+            yield from ((task, function(task, advance)) for task in tasks)
+            return
+        futures = {self._pool.submit(_run, function, task): task for task in tasks}
+        left: set[Future] = set(futures)
+        try:
+            while left:
+                done, left = wait(left, POLL, FIRST_COMPLETED)
+                with self._bases.get_lock():
+                    bases, self._bases.value = self._bases.value, 0
+                advance(bases)
+                yield from ((futures[future], future.result()) for future in done)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was ended from outside, perhaps because memory ran out; start "
+                "again with fewer workers (the key workers), the work that is done is kept"
+            ) from None
+
+
+_shared: dict[str, Any] = {}
+"""A worker's view of what all share: the bases gone through, and whether to stop."""
+
+
+def _start_worker(bases: Any, stop: Any) -> None:
+    _shared.update(bases=bases, stop=stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; one process answers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    wait_for([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _run(function: Callable[[Task, Advance], Result], task: Task) -> Result:
+    return function(task, _advance)
+
+
+def _advance(bases: int) -> None:
+    if _shared["stop"].value:
+        raise Stopped
+    with _shared["bases"].get_lock():
+        _shared["bases"].value += bases
