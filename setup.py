@@ -36,8 +36,7 @@ setup(
         "rich>=13.7",  # progress lines and tables
         "requests>=2.31",  # downloads, through the proxies that the environment names
         "urllib3>=2",  # tries again with backoff, beneath requests
-        "dnaio>=1.2",  # FASTA, read through xopen
-        "xopen>=2.1",  # plain, gzip, bgzip, bzip2, xz and zstd files; zstd since 2.1
+        "xopen>=2.1",  # gzip (with isal, its fastest reader), bzip2, xz; zstd since 2.1
         "sentencepiece>=0.2",  # reads the published tokenizer
         "matplotlib>=3.8",  # loss.png and the figures of the benchmarks
         "tensorboard>=2.16",  # event files in the run's folder

@@ -20,13 +20,13 @@ import statistics
 import time
 from pathlib import Path
 
-import dnaio
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from data_prep.fasta import read_fasta
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.placement import Placement
 from gengram_megatron.config.tables import direct_table
@@ -36,7 +36,7 @@ from gengram_megatron.model.gengram.pooling import Pooling, pooled
 from gengram_megatron.model.gengram.shape import GengramShape
 from gengram_megatron.model.initialize import marker
 from gengram_megatron.model.zigzag import Piece
-from gengram_megatron.tokenizer import BASE_IDS, DnaTokenizer
+from gengram_megatron.tokenizer import BASE_IDS
 from gengram_megatron.training.processes import end_processes, start_processes
 
 SIZES, WINDOW, KERNEL, DIM, EPSILON = (1, 2, 3, 4, 5, 6), 21, 4, 1024, 1e-5
@@ -117,9 +117,8 @@ def copy_weights(ours: GengramMemory, obvious: ObviousGengram) -> None:
 
 def read_tokens(length: int) -> Tensor:
     """[1, length] of real DNA."""
-    with dnaio.open(DNA) as reader:
-        sequence = next(iter(reader)).sequence
-    return torch.from_numpy(DnaTokenizer().encode(sequence[1_000_000 : 1_000_000 + length]))[None]
+    _, ids = next(read_fasta(DNA))
+    return torch.from_numpy(ids[1_000_000 : 1_000_000 + length])[None]
 
 
 def measure(module: nn.Module, hidden: Tensor, ids: KmerIds) -> dict[str, float]:

@@ -56,7 +56,7 @@ def write_manifest(
         "software": {
             "gengram-megatron": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("numpy", "dnaio", "megatron-core")},
+            **{name: version(name) for name in ("numpy", "xopen")},
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -53,7 +53,7 @@ if [ -n "$wheels" ]; then
   "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
     --target "$work/packages" "$wheels"/*.whl || exit
 fi
-is_built sample && is_built sample_8k && to_build=() || to_build=(dnaio)
+is_built sample && is_built sample_8k && to_build=() || to_build=(xopen)
 "$python" scripts/missing_packages.py "${to_build[@]}" || exit
 if [ -z "${REHEARSE:-}" ] &&
   ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

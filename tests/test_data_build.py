@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep import write
 from data_prep.build import build
 from data_prep.manifest import file_facts, read_manifest
-from data_prep.origins import Origin, Origins
+from data_prep.origins import ORIGIN, Origin, Origins
 from data_prep.schema import DataConfig
 from gengram_megatron.errors import UserError
 from gengram_megatron.platform import prepare
@@ -151,6 +152,25 @@ def test_a_fragment_has_one_strand_whatever_is_around_it(genomes):
     assert all(one[place] == two[place] for place in both)
 
 
+@pytest.mark.parametrize("at_a_time", [7, 10**6])
+def test_the_index_is_that_of_megatron_core(tmp_path, monkeypatch, at_a_time):
+    prepare()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    monkeypatch.setattr(write, "AT_A_TIME", at_a_time)
+    write.prepare_split(tmp_path, "train", count=30, tokens=9)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint8)
+    for _ in range(30):
+        builder.add_document(np.zeros(9, dtype=np.uint8), [9])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for kind in ("bin", "idx"):
+        ours, theirs = (tmp_path / f"{name}.{kind}" for name in ("train", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    np.save(tmp_path / "theirs.npy", np.zeros(30, dtype=ORIGIN))
+    ours = (tmp_path / "train.origins.npy").read_bytes()
+    assert ours == (tmp_path / "theirs.npy").read_bytes()
+
+
 def test_the_manifest_accounts_for_every_base(genomes):
     manifest = run(genomes, max_n_fraction=0.2)
     assert manifest == read_manifest(genomes / "out")
@@ -221,6 +241,24 @@ def test_named_records_are_held_out(genomes):
     held = {o.record for o in origins(genomes / "out", "validation") if o.source == "apes/b"}
     trained = {o.record for o in origins(genomes / "out", "train") if o.source == "apes/b"}
     assert held <= {"s3", "s8"} and not trained & {"s3", "s8"}
+
+
+def test_keys_that_came_later_do_not_make_a_data_set_out_of_date(genomes):
+    manifest = run(genomes)
+    for key in ("allow_fewer", "validation_headers"):
+        del manifest["settings"][key]
+    (genomes / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert run(genomes) is None
+    assert run(genomes, workers=2) is None  # nor does what does not change it
+
+
+def test_a_source_that_was_added_makes_a_data_set_out_of_date(genomes):
+    groups = {"all": {"sources": {"*": {"fasta": "*.fa"}}}}
+    run(genomes, groups=groups)
+    assert run(genomes, groups=groups) is None
+    write_fasta(genomes / "d.fa", {"s": random_text(90, 60)})
+    with pytest.raises(UserError, match=r"from other sources \(all/d changed\)"):
+        run(genomes, groups=groups)
 
 
 def test_an_output_that_is_up_to_date_stays(genomes):

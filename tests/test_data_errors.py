@@ -156,6 +156,25 @@ def test_bad_settings(folder, monkeypatch, capsys, words, message):
     check_refused(capsys, run(monkeypatch, *words), message)
 
 
+ANNOTATIONS = {
+    "names that do not match": ("chr1", 5, 9, 'annotation_names: {"r1": null, "r2": null}'),
+    "names with and without chr": ("chrr1", 5, 9, 'annotation_names: {"r1": "chrr1", "r2": null}'),
+    "a negative coordinate": ("r1", -5, 9, "line 1 starts at -5; the first base"),
+    "reversed coordinates": ("r1", 9, 5, "line 1 starts at 9 and ends before it, at 5"),
+    "of another assembly": ("r1", 5, 999, "the annotation must be of this very assembly"),
+}
+
+
+@pytest.mark.parametrize("kind", ANNOTATIONS)
+def test_bad_annotations(folder, monkeypatch, capsys, kind):
+    record, first, last, message = ANNOTATIONS[kind]
+    Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
+    Path("bad.gtf").write_text(f"{record}\tme\tgene\t{first}\t{last}\t.\t+\t.\t.\n")
+    words = ["gene_distance=5", "without_annotation=keep"]
+    words += ["groups.apes.sources.b.annotation=bad.gtf"]
+    check_refused(capsys, run(monkeypatch, *words), re.escape(message))
+
+
 def test_an_output_of_other_settings(folder, monkeypatch, capsys):
     Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
     assert run(monkeypatch) == 0
