@@ -42,6 +42,7 @@ def build(
         max_n_fraction: 0.1          # fragments with more N are dropped
         gene_distance: 5120          # fragments farther than this from every gene are dropped
         total_tokens: 50000000000    # of the train split, at most; left out: all there are
+        allow_fewer: false           # true: where there are fewer, take them all and say so
         reverse_complement: 0        # share of fragments written as the other strand
         workers: 8                   # processes; left out: the cores, at most a source each
         groups:
@@ -59,6 +60,13 @@ def build(
                 fasta: genomes/gorilla.fa.gz
                 validation_regions: ["chr20:1-5000000"]
                 without_annotation: keep
+          others:
+            weight: 1
+            sources:
+              "*":                       # many files, each named by what the * stands for
+                fasta: genomes/*.fna.gz
+                annotation: genomes/*.gff.gz
+                validation_headers: "chromosome 20[^0-9]"
 
     A relative fasta or annotation is looked for from the folder of CONFIG, also when it comes
     from a base file or from the command line. The output appears only when it is complete; if it

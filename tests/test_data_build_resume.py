@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 
 from data_prep.build import build
+from data_prep.build_command import Display
 from data_prep.manifest import file_facts
 from data_prep.schema import DataConfig
 from gengram_megatron.errors import UserError
@@ -94,6 +97,19 @@ def test_any_number_of_workers_writes_the_same_bytes(genomes, expected, tmp_path
     build_here(genomes, tmp_path / "out", workers=workers)
     assert files_of(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_shown_in_a_terminal():
+    console = Console(file=StringIO(), force_terminal=True, width=80)
+    with Display(console) as display:
+        display.report("looking over", 2_000_000)
+        display.report("looking over", 500_000)
+        time.sleep(0.5)  # it is drawn ten times a second
+        display.say("going on")
+        display.report("writing", 1_000_000)
+    shown = console.file.getvalue()
+    assert "looking over: 2.5 Mbp" in shown and "Mbp/s" in shown
+    assert "writing: 1.0 Mbp" in shown and "going on" in shown
 
 
 def test_three_kills_at_random_places(genomes, expected, tmp_path):
