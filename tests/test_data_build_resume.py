@@ -52,10 +52,12 @@ def expected(genomes) -> dict:
     return files_of(genomes / "expected")
 
 
-def build_here(folder: Path, output: Path, report=lambda doing, bases: None, **settings) -> None:
+def build_here(
+    folder: Path, output: Path, report=lambda *_: None, overwrite=False, **settings
+) -> None:
     values = yaml.safe_load((folder / "data.yaml").read_text()) | {"output": str(output)}
     config = DataConfig.model_validate({**values, "workers": 1, **settings})
-    build(config, folder, False, report)
+    build(config, folder, overwrite, report)
 
 
 def files_of(folder: Path) -> dict:
@@ -223,6 +225,16 @@ def test_a_replacement_that_was_killed_half_way_keeps_the_old_data_set(genomes, 
     with pytest.raises(UserError, match="hold fewer for the train split"):
         build_here(genomes, tmp_path / "out", total_tokens=10**9)
     assert (tmp_path / "out/manifest.json").is_file()
+
+
+def test_a_replacement_that_was_killed_at_its_very_end(genomes, expected, tmp_path):
+    build_here(genomes, tmp_path / "out")
+    for folder in ("surveys", "written", "replaced/old"):
+        (tmp_path / "out.building" / folder).mkdir(parents=True)
+    build_here(genomes, tmp_path / "out", overwrite=True, seed=5)
+    build_here(genomes, tmp_path / "out", overwrite=True)
+    assert files_of(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.fixture
