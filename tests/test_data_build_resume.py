@@ -101,6 +101,22 @@ def test_any_number_of_workers_writes_the_same_bytes(genomes, expected, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_no_record_is_held_in_memory(tmp_path):
+    lines = np.full((12_500, 81), ord("\n"), dtype=np.uint8)
+    lines[:, :80] = np.random.default_rng(0).choice([*b"ACGT"], (12_500, 80))
+    with (tmp_path / "one.fa").open("wb") as file:
+        file.write(b">one\n")
+        for _ in range(150):  # Mbp
+            file.write(lines)
+    groups = {"one": {"sources": {"one": {"fasta": "one.fa"}}}}
+    settings = {"output": "out", "seq_length": 8192, "workers": 1, "groups": groups}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(settings))
+    process = start(tmp_path, tmp_path)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0 and (tmp_path / "out/manifest.json").is_file()
+    assert usage.ru_maxrss < 180_000  # kB, most of it Python and its libraries
+
+
 def test_what_is_shown_in_a_terminal():
     console = Console(file=StringIO(), force_terminal=True, width=80)
     with Display(console) as display:
