@@ -111,8 +111,7 @@ class Display:
         )
 
     def __enter__(self) -> "Display":
-        self._progress.start()
-        return self
+        return self  # it starts with the first report, when the workers are there
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
@@ -121,6 +120,7 @@ class Display:
         """So many more bases were gone through."""
         task = next((task for task in self._progress.tasks if task.description == doing), None)
         if task is None:
+            self._progress.start()
             for before in self._progress.task_ids:
                 self._progress.update(before, visible=False)
             self._progress.add_task(doing, total=None, speed="")

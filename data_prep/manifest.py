@@ -45,6 +45,7 @@ def write_manifest(
     splits: dict[str, dict],
 ) -> dict[str, Any]:
     """Write the manifest of a folder whose other files are all there, and return it."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
     manifest = {
         "format": FORMAT,
         "settings": settings_of(config),
@@ -52,7 +53,7 @@ def write_manifest(
         "splits": splits,
         "groups": groups,
         "sources": sources,
-        "files": {path.name: file_facts(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: file_facts(path) for path in files},
         "software": {
             "gengram-megatron": __version__,
             "python": platform.python_version(),

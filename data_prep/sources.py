@@ -31,7 +31,10 @@ class Input:
 
     def stamps(self) -> dict[str, list[int]]:
         """Size and time of change of the files: as long as these stay, so do the files."""
-        facts = {key: os.stat(path) for key, path in self.files.items()}
+        try:
+            facts = {key: os.stat(path) for key, path in self.files.items()}
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
         return {key: [fact.st_size, fact.st_mtime_ns] for key, fact in facts.items()}
 
 
@@ -131,3 +134,5 @@ def _check_files(source: Input) -> None:
     for path in source.files.values():
         if not path.is_file():
             raise UserError(f"{path}: there is no such file (source {source.key})")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path} may not be read by this user (source {source.key})")

@@ -21,6 +21,7 @@ from typing import Any
 
 from data_prep.sources import Input
 from data_prep.survey import Survey
+from gengram_megatron import __version__
 from gengram_megatron.errors import UserError
 from gengram_megatron.files import flush
 
@@ -63,7 +64,7 @@ class Work:
         """Make data/ ready for the data set that `plan` stands for: what an earlier start has
         written of it stays, else data/ is emptied and `prepare` called with it."""
         marker = self._written / _digest(plan)
-        if marker.exists():
+        if marker.exists() and self.data.exists():
             return
         for folder in (self._written, self.data):
             shutil.rmtree(folder, ignore_errors=True)
@@ -94,8 +95,10 @@ class Work:
         shutil.rmtree(self.folder)
 
     def restore(self) -> None:
-        """Undo half of a replacement, if an earlier start was killed just there."""
-        if self._replaced.exists() and not self._output.exists():
+        """Undo half of a replacement, or end it, if an earlier start was killed just there."""
+        if self._output.exists():
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        elif self._replaced.exists():
             self._replaced.rename(self._output)
 
 
@@ -142,4 +145,4 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
 
 
 def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([__version__, values]).encode()).hexdigest()[:32]

@@ -39,14 +39,15 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self._count > 1:
-            # Not plain fork: this process has threads. The server that forks has imported all.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__, "data_prep.build"])
+            # Forked, because to import all anew takes longer than a chromosome; and at once, as
+            # long as no progress is drawn by a thread and no lock is held.
+            context = multiprocessing.get_context("fork")
             self._bases = context.Value("Q", 0)
             self._stop = context.Value("b", 0, lock=False)
             self._pool = ProcessPoolExecutor(
                 self._count, context, _start_worker, (self._bases, self._stop)
             )
+            self._pool.submit(int).result()
         return self
 
     def __exit__(self, *_: object) -> None:

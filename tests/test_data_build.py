@@ -1,6 +1,7 @@
 """Whole builds: every token is found again in the FASTA, and a build is right or not there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -303,16 +304,32 @@ def test_a_source_that_changes_between_its_two_readings(genomes):
     assert sorted(path.name for path in genomes.iterdir()) == ["a.fa", "b.fa", "c.fa", "out"]
 
 
-def test_an_output_that_appears_during_the_build_is_not_overwritten(genomes):
+def take_the_place(genomes: Path) -> None:
+    """A build in whose place another data set appears, so that it cannot end."""
+
     def meddle(doing: str, bases: int) -> None:
-        if not doing.startswith("writing"):
-            return
-        (genomes / "out").mkdir(exist_ok=True)
-        (genomes / "out" / "manifest.json").write_text("of another process")
+        if doing == "writing":
+            (genomes / "out").mkdir(exist_ok=True)
+            (genomes / "out" / "manifest.json").write_text("of another process")
 
     with pytest.raises(UserError, match="could not be written: Directory not empty"):
         build(config_of(genomes), genomes, False, meddle)
+
+
+def test_an_output_that_appears_during_the_build_is_not_overwritten(genomes):
+    take_the_place(genomes)
     assert (genomes / "out" / "manifest.json").read_text() == "of another process"
+    shutil.rmtree(genomes / "out")
+    assert run(genomes) == run(genomes, output=str(genomes / "fresh"))  # it was all but published
+
+
+def test_a_build_that_was_killed_once_its_data_set_had_its_place(genomes):
+    take_the_place(genomes)
+    shutil.rmtree(genomes / "out")
+    (genomes / "out.building" / "data").rename(genomes / "out")
+    assert run(genomes) is None
+    assert run(genomes, overwrite=True) == run(genomes, output=str(genomes / "fresh"))
+    assert not (genomes / "out.building").exists()
 
 
 def test_the_sample_that_is_shipped(tmp_path):

@@ -55,6 +55,13 @@ def test_a_pattern_stands_for_the_one_file_of_a_source(folder):
     assert found(folder, config_of({"x": {"fasta": "a_*.fa"}})) == {"g/x": ["a_v2.fa"]}
 
 
+def test_a_file_that_goes_away(folder):
+    (source,) = inputs(config_of({"x": {"fasta": "a_*.fa"}}), folder)
+    source.path.unlink()
+    with pytest.raises(UserError, match=r"a_v2\.fa cannot be read: No such file or directory"):
+        source.stamps()
+
+
 def test_files_beside_those_of_a_pattern(folder):
     sources = {"*": {"fasta": "*.fa", "annotation": "*.bed", "without_annotation": "keep"}}
     assert found(folder, config_of(sources, gene_distance=5)) == {

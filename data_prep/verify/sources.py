@@ -13,6 +13,7 @@ from data_prep.inspect.contents import count_fragments
 from data_prep.inspect.opened import DataSet, Sequence, Split
 from data_prep.manifest import MANIFEST, file_facts
 from data_prep.schema import DataConfig
+from data_prep.sources import inputs
 from data_prep.strand import turn
 from data_prep.verify.files import Report
 from data_prep.verify.tally import Tally
@@ -38,11 +39,7 @@ class Ordered:
 
 def source_paths(data: DataSet, config: DataConfig, folder: Path) -> dict[str, Path]:
     """The FASTA file of each source. UserError if the config has other sources than the data."""
-    paths = {
-        f"{group}/{name}": folder / source.fasta
-        for group, own in config.groups.items()
-        for name, source in own.sources.items()
-    }
+    paths = {source.key: source.path for source in inputs(config, folder)}
     other = paths.keys() ^ data.facts.sources.keys()
     if other:
         raise UserError(
