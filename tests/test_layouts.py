@@ -8,24 +8,19 @@ import torch
 from tests.layouts.cases import ALONE, CASES
 from tests.layouts.launch import launch
 
-WORKER = "tests/layouts/worker.py"
-CASES_A_LAUNCH = 8
-
 # All cases run in the fixture, which counts as part of the first test.
 pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """A launch runs several cases, but not all: gloo keeps the threads of every process group
-    that a process ever made."""
+    from tests.layouts.worker import run
+
     folder = tmp_path_factory.mktemp("layouts")
-    launch(1, WORKER, str(folder), "alone", *sorted(set(ALONE.values())))
-    for processes in (2, 4):
-        names = [name for name, case in CASES.items() if case[0] == processes]
-        for first in range(0, len(names), CASES_A_LAUNCH):
-            chosen = names[first : first + CASES_A_LAUNCH]
-            launch(processes, WORKER, str(folder), "split", *chosen)
+    for name in sorted(set(ALONE.values())):
+        launch(1, run, name, "alone", folder)
+    for name, (processes, *_) in CASES.items():
+        launch(processes, run, name, "split", folder)
     return folder
 
 

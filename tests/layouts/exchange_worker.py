@@ -1,12 +1,13 @@
-"""One rank of three that fetch rows from each other; started by torchrun from test_exchange.py.
+"""One rank of three that fetch rows from each other; started by test_exchange.py.
 
 Every rank knows the whole tables, so each checks its own rows and gradients against indexing.
 """
 
+import os
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
-
-from gengram_megatron.platform import prepare
 
 ROWS, COLUMNS = (11, 4, 2), (6, 3, 4)  # of three tables; the last has fewer rows than ranks
 ASKED = {
@@ -65,9 +66,11 @@ def check(asked: list[list[list[int]]], by_columns: bool) -> None:
         torch.testing.assert_close(shard.grad, full.grad[own], rtol=0, atol=1e-14)
 
 
-if __name__ == "__main__":
-    prepare()
-    dist.init_process_group("gloo")
+def run(folder: Path) -> None:
+    """All cases, both ways of cutting columns."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(str(folder / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     for case in ASKED.values():
         check(case, by_columns=False)
         check(case, by_columns=True)

@@ -1,19 +1,51 @@
-"""Start groups of real processes for the tests."""
+"""Groups of real processes for the tests."""
 
 import os
-import subprocess
-import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
+
+from tests.forked import context
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(processes: int, script: str, *words: str, timeout: int = 600) -> None:
-    """Run a script of the tests on so many ranks over gloo; fail with the ranks' own output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(ROOT / script), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr[-8000:]}"
+def launch(processes: int, function: Callable, *words, seconds: float = 600) -> None:
+    """Call a function of the tests on so many ranks, which find their number and how many there are
+    in the environment; fail with the ranks' own output."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(processes)]
+        ranks = [
+            context.Process(target=_rank, args=(rank, processes, outputs[rank], function, words))
+            for rank in range(processes)
+        ]
+        for process in ranks:
+            process.start()
+        failed = _first_to_fail(ranks, seconds)
+        for process in ranks:
+            process.kill()
+            process.join()
+        said = "\n".join(f"rank {out.name}:\n{out.read_text()[-4000:]}" for out in outputs)
+        assert failed is None, f"{function.__name__}{words}, rank {failed}:\n{said}"
+
+
+def _first_to_fail(ranks: list, seconds: float) -> int | None:
+    """Waits until all have ended or one has failed; a rank that takes too long has failed."""
+    left = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    while left:
+        ended = wait(left, seconds)
+        if not ended:
+            return min(left.values())
+        for rank in (left.pop(sentinel) for sentinel in ended):
+            ranks[rank].join()
+            if ranks[rank].exitcode:
+                return rank
+    return None
+
+
+def _rank(rank: int, processes: int, output: Path, function: Callable, words: tuple) -> None:
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    function(*words)

@@ -1,10 +1,9 @@
-"""One rank of a group of processes that runs many layout cases in one launch.
+"""One rank of a group of processes that runs a layout case.
 
-Started by torchrun: worker.py OUT alone|split CASE [CASE ...]. Rank 0 writes, for each case,
-OUT/<mode>_<case>.pt with the loss and the gradient of every parameter at its full shape.
+Rank 0 writes OUT/<mode>_<case>.pt with the loss and the gradient of every parameter at its full
+shape.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -57,12 +56,11 @@ def gradients(chunks) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
 
 
 def run(name: str, mode: str, out: Path) -> None:
-    """One case: initial weights from the seed, one step, loss and gradients to a file."""
+    """One case, mode alone or split: initial weights from the seed, one step, loss and gradients to
+    a file."""
     world, rank = world_size_from_environment()
     config = config_of(name, alone=mode == "alone")
     layout = check_layout(config, world)
-    # Groups of its own for each case, which meet by a file: those of all cases together would
-    # keep hundreds of gloo's threads awake.
     store = dist.FileStore(str(out / f"{mode}_{name}.store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     start_processes(layout, config.run.seed, rank)
@@ -81,10 +79,3 @@ def run(name: str, mode: str, out: Path) -> None:
     if rank == 0:
         torch.save(result, out / f"{mode}_{name}.pt")
     end_processes()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, how, *cases = sys.argv[1:]
-    for case in cases:
-        run(case, how, Path(folder))

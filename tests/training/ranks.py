@@ -1,9 +1,5 @@
 """A run whose ranks are started one by one, as srun does it: each can be signalled, and each has
-an exit code and output of its own.
-
-The processes are forked from one that has imported everything, which saves each of them about ten
-seconds; from there on they do what `gengram` does.
-"""
+an exit code and output of its own."""
 
 import multiprocessing
 import os
@@ -16,10 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forked import context
 from tests.training.launch import Ended, children
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.training.imported"])
 
 
 @dataclass
@@ -84,7 +78,7 @@ def start_ranks(
         path.touch()
         path.with_suffix(".err").touch()
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        process = _context.Process(target=_rank, args=({**meet, **place}, words, path, before))
+        process = context.Process(target=_rank, args=({**meet, **place}, words, path, before))
         process.start()
         ranks.processes.append(process)
     return ranks
