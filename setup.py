@@ -43,6 +43,6 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.17"],  # logging.wandb
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff==0.17.6"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff==0.17.6", "dnaio>=1.2"],
     },
 )

@@ -20,7 +20,8 @@ def launch(processes: int, function: Callable, *words, seconds: float = 600) -> 
             context.Process(target=_rank, args=(rank, processes, outputs[rank], function, words))
             for rank in range(processes)
         ]
-        for process in ranks:
+        for process, output in zip(ranks, outputs):
+            output.touch()
             process.start()
         failed = _first_to_fail(ranks, seconds)
         for process in ranks:
@@ -46,6 +47,6 @@ def _first_to_fail(ranks: list, seconds: float) -> int | None:
 
 def _rank(rank: int, processes: int, output: Path, function: Callable, words: tuple) -> None:
     for descriptor in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
     function(*words)
