@@ -18,6 +18,9 @@ from tests.training.tiny import environment, numbers
 
 pytestmark = pytest.mark.timeout(2400)
 
+LAUNCHER_SECONDS = 5
+"""After which a launcher kills the ranks that a dead one has left waiting for it."""
+
 
 def test_kill_in_the_middle_of_a_save(lab: Lab) -> None:
     """Its half-written checkpoint is passed over; the one before is there."""
@@ -25,7 +28,7 @@ def test_kill_in_the_middle_of_a_save(lab: Lab) -> None:
     folder = lab.run("in_save") / "checkpoints"
     ranks.wait_for(lambda: lab.checkpoints("in_save") and [*folder.glob("*.partial")])
     ranks.signal(0, signal.SIGKILL)
-    killed = ranks.wait()
+    killed = ranks.wait(LAUNCHER_SECONDS)
     assert killed[0].code == -signal.SIGKILL and killed[1].code not in (0, None)
     saved = lab.checkpoints("in_save")[-1]
     assert saved < STEPS
@@ -46,7 +49,7 @@ def test_kills_at_random_moments(lab: Lab, kills: int) -> None:
         if done < kills:
             _kill_at_random(ranks, lab, name, draw)
             done += 1
-            said = ranks.wait()
+            said = ranks.wait(LAUNCHER_SECONDS)
         else:
             said = ranks.wait()
             assert [each.code for each in said] == [0, 0], said[0].err
@@ -85,6 +88,7 @@ def test_second_run_in_one_folder_is_refused(lab: Lab) -> None:
 def test_elastic_restart_by_torchrun(lab: Lab) -> None:
     name, output = "elastic", lab.folder / "elastic.log"
     words = ["train", str(lab.config), f"run.dir={lab.run(name)}", *COMMON]
+    words += ["checkpoint.asynchronous=false"]  # so that there is one when the next step is done
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["python", *runner, "--max-restarts=1", "-m", "gengram_megatron", *words]
     with output.open("w") as file:

@@ -62,7 +62,8 @@ SECONDS = "train.watchdog_seconds=6"
 def test_rank_that_hangs_is_named_and_all_stacks_are_kept(lab: Lab) -> None:
     # Of a step's two microbatches three reads each: the first sample is asked for its length, too.
     stuck = partial(broken.hang_in_data, rank=1, sample=33)
-    ended = lab.start("stuck", SECONDS, "data.workers=0", before=stuck).wait()
+    at_once = ("data.workers=0", "checkpoint.asynchronous=false")
+    ended = lab.start("stuck", SECONDS, *at_once, before=stuck).wait()
     assert [said.code for said in ended] == [HUNG, HUNG], ended[0].err
     assert "no progress for 6 seconds (train.watchdog_seconds): " in ended[0].err
     assert "rank 1 hangs in step 6, reading data; the stacks" in ended[0].err
