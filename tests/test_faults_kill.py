@@ -14,9 +14,13 @@ from gengram_megatron.training.folder import locked
 from tests.layouts.launch import ROOT
 from tests.training.faults import COMMON, INTERVAL, STEPS, Lab
 from tests.training.launch import children, kill, wait_for
+from tests.training.ranks import Ranks
 from tests.training.tiny import environment, numbers
 
 pytestmark = pytest.mark.timeout(2400)
+
+LAUNCHER_SECONDS = 5
+"""After which a launcher kills the ranks that a dead one has left waiting for it."""
 
 
 def test_kill_in_the_middle_of_a_save(lab: Lab) -> None:
@@ -25,7 +29,7 @@ def test_kill_in_the_middle_of_a_save(lab: Lab) -> None:
     folder = lab.run("in_save") / "checkpoints"
     ranks.wait_for(lambda: lab.checkpoints("in_save") and [*folder.glob("*.partial")])
     ranks.signal(0, signal.SIGKILL)
-    killed = ranks.wait()
+    killed = ranks.wait(LAUNCHER_SECONDS)
     assert killed[0].code == -signal.SIGKILL and killed[1].code not in (0, None)
     saved = lab.checkpoints("in_save")[-1]
     assert saved < STEPS
@@ -44,9 +48,9 @@ def test_kills_at_random_moments(lab: Lab, kills: int) -> None:
     while True:
         ranks = lab.start(name, attempt=f"after_{done}_kills")
         if done < kills:
-            _kill_at_random(ranks, lab, name, draw)
+            _kill_at_random(ranks, draw)
             done += 1
-            said = ranks.wait()
+            said = ranks.wait(LAUNCHER_SECONDS)
         else:
             said = ranks.wait()
             assert [each.code for each in said] == [0, 0], said[0].err
@@ -59,12 +63,13 @@ def test_kills_at_random_moments(lab: Lab, kills: int) -> None:
             assert all(step % INTERVAL == 0 for step in lab.checkpoints(name))
 
 
-def _kill_at_random(ranks, lab: Lab, name: str, draw: random.Random) -> None:
-    """One of the two ranks, up to so many steps after the run went on."""
-    goal = lab.steps(name) + draw.randrange(2 * INTERVAL)
-    ranks.wait_for(lambda: lab.steps(name) >= min(goal, STEPS - 1))
-    time.sleep(draw.random() * 0.3)
-    ranks.signal(draw.randrange(2), signal.SIGKILL)
+def _kill_at_random(ranks: Ranks, draw: random.Random) -> None:
+    """One of the two ranks: while it starts, or some steps later, or never if it ends before."""
+    steps, pause, rank = draw.randrange(INTERVAL + 2), draw.random() * 0.3, draw.randrange(2)
+    ranks.wait_for(lambda: ranks.ended() or ranks.said()[0].out.count("tokens/s") >= steps)
+    time.sleep(pause)
+    if not ranks.ended():
+        ranks.signal(rank, signal.SIGKILL)
 
 
 def test_second_run_in_one_folder_is_refused(lab: Lab) -> None:
@@ -85,6 +90,7 @@ def test_second_run_in_one_folder_is_refused(lab: Lab) -> None:
 def test_elastic_restart_by_torchrun(lab: Lab) -> None:
     name, output = "elastic", lab.folder / "elastic.log"
     words = ["train", str(lab.config), f"run.dir={lab.run(name)}", *COMMON]
+    words += ["checkpoint.asynchronous=false"]  # so that there is one when the next step is done
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["python", *runner, "--max-restarts=1", "-m", "gengram_megatron", *words]
     with output.open("w") as file:

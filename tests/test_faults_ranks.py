@@ -1,10 +1,12 @@
 """A rank that computes nonsense, and one that hangs: the job ends, and says which one and where."""
 
+import json
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 
-from gengram_megatron.training.watchdog import HUNG
+from gengram_megatron.training.watchdog import HUNG, Report, Watchdog
 from tests.training import broken
 from tests.training.faults import STEPS, Lab
 from tests.training.tiny import entries, numbers
@@ -46,27 +48,28 @@ def test_nan_batch_is_left_out_and_counted(lab: Lab) -> None:
 
 
 def test_batches_are_not_left_out_for_ever(lab: Lab) -> None:
-    poison = partial(broken.poison_weight, rank=1, step=2, name=WEIGHT)
-    ended = lab.start("hopeless", "train.on_nan=skip", before=poison).wait()
+    poison = partial(broken.poison_gradient, rank=1, step=2, name=WEIGHT, times=1000)
+    overlap = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
+    ended = lab.start("hopeless", "train.on_nan=skip", *overlap, before=poison).wait()
     assert [said.code for said in ended] == [2, 2], ended[0].err
-    assert "step 11: loss nan" in ended[0].err  # ten in a row
-    assert "on rank 1, the weight layer 3.mlp.router.weight is not finite" in ended[0].err
+    assert "step 11: loss" in ended[0].err  # ten in a row
+    assert "on rank 1, the gradient of layer 3.mlp.router.weight is not finite" in ended[0].err
 
 
 SECONDS = "train.watchdog_seconds=6"
 
 
 def test_rank_that_hangs_is_named_and_all_stacks_are_kept(lab: Lab) -> None:
-    stuck = partial(
-        broken.hang_in_data, rank=1, sample=33
-    )  # six a step: one of each microbatch is read twice
-    ended = lab.start("stuck", SECONDS, "data.workers=0", before=stuck).wait()
+    # Of a step's two microbatches three reads each: the first sample is asked for its length, too.
+    stuck = partial(broken.hang_in_data, rank=1, sample=33)
+    at_once = ("data.workers=0", "checkpoint.asynchronous=false")
+    ended = lab.start("stuck", SECONDS, *at_once, before=stuck).wait()
     assert [said.code for said in ended] == [HUNG, HUNG], ended[0].err
     assert "no progress for 6 seconds (train.watchdog_seconds): " in ended[0].err
     assert "rank 1 hangs in step 6, reading data; the stacks" in ended[0].err
     assert not ended[1].err
     (stacks,) = (lab.run("stuck") / "stacks").iterdir()
-    assert "all_reduce" in (stacks / "rank_0.txt").read_text()
+    assert "finish_grad_sync" in (stacks / "rank_0.txt").read_text()
     assert "in stuck" in (stacks / "rank_1.txt").read_text()
     assert lab.checkpoints("stuck") == [4]
 
@@ -77,6 +80,24 @@ def test_rank_that_hangs_outside_python_is_named_too(lab: Lab) -> None:
     assert [said.code for said in ended] == [HUNG, 1], ended[0].err
     assert "rank 1 gave no sign of life" in ended[0].err
     assert "Timeout (0:00:16" in ended[1].err and "in with_action" in ended[1].err
+
+
+@pytest.mark.parametrize(
+    ("marks", "waits", "named"),
+    [
+        ((7, 5, 6), (True, True, False), "rank 1 hangs in step 3, computing"),  # behind
+        ((5, 5, 5), (True, True, False), "rank 2 hangs in step 3, computing"),  # waits for none
+        ((5, 5, None), (True, True, True), "rank 2 gave no sign of life"),
+    ],
+)
+def test_who_is_named(tmp_path, marks, waits, named) -> None:
+    """By reports as three ranks write them."""
+    for rank, (count, waiting) in enumerate(zip(marks, waits, strict=True)):
+        if count is not None:
+            report = Report(rank=rank, step=3, doing="computing", marks=count, waits=waiting)
+            (tmp_path / f"rank_{rank}.txt").write_text(json.dumps(asdict(report)) + "\nstack\n")
+    watchdog = Watchdog(5, tmp_path, rank=0, ranks=3)
+    assert named in watchdog.verdict(watchdog.reports())
 
 
 def test_watchdog_lets_a_run_be_that_goes_on(lab: Lab) -> None:

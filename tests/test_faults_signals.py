@@ -13,8 +13,8 @@ from tests.training.tiny import numbers
 @pytest.mark.parametrize(
     ("number", "rank", "helpers"),
     [
-        (signal.SIGTERM, 1, False),  # one of the ranks only, and not the one that speaks
-        (signal.SIGUSR1, 0, True),  # its data reader and checkpoint writer too
+        (signal.SIGUSR1, 1, False),  # one of the ranks only, and not the one that speaks
+        (signal.SIGTERM, 0, True),  # its data reader and checkpoint writer too
     ],
 )
 def test_signal_saves_and_asks_to_be_started_again(

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.platform import prepare
@@ -24,10 +25,9 @@ def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
     if not dist.is_initialized():
-        alone = layout.world_size == 1 and "MASTER_ADDR" not in os.environ
         dist.init_process_group(
             backend="nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.HashStore() if alone else None,
+            store=_store(layout.world_size, rank),
             world_size=layout.world_size,
             rank=rank,
             timeout=TIMEOUT,
@@ -43,6 +43,18 @@ def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = 
     model_parallel_cuda_manual_seed(seed)
     # What the layers report is kept in a global, which must not outlive a run of this process.
     get_moe_layer_wise_logging_tracker().clear()
+
+
+def _store(world_size: int, rank: int) -> dist.Store | None:
+    """Where the processes find each other; None: where torch looks by itself."""
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt == 0:
+        return None
+    # torchrun's store outlives a restart, and with it the addresses of the processes that died.
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def _compute_deterministically() -> None:

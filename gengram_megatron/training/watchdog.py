@@ -73,9 +73,9 @@ class Watchdog:
                 faulthandler.cancel_dump_traceback_later()
                 self._write()
                 time.sleep(GRACE_SECONDS)
-                reports = self._reports()
+                reports = self.reports()
                 if self._rank == min(reports):
-                    print(f"gengram: {self._verdict(reports)}", file=sys.__stderr__, flush=True)
+                    print(f"gengram: {self.verdict(reports)}", file=sys.__stderr__, flush=True)
                 os._exit(HUNG)
 
     def _write(self) -> None:
@@ -88,7 +88,8 @@ class Watchdog:
             print(json.dumps(asdict(report)), file=file, flush=True)
             faulthandler.dump_traceback(file)
 
-    def _reports(self) -> dict[int, Report]:
+    def reports(self) -> dict[int, Report]:
+        """What all ranks wrote, by rank."""
         found = {}
         for path in self._folder.glob("rank_*.txt"):
             with suppress(ValueError, TypeError), path.open() as file:
@@ -96,7 +97,8 @@ class Watchdog:
                 found[report.rank] = report
         return found
 
-    def _verdict(self, reports: dict[int, Report]) -> str:
+    def verdict(self, reports: dict[int, Report]) -> str:
+        """The rank that hangs, and where, in a sentence."""
         silent = [rank for rank in range(self._ranks) if rank not in reports]
         if silent:
             hung = f"rank {silent[0]} gave no sign of life"

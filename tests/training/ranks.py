@@ -41,9 +41,13 @@ class Ranks:
         """Until a condition holds; fails if the first rank ends before."""
         end = time.monotonic() + seconds
         while not condition():
-            assert self.processes[0].is_alive(), self.said()
+            assert not self.ended(), self.said()
             assert time.monotonic() < end, self.said()
             time.sleep(0.01)
+
+    def ended(self) -> bool:
+        """Whether the first rank has."""
+        return not self.processes[0].is_alive()
 
     def kill(self) -> None:
         """Everything that is left of the run."""
