@@ -28,7 +28,12 @@ class Optimizer(ChainedOptimizer):
         """A step, if `accept` agrees to the gradients' norm (before clipping), which is returned."""
         self._accept = accept
         self.step()
+        del self._accept
         return self._norm
+
+    def _accept(self, norm: float) -> bool:
+        """Of a plain step."""
+        return True
 
     def get_grad_norm(self) -> float:
         self._norm = super().get_grad_norm() or 0.0
