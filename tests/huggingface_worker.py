@@ -1,23 +1,22 @@
 """What transformers makes of exported folders: huggingface_worker.py FOLDER.
 
-FOLDER/<kind> was exported; FOLDER/tokens.pt holds a batch of token ids for each kind. Writes
-FOLDER/answers.pt. Runs in a process of its own, without the package: this is what a user has.
+FOLDER/<kind> was exported; FOLDER/given.json holds a text, how many tokens are to be generated and
+a batch of token ids for each kind. Writes FOLDER/answers.pt. Runs in a process of its own, without the package: this is what a user has.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-TEXT = "ACGTNacgtnRy-\n[EOD]A"
-NEW_TOKENS = 8
 GREEDY = {"greedy": 1}
 WAYS = {"moe_memory": {"greedy": 1, "beams": 2}}
 
 
 @torch.no_grad()
-def answers(folder: Path, tokens: torch.Tensor) -> dict:
+def answers(folder: Path, tokens: torch.Tensor, text: str, new_tokens: int) -> dict:
     """All that the tests look at, of one model."""
     trust = {"trust_remote_code": True} if list(folder.glob("*.py")) else {}
     model = AutoModelForCausalLM.from_pretrained(folder, **trust).eval()
@@ -25,7 +24,7 @@ def answers(folder: Path, tokens: torch.Tensor) -> dict:
     model.save_pretrained(folder.with_name(f"{folder.name}_saved"))
     whole = model(tokens, output_hidden_states=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
-    ids = tokenizer(TEXT)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
     return {
         "class": type(model).__name__,
         "dtype": str(model.dtype),
@@ -35,7 +34,7 @@ def answers(folder: Path, tokens: torch.Tensor) -> dict:
         "decoder": decoder(tokens).last_hidden_state.float(),
         "in_pieces": in_pieces(model, tokens).float(),
         "padded": left_padded(model, tokens).float(),
-        **generated(model, tokens, WAYS.get(folder.name, GREEDY) if trust else {}),
+        **generated(model, tokens, new_tokens, WAYS.get(folder.name, GREEDY) if trust else {}),
         "ids": ids,
         "text": tokenizer.decode(ids, skip_special_tokens=False),
         "eos": (tokenizer.eos_token, tokenizer.eos_token_id),
@@ -60,10 +59,10 @@ def left_padded(model, tokens: torch.Tensor) -> torch.Tensor:
     return model(torch.cat([pad, tokens], dim=1), attention_mask=mask).logits[:, 7:]
 
 
-def generated(model, tokens: torch.Tensor, ways: dict[str, int]) -> dict:
+def generated(model, tokens: torch.Tensor, new_tokens: int, ways: dict[str, int]) -> dict:
     """Text that goes on from a prompt, with a cache and without. ways: a name, and how many beams."""
     prompt = tokens[:, :10]
-    settings = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    settings = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
     return {
         f"generated_{name}_{cache}": model.generate(
             prompt,
@@ -79,6 +78,9 @@ def generated(model, tokens: torch.Tensor, ways: dict[str, int]) -> dict:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    given = torch.load(place / "tokens.pt")
-    found = {kind: answers(place / kind, tokens) for kind, tokens in given.items()}
+    given = json.loads((place / "given.json").read_text())
+    found = {
+        kind: answers(place / kind, torch.tensor(tokens), given["text"], given["new_tokens"])
+        for kind, tokens in given["tokens"].items()
+    }
     torch.save(found, place / "answers.pt")

@@ -118,7 +118,6 @@ def test_run_cannot_go_on_without_its_optimizer(trained, tmp_path, gengram, one_
 
 
 def test_export_and_import_there_and_back(trained, tmp_path, gengram) -> None:
-    pytest.importorskip("tokenizers", reason="the extra hf")
     out, config = tmp_path / "out", tmp_path / "tiny.yaml"
     code, _, err = gengram("checkpoint", "export", trained.run, out, "--largest-file", "0.0005")
     assert (code, err) == (0, "")
@@ -146,7 +145,6 @@ def test_folder_without_checkpoints_is_a_sentence(tmp_path, gengram, command) ->
 
 
 def test_no_command_holds_the_whole_model(tmp_path) -> None:
-    pytest.importorskip("tokenizers", reason="the extra hf")
     model = {
         "hidden_size": 512,
         "num_layers": 8,

@@ -18,7 +18,6 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import EOD, DnaTokenizer
 from tests.exchange_models import KINDS, Trained, build, load, make, named
-from tests.huggingface_worker import NEW_TOKENS, TEXT
 from tests.layouts.launch import ROOT
 
 REFUSED = ("mla", "top1")
@@ -26,7 +25,7 @@ EXPORTED = [kind for kind in KINDS if kind not in REFUSED]
 STOCK = {"dense_mha": "Llama", "dense_gqa": "Llama", "moe_gqa": "Mixtral", "moe_top3": "Mixtral"}
 WITH_MEMORY = [kind for kind in EXPORTED if kind not in STOCK]
 
-pytest.importorskip("transformers", reason="the extra hf")
+TEXT, NEW_TOKENS = "ACGTNacgtnRy-\n[EOD]A", 8
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,9 @@ def exported(models, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def answers(models, exported) -> dict[str, dict]:
     """In a process without the package, nor its stand-ins for CUDA."""
-    torch.save({kind: models[kind].tokens for kind in EXPORTED}, exported / "tokens.pt")
+    tokens = {kind: models[kind].tokens.tolist() for kind in EXPORTED}
+    given = {"text": TEXT, "new_tokens": NEW_TOKENS, "tokens": tokens}
+    (exported / "given.json").write_text(json.dumps(given))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/huggingface_worker.py"), str(exported)],
         cwd=exported,
