@@ -8,6 +8,12 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "gengram_megatron/__init__.py").read_text())[1]
 
+HUGGING_FACE = [
+    "safetensors>=0.5",  # the files that exported weights lie in
+    "tokenizers>=0.22",  # makes the exported tokenizer
+    "transformers>=5",  # loads exported models; 5 names experts as our modelling file does
+]
+
 setup(
     name="gengram-megatron",
     version=VERSION,
@@ -43,6 +49,14 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.17"],  # logging.wandb
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff==0.17.6", "dnaio>=1.2"],
+        "hf": HUGGING_FACE,  # gengram checkpoint export, and import of what it wrote
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff==0.17.6",
+            "dnaio>=1.2",  # an independent reader of FASTA, for tests and benchmarks
+            *HUGGING_FACE,
+        ],
     },
 )

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gengram_megatron import __version__
-from gengram_megatron.checkpoint.verify import verify
+from gengram_megatron.checkpoint import command as checkpoint
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.load import dump_config, load_config
@@ -29,9 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
-checkpoint.command()(verify)
-app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def main() -> None:

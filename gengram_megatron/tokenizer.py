@@ -36,7 +36,9 @@ def _id_of_byte() -> bytes:
 
 
 _ID_OF_BYTE = _id_of_byte()
-_NAMES = np.array([*PIECES, "<CLS>", "<SEP>", "[EOD]"], dtype=object)
+NAMES = (*PIECES, "<CLS>", "<SEP>", "[EOD]")
+"""Of all ids in use."""
+_NAMES = np.array(NAMES, dtype=object)
 
 
 class DnaTokenizer:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
@@ -200,6 +200,9 @@ class TrainingState:
             return 0, None
         facts = read_facts(path)
         self._check(path, facts)
+        if "optimizer" not in dist_checkpointing.load_common_state_dict(str(path)):
+            self._start_from_weights(path, facts)
+            return 0, warning
         self._make_optimizer_states()
         state = self._state(facts.step, is_loading=True)
         if facts.layout != asdict(self.layout):
@@ -213,6 +216,23 @@ class TrainingState:
         if "random" in loaded:
             _set_random_states(loaded["random"])
         return facts.step, warning
+
+    def _start_from_weights(self, path: Path, facts: Facts) -> None:
+        """Begin a run with imported weights in the place of drawn ones."""
+        if facts.step:
+            raise UserError(
+                f"{path} holds weights only, without the optimizer that step {facts.step + 1} "
+                "needs: put the whole checkpoint in its place, or start in another run.dir"
+            )
+        state = self._model_state()
+        for chunk in state.values():
+            for name, value in chunk.items():
+                if isinstance(value, ShardedObject):  # of TransformerEngine; empty without it
+                    chunk[name] = LocalNonpersistentObject(None)
+        loaded = dist_checkpointing.load(state, str(path))
+        for index, chunk in enumerate(unwrap_model(self.chunks)):
+            chunk.load_state_dict(loaded[f"model{index}"])
+        self.optimizer.reload_model_params()
 
     def _check(self, path: Path, facts: Facts) -> None:
         samples = facts.step * self.config.train.global_batch_size
@@ -249,19 +269,22 @@ class TrainingState:
             return {}
         return {table.name: asdict(table) for table in kmer_tables(gengram)}
 
-    def _state(self, step: int, is_loading: bool) -> dict:
-        metadata = {
-            **CONTENT,
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
-        model = {
-            f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+    def _metadata(self) -> dict:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return {**CONTENT, "dp_cp_group": group}
+
+    def _model_state(self) -> dict:
+        return {
+            f"model{index}": chunk.sharded_state_dict(metadata=self._metadata())
             for index, chunk in enumerate(unwrap_model(self.chunks))
         }
+
+    def _state(self, step: int, is_loading: bool) -> dict:
+        model = self._model_state()
         return {
             **model,
             "optimizer": self.optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=metadata
+                model, is_loading=is_loading, metadata=self._metadata()
             ),
             "schedule": self.schedule.state_dict(),
             "random": _random_states(),

@@ -1,0 +1,1 @@
+"""Models of other formats: exported to them, imported from them."""

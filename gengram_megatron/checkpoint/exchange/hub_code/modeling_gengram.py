@@ -1,0 +1,301 @@
+"""Llama and Mixtral with Gengram k-mer memory (arXiv 2601.22203), in plain torch.
+
+A layer with memory adds to its input what it looks up for the k-mers in the window of each token.
+Memory reaches to the left, so while text is generated it needs the tokens, and the rows that its
+convolution reads, of what came before: they are kept in further layers of transformers' cache,
+behind those of the attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralDecoderLayer,
+    MixtralForCausalLM,
+    MixtralModel,
+)
+
+from .configuration_gengram import GengramLlamaConfig, GengramMixtralConfig
+
+COMPLEMENT = (3, 2, 1, 0, 4)  # of the digits of A C G T N
+
+
+class Kmers:
+    """The rows of the k-mers that end at each of s tokens, and at the `reach` tokens before.
+
+    ids: a table [b, reach + s]; a k-mer that holds another token than A C G T N, or that begins
+    before the text, has the id one past the table's last row.
+    documents: [b, reach + s], or None where memory may look across documents.
+    """
+
+    def __init__(self, tokens, length: int, gengram: dict):
+        """tokens: [b, at least length], the last `length` of them new."""
+        largest = max(table["k"] for table in gengram["tables"])
+        self.window, self.dilation = gengram["window"], largest
+        self.reach = max(
+            (self.window or largest) - 1, largest - 1, (gengram["conv_kernel"] - 1) * largest
+        )
+        tokens = tokens[:, -(length + self.reach) :]
+        tokens = F.pad(tokens, (length + self.reach - tokens.shape[1], 0), value=-1)
+        digits = torch.full_like(tokens, -1, dtype=torch.int64)
+        for digit, token in enumerate(gengram["token_ids"]):
+            digits[tokens == token] = digit
+        self.ids = [self._rows(digits, table) for table in gengram["tables"]]
+        eod = gengram["eod"]
+        self.documents = None if eod is None else (tokens == eod).cumsum(1)
+
+    def _rows(self, digits, table: dict):
+        k, length = table["k"], digits.shape[1]
+        complements = torch.tensor(COMPLEMENT, device=digits.device)
+        number, other = torch.zeros_like(digits), torch.zeros_like(digits)
+        valid = torch.ones_like(digits, dtype=torch.bool)
+        for back in range(k):  # the last token is the least significant digit
+            digit = F.pad(digits, (back, 0), value=-1)[:, :length]
+            valid &= digit >= 0
+            digit = digit.clamp(min=0)
+            number += digit * 5**back
+            other += complements[digit] * 5 ** (k - 1 - back)
+        if table["shared"]:
+            number = torch.minimum(number, other)
+        if table["hash_seed"] is not None:
+            number = mixed(number, table["hash_seed"]) % table["rows"]
+        elif table["shared"]:
+            number = rows_of_pairs(k, number.device)[number]
+        return number.masked_fill(~valid, table["rows"])
+
+    def at(self, x, back: int):
+        """The columns of x [b, reach + s] that lie `back` before each of the s tokens."""
+        return x[:, self.reach - back : x.shape[1] - back]
+
+    def same_document(self, back: int):
+        """[b, s]: whether no document ends between a token and the one `back` before; or None."""
+        if self.documents is None:
+            return None
+        return self.at(self.documents, back) == self.at(self.documents, 0)
+
+
+def mixed(number, seed: int):
+    """63 well mixed bits of an int64: the finalizer of SplitMix64."""
+    x = number ^ seed
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * (factor - (1 << 64))
+    return (x ^ ((x >> 31) & ((1 << 33) - 1))) & ((1 << 63) - 1)
+
+
+def rows_of_pairs(k: int, device):
+    """[5^k]: the row of a number that is the smaller of its k-mer's and its reverse complement's."""
+    number = torch.arange(5**k, device=device)
+    left, backward = number.clone(), torch.zeros_like(number)
+    for _ in range(k):
+        backward = backward * 5 + torch.tensor(COMPLEMENT, device=device)[left % 5]
+        left = left // 5
+    return (number <= backward).cumsum(0) - 1
+
+
+class ShortConvolution(nn.Module):
+    """SiLU of a causal depthwise convolution; its last tap meets the token itself."""
+
+    def __init__(self, hidden: int, kernel: int, dilation: int):
+        super().__init__()
+        self.conv = nn.Conv1d(hidden, hidden, kernel, groups=hidden, dilation=dilation, bias=False)
+
+    def forward(self, x, kmers: Kmers):
+        """x: [b, earlier + s, h], the rows of the last s tokens and of all before."""
+        taps = self.conv.weight[:, 0].t()
+        length = kmers.ids[0].shape[1] - kmers.reach
+        x = F.pad(x, (0, 0, max(length + kmers.reach - x.shape[1], 0), 0))
+        out = torch.zeros_like(x[:, -length:])
+        for tap, weight in enumerate(taps):
+            back = (len(taps) - 1 - tap) * kmers.dilation
+            source = x[:, x.shape[1] - length - back : x.shape[1] - back]
+            same = kmers.same_document(back)
+            out = torch.addcmul(out, source if same is None else source * same[..., None], weight)
+        return F.silu(out)
+
+
+class GengramMemory(nn.Module):
+    """Tables, key and value, gate and output of one layer."""
+
+    def __init__(self, config, place: int):
+        """place: of this layer among those with memory."""
+        super().__init__()
+        gengram, hidden = config.gengram, config.hidden_size
+        self.tables, self.place = gengram["tables"], place
+        self.deduplicate, self.signed_sqrt = gengram["deduplicate"], gengram["signed_sqrt"]
+        self.output = gengram["output"]
+        sizes = sorted({table["k"] for table in self.tables})
+        width = len(sizes) * gengram["dim"]
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(table["rows"], table["columns"]) for table in self.tables
+        )
+        self.key_proj = nn.Linear(width, hidden, bias=False)
+        self.value_proj = nn.Linear(width, hidden, bias=False)
+        self.norm_q = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.norm_k = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+        if self.output == "convolution":
+            self.short_conv = ShortConvolution(hidden, gengram["conv_kernel"], sizes[-1])
+        elif self.output == "norm":
+            self.norm_o = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+
+    def forward(self, hidden, kmers: Kmers, cache):
+        """hidden: [b, s, h]; returns what is added to it."""
+        features = self._features(kmers)
+        gated = self._gate(hidden, self.key_proj(features)) * self.value_proj(features)
+        if self.output == "norm":
+            return F.silu(self.norm_o(gated))
+        if self.output == "plain":
+            return gated
+        return gated + self.short_conv(remember(cache, gated, self.place), kmers)
+
+    def _features(self, kmers: Kmers):
+        """[b, s, number of k * d]: k after k; the heads of one k are interleaved."""
+        means: dict[int, list] = {}
+        for table, embedding, ids in zip(self.tables, self.embeddings, kmers.ids):
+            mean = self._mean(embedding.weight, ids, table, kmers)
+            means.setdefault(table["k"], []).append(mean)
+        return torch.cat([torch.stack(heads, dim=-1).flatten(-2) for heads in means.values()], -1)
+
+    def _mean(self, rows, ids, table: dict, kmers: Kmers):
+        """[b, s, d]: the mean over the valid k-mers that lie wholly inside each token's window."""
+        span = 1 if kmers.window is None else kmers.window - table["k"] + 1
+        total, count = 0, 0
+        for back in range(span):
+            here = kmers.at(ids, back)
+            counts = here < table["rows"]
+            same = kmers.same_document(back)
+            if same is not None:
+                counts = counts & same
+            if self.deduplicate:
+                for later in range(back):
+                    counts = counts & (here != kmers.at(ids, later))
+            found = F.embedding(here.clamp(max=table["rows"] - 1), rows).float()
+            total = total + found * counts[..., None]
+            count = count + counts.int()
+        return (total / count.clamp(min=1)[..., None]).to(rows.dtype)
+
+    def _gate(self, hidden, key):
+        product = self.norm_q(hidden) * self.norm_k(key)
+        agreement = product.sum(-1, keepdim=True, dtype=torch.float32) / hidden.shape[-1] ** 0.5
+        if self.signed_sqrt:
+            agreement = agreement.sign() * agreement.abs().clamp_min(1e-6).sqrt()
+        return torch.sigmoid(agreement).to(hidden.dtype)
+
+
+class MemoryCache:
+    """The further layers of a model's cache: first the tokens, then a layer each with memory."""
+
+    def __init__(self, cache, layers: int):
+        self.cache, self.first = cache, layers
+
+    def append(self, x, place: int):
+        """x: [b, s, n], new rows; returns all rows, [b, earlier + s, n]."""
+        layers, place = self.cache.layers, self.first + place
+        while len(layers) <= place:
+            layers.append(DynamicLayer())
+        x = x.unsqueeze(1)
+        return layers[place].update(x, x[..., :0])[0].squeeze(1)
+
+
+def remember(cache: MemoryCache | None, x, place: int):
+    """All rows so far, of a layer's memory."""
+    return x if cache is None else cache.append(x, place + 1)
+
+
+class LayerWithMemory:
+    """What a decoder layer gets in front."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        layers = config.gengram["layers"]
+        self.gengram = None
+        if layer_idx + 1 in layers:
+            self.gengram = GengramMemory(config, sorted(layers).index(layer_idx + 1))
+
+    def forward(self, hidden_states, *args, kmers=None, memory_cache=None, **kwargs):
+        if self.gengram is not None:
+            hidden_states = hidden_states + self.gengram(hidden_states, kmers, memory_cache)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+class ModelWithMemory:
+    """What a decoder gets around."""
+
+    def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+        if input_ids is None:
+            raise ValueError("memory is looked up by token ids: give input_ids, not inputs_embeds")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        cache, tokens = None, input_ids
+        if past_key_values is not None:
+            if not isinstance(past_key_values, DynamicCache):
+                raise ValueError("memory keeps what came before in a DynamicCache, and in no other")
+            cache = MemoryCache(past_key_values, self.config.num_hidden_layers)
+            tokens = cache.append(input_ids.unsqueeze(-1), 0).squeeze(-1)
+        return super().forward(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            kmers=Kmers(tokens, input_ids.shape[1], self.config.gengram),
+            memory_cache=cache,
+            **kwargs,
+        )
+
+
+class GengramLlamaLayer(LayerWithMemory, LlamaDecoderLayer):
+    pass
+
+
+class GengramLlamaModel(ModelWithMemory, LlamaModel):
+    config_class = GengramLlamaConfig
+    _no_split_modules = ("GengramLlamaLayer",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            GengramLlamaLayer(config, n) for n in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+
+class GengramLlamaForCausalLM(LlamaForCausalLM):
+    config_class = GengramLlamaConfig
+    _no_split_modules = ("GengramLlamaLayer",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = GengramLlamaModel(config)
+        self.post_init()
+
+
+class GengramMixtralLayer(LayerWithMemory, MixtralDecoderLayer):
+    pass
+
+
+class GengramMixtralModel(ModelWithMemory, MixtralModel):
+    config_class = GengramMixtralConfig
+    _no_split_modules = ("GengramMixtralLayer",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            GengramMixtralLayer(config, n) for n in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+
+class GengramMixtralForCausalLM(MixtralForCausalLM):
+    config_class = GengramMixtralConfig
+    _no_split_modules = ("GengramMixtralLayer",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = GengramMixtralModel(config)
+        self.post_init()

@@ -1,0 +1,150 @@
+"""What an exported model's folder says of it: config.json, tokenizer, and the code of its memory."""
+
+import importlib.util
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from gengram_megatron.config.schema import Config, Model
+from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import BASES, EOD, IUPAC_AMBIGUOUS, NAMES, PIECES
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+CODE = Path(__file__).parent / "hub_code"
+CODE_FILES = ("configuration_gengram.py", "modeling_gengram.py")
+
+
+def check_installed() -> None:
+    """UserError: the packages of the extra hf are not here."""
+    for package in ("safetensors", "tokenizers"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"the package {package} is missing: install the extra hf with "
+                "pip install 'gengram-megatron[hf]'"
+            )
+
+
+def check_expressible(model: Model) -> None:
+    """UserError: transformers' Llama and Mixtral cannot say what this model computes."""
+    if model.attention == "mla":
+        raise UserError(
+            "model.attention is mla, which transformers' Llama and Mixtral do not have: only mha "
+            "and gqa can be exported and imported"
+        )
+    if model.num_experts is not None and model.moe_router_topk == 1:
+        raise UserError(
+            "model.moe_router_topk is 1, and Mixtral gives a single expert the weight 1 where "
+            "this model gives it the router's probability: only 2 or more can be exported and "
+            "imported"
+        )
+
+
+def model_config(config: Config) -> dict:
+    """config.json."""
+    model = config.model
+    experts = model.num_experts is not None
+    settings = {
+        "architectures": [_class(model, "ForCausalLM")],
+        "model_type": _model_type(model),
+        "dtype": DTYPES[config.train.precision],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "head_dim": model.hidden_size // model.num_attention_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.seq_length,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": float(model.rotary_base),
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": EOD,
+        "pad_token_id": PIECES.index("[PAD]"),
+    }
+    if experts:
+        settings |= {
+            "num_local_experts": model.num_experts,
+            "num_experts_per_tok": model.moe_router_topk,
+            "router_aux_loss_coef": model.moe_aux_loss_coeff,
+            "sliding_window": None,
+        }
+    else:
+        settings |= {"attention_bias": False, "mlp_bias": False}
+    if model.gengram.enabled:
+        settings |= {"auto_map": _auto_map(model), "gengram": _gengram(model)}
+    return settings
+
+
+def _model_type(model: Model) -> str:
+    base = "llama" if model.num_experts is None else "mixtral"
+    # A name of its own: without the code that knows the memory it must not load at all.
+    return f"gengram_{base}" if model.gengram.enabled else base
+
+
+def _class(model: Model, suffix: str) -> str:
+    return "".join(part.capitalize() for part in _model_type(model).split("_")) + suffix
+
+
+def _auto_map(model: Model) -> dict:
+    return {
+        "AutoConfig": f"configuration_gengram.{_class(model, 'Config')}",
+        "AutoModel": f"modeling_gengram.{_class(model, 'Model')}",
+        "AutoModelForCausalLM": f"modeling_gengram.{_class(model, 'ForCausalLM')}",
+    }
+
+
+def _gengram(model: Model) -> dict:
+    gengram = model.gengram
+    same = ("layers", "dim", "window", "token_ids", "deduplicate", "signed_sqrt", "output")
+    return {
+        **{name: getattr(gengram, name) for name in (*same, "conv_kernel")},
+        "eod": EOD if gengram.reset_at_document else None,
+        "tables": [asdict(table) for table in kmer_tables(gengram)],
+    }
+
+
+def write_description(folder: Path, config: Config) -> None:
+    """All files but the weights."""
+    (folder / "config.json").write_text(json.dumps(model_config(config), indent=2) + "\n")
+    tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.model.seq_length,
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "eos_token": "[EOD]",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if config.model.gengram.enabled:
+        for name in CODE_FILES:
+            shutil.copyfile(CODE / name, folder / name)
+
+
+def tokenizer():
+    """A letter a token, with our ids: case is folded, IUPAC's other letters become N. Other than
+    ours, which refuses them, it reads what is no nucleotide as [UNK]."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers.pre_tokenizers import Split
+
+    fast = Tokenizer(models.WordLevel({name: n for n, name in enumerate(NAMES)}, unk_token="[UNK]"))
+    others = IUPAC_AMBIGUOUS + IUPAC_AMBIGUOUS.lower()
+    fast.normalizer = normalizers.Sequence(
+        [normalizers.Replace(base.lower(), base) for base in BASES]
+        + [normalizers.Replace(Regex(f"[{others}]"), "N")]
+    )
+    fast.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    fast.decoder = decoders.Fuse()
+    special = [name for name in NAMES if len(name) > 1]
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    return fast

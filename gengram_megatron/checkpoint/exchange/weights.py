@@ -1,0 +1,72 @@
+"""How the weights of another format lie in ours: one table, read in both directions."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gengram_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of another format, as a part of one of ours.
+
+    index: where it lies in ours, as the owner's `view` shows it; (): all of it.
+    shape: of the tensor there.
+    turned: a matrix that lies in ours with rows and columns changed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple = ()
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One of our tensors, whole over all ranks, and the parts that it is made of.
+
+    view: the shape in which the parts are cut out.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    view: tuple[int, ...] | None = None
+
+    def split(self, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Our tensor as tensors of the other format, each with memory of its own."""
+        for part in self.parts:
+            found = ours.view(self.view or self.shape)[part.index]
+            if part.turned:
+                found = found.t()
+            yield part.name, found.reshape(part.shape).clone(memory_format=torch.contiguous_format)
+
+    def join(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+        """Our tensor from those of the other format. UserError: one has another shape or dtype."""
+        ours = torch.empty(self.shape, dtype=dtype)
+        for part in self.parts:
+            theirs = read(part.name)
+            if (tuple(theirs.shape), theirs.dtype) != (part.shape, dtype):
+                raise UserError(
+                    f"{part.name} is {_describe(theirs.shape, theirs.dtype)}, and the config asks "
+                    f"for {_describe(part.shape, dtype)}: give the config of the model that is there"
+                )
+            target = ours.view(self.view or self.shape)[part.index]
+            if part.turned:
+                target = target.t()
+            target.copy_(theirs.reshape(target.shape))
+        return ours
+
+
+def whole(key: str, name: str, *shape: int) -> Weight:
+    """A tensor that both formats have alike."""
+    return Weight(key, shape, (Part(name, shape),))
+
+
+def _describe(shape, dtype: torch.dtype) -> str:
+    size = " x ".join(map(str, shape)) or str(math.prod(shape))
+    return f"{size} in {str(dtype).removeprefix('torch.')}"

@@ -1,0 +1,173 @@
+"""The tensors of a distributed checkpoint, read one by one, whole or in part, in one process.
+
+Nothing here builds a model or joins other processes. A checkpoint may come from anyone, so its
+files are read without running what they might hold: of pickled data only plain values and the
+classes that describe tensors are taken.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from gengram_megatron.checkpoint.store import FACTS, CheckpointStore
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
+
+METADATA = ".metadata"
+COMMON = "common.pt"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of a run's folder."""
+    if (path / FACTS).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if newest := CheckpointStore(folder, None).newest():
+            return newest
+    raise UserError(
+        f"{path} is neither a checkpoint of gengram nor the folder of a run that has one: "
+        "give a folder such as runs/mine or runs/mine/checkpoints/step_00001000"
+    )
+
+
+def read_common(checkpoint: Path) -> dict:
+    """What all ranks have in common: config, step, and of a run that can go on its schedule."""
+    try:
+        return torch.load(checkpoint / COMMON, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{checkpoint / COMMON} cannot be read: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The config of the run that wrote a checkpoint."""
+    try:
+        return Config.model_validate(read_common(checkpoint)["config"])
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"{checkpoint} was written with a config whose {key} this version does not know: use "
+            "the version of gengram that wrote it"
+        ) from None
+
+
+class StoredTensors:
+    """The tensors of one checkpoint by name."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._reader = _Reader(folder)
+        self._tensors = {
+            name: entry
+            for name, entry in self._reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """In the order in which they were written."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor, over all ranks."""
+        return tuple(self._tensors[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As it is stored."""
+        return self._tensors[name].properties.dtype
+
+    def num_bytes(self, name: str) -> int:
+        """Of the whole tensor."""
+        return self._tensors[name].size.numel() * self.dtype(name).itemsize
+
+    def read(self, name: str, *index: int) -> Tensor:
+        """A whole tensor, or the part of it at an index of its first axes."""
+        shape, leading = self.shape(name), len(index)
+        part = ChunkStorageMetadata(
+            offsets=torch.Size([*index, *[0] * (len(shape) - leading)]),
+            sizes=torch.Size([*[1] * leading, *shape[leading:]]),
+        )
+        tensor = torch.empty(part.sizes, dtype=self.dtype(name))
+        try:
+            planner = _PartPlanner(part)
+            dcp.load({name: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
+        except (CheckpointException, OSError) as error:
+            raise UserError(f"{self.folder}: {name} cannot be read: {error}") from None
+        return tensor.reshape(shape[leading:])
+
+
+class _PartPlanner(dcp.DefaultLoadPlanner):
+    """Reads one part of one tensor, from whichever stored pieces it lies in."""
+
+    def __init__(self, part: ChunkStorageMetadata):
+        super().__init__()
+        self._part = part
+
+    def create_local_plan(self) -> LoadPlan:
+        (name,) = self.state_dict
+        stored = self.metadata.state_dict_metadata[name]
+        return LoadPlan(create_read_items_for_chunk_list(name, stored, [self._part]))
+
+    def lookup_tensor(self, index) -> Tensor:
+        return self.state_dict[index.fqn]
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, with the description of the tensors read once and safely."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        path = folder / METADATA
+        try:
+            with path.open("rb") as file:
+                self._metadata = _MetadataUnpickler(file).load()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        if not isinstance(self._metadata, Metadata):
+            raise UserError(f"{path} does not describe the tensors of a checkpoint")
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        return self._metadata
+
+
+class _Ignored:
+    """Stands for megatron-core's notes on how a checkpoint was written."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes that describe tensors, and no other name."""
+
+    _DESCRIPTIONS = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.planner",
+    )
+    _OTHERS = (
+        ("pathlib", "PosixPath"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    )
+
+    def find_class(self, module: str, name: str):
+        if module == "megatron.core.dist_checkpointing.strategies.torch":
+            return _Ignored
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in self._OTHERS or (module in self._DESCRIPTIONS and name.isidentifier()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"it would run {module}.{name}, and only descriptions of tensors are read"
+        )

@@ -1,0 +1,87 @@
+"""Checkpoints that hold weights and nothing else, written tensor by tensor in one process.
+
+A run starts from one in its folder as if its weights had been drawn (state.py).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from gengram_megatron.checkpoint.store import CheckpointStore, Facts, read_facts
+from gengram_megatron.checkpoint.stored import COMMON, StoredTensors, read_common
+from gengram_megatron.checkpoint.summary import OPTIMIZER
+from gengram_megatron.errors import UserError
+
+FILE_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""megatron-core's note on how a checkpoint is to be read."""
+
+KEPT = ("config", "step")
+"""Of what ranks have in common; the rest belongs to the optimizer and its schedule."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights by name: their shape and dtype, and how one of them is read."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    read: Callable[[str], Tensor]
+
+
+def strip(checkpoint: Path, out: Path) -> Path:
+    """Copy a checkpoint's weights into a folder `out` of checkpoints; returns the new one."""
+    stored, common = StoredTensors(checkpoint), read_common(checkpoint)
+    names = [name for name in stored.names if not name.startswith(OPTIMIZER)]
+    source = Source(
+        {name: stored.shape(name) for name in names},
+        {name: stored.dtype(name) for name in names},
+        stored.read,
+    )
+    kept = {name: common[name] for name in KEPT}
+    return write(CheckpointStore(out, None), source, kept, read_facts(checkpoint))
+
+
+def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) -> Path:
+    """Write a checkpoint of weights; one of them at a time is in memory."""
+    whole = store.path(facts.step)
+    if whole.exists():
+        raise UserError(f"{whole} is there already; give another folder")
+    partial = store.begin(facts.step)
+    described = {
+        name: torch.empty(shape, dtype=source.dtypes[name], device="meta")
+        for name, shape in source.shapes.items()
+    }
+    # A file a tensor, because torch keeps what it wrote until a file is done.
+    writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
+    planner = _OneByOne(source.read)
+    try:
+        dcp.save(described, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        [(cause, _)] = error.failures.values()  # of the one process that wrote
+        raise cause from None
+    torch.save(common, partial / COMMON)
+    (partial / "metadata.json").write_text(json.dumps(FILE_FORMAT))
+    store.finish(partial, facts)
+    return whole
+
+
+class _OneByOne(dcp.DefaultSavePlanner):
+    """Reads a tensor when its turn to be written comes."""
+
+    def __init__(self, read: Callable[[str], Tensor]):
+        super().__init__(flatten_state_dict=False)
+        self._read = read
+
+    def lookup_object(self, index) -> Tensor:
+        return self._read(index.fqn)

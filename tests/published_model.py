@@ -1,0 +1,216 @@
+"""A model as the published code has it, and its checkpoints in the forms of Megatron-LM.
+
+The decoder is megatron-core's own plain GPTModel, each of whose layers carries the memory's
+weights; the layers that use them do so by the slow reference.
+"""
+
+import io
+import random
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gengram_megatron.config.layout import Layout
+from gengram_megatron.config.schema import Config, Model
+from tests import reference_gengram
+
+
+class PublishedMemory(nn.Module):
+    """The published code's names and shapes."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        gengram, hidden = model.gengram, model.hidden_size
+        width = len(gengram.kmer_sizes) * gengram.dim
+        self.embeddings = nn.ModuleList(nn.Embedding(5**k, gengram.dim) for k in gengram.kmer_sizes)
+        self.key_proj = nn.Linear(width, hidden, bias=False)
+        self.value_proj = nn.Linear(width, hidden, bias=False)
+        self.norm_q, self.norm_k = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
+        self.short_conv = nn.Module()
+        self.short_conv.conv = nn.Conv1d(
+            hidden, hidden, gengram.conv_kernel, groups=hidden, bias=False
+        )
+
+    def added(self, hidden: Tensor, tokens: Tensor, model: Model) -> Tensor:
+        """hidden: [s, b, h]; tokens: [b, s]."""
+        sizes = model.gengram.kmer_sizes
+        tables = {k: table.weight.double() for k, table in zip(sizes, self.embeddings)}
+        return reference_gengram.gengram(
+            hidden.double(),
+            tokens.tolist(),
+            tables,
+            key=self.key_proj.weight.double(),
+            value=self.value_proj.weight.double(),
+            norm_hidden=self.norm_q.weight.double(),
+            norm_key=self.norm_k.weight.double(),
+            taps=self.short_conv.conv.weight[:, 0].t().double(),
+            alphabet=model.gengram.token_ids,
+            window=model.gengram.window,
+        ).to(hidden.dtype)
+
+
+def published_model(config: Config, layout: Layout):
+    """megatron-core's GPTModel with random weights, norms among them."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from gengram_megatron.model.attention import CoreAttention
+    from gengram_megatron.model.build import transformer_config
+
+    model, generator = config.model, torch.Generator().manual_seed(11)
+    settings = transformer_config(config, layout)
+    settings.moe_grouped_gemm = False
+    settings.sequence_parallel = False
+    spec = get_gpt_layer_local_spec(
+        num_experts=model.num_experts,
+        normalization="RMSNorm",
+        multi_latent_attention=model.attention == "mla",
+        qk_layernorm=model.attention == "mla",
+    )
+    if model.attention == "mla":  # for which megatron-core's torch part lacks arguments
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    gpt = GPTModel(
+        settings,
+        spec,
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.seq_length,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        share_embeddings_and_output_weights=False,
+    )
+    for layer in gpt.decoder.layers:
+        layer.gengram = PublishedMemory(model)
+    with torch.no_grad():
+        for weight in gpt.parameters():
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator) + (weight.ndim == 1))
+    return gpt.eval()
+
+
+@torch.no_grad()
+def logits(gpt, config: Config, tokens: Tensor) -> Tensor:
+    """[b, s, v], memory in the layers that the config names."""
+
+    def with_memory(layer, args, kwargs):
+        hidden = kwargs["hidden_states"]
+        added = layer.gengram.added(hidden, tokens, config.model)
+        return args, {**kwargs, "hidden_states": hidden + added}
+
+    hooks = [
+        gpt.decoder.layers[number - 1].register_forward_pre_hook(with_memory, with_kwargs=True)
+        for number in config.model.gengram.layers
+    ]
+    out = gpt(
+        input_ids=tokens,
+        position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
+        attention_mask=None,
+    )
+    for hook in hooks:
+        hook.remove()
+    return out
+
+
+def arguments(config: Config) -> Namespace:
+    """Of the run, with values of classes that Megatron-LM keeps there."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    return Namespace(
+        attention_backend=AttnBackend.auto,
+        expert_model_parallel_size=1,
+        params_dtype=torch.float32,
+        load=Path("/nowhere"),
+        rotary_base=config.model.rotary_base,
+        norm_epsilon=config.model.norm_epsilon,
+        num_attention_heads=config.model.num_attention_heads,
+    )
+
+
+def save_distributed(gpt, config: Config, folder: Path) -> None:
+    """megatron-core's own writer; layers stacked, as it does unless told otherwise."""
+    from megatron.core import dist_checkpointing
+
+    iteration = folder / "iter_0000100"
+    iteration.mkdir(parents=True)
+    state = {"args": arguments(config), "iteration": 100, "model": gpt.sharded_state_dict()}
+    dist_checkpointing.save(state, str(iteration))
+    (folder / "latest_checkpointed_iteration.txt").write_text("100")
+
+
+def save_ranks(gpt, config: Config, folder: Path, tensor: int, pipeline: int) -> None:
+    """A file a rank, with the names that Transformer Engine's layers have."""
+    layers = config.model.num_layers // pipeline
+    for t in range(tensor):
+        for p in range(pipeline):
+            model = {}
+            for name, weight in gpt.state_dict().items():
+                if weight is None or not _on_stage(name, p, pipeline, layers):
+                    continue
+                name = _with_local_number(name, p * layers)
+                own = share(name, weight, t, tensor)
+                model[_as_transformer_engine(name, config.model)] = own.clone()
+            model["decoder.layers.0.self_attention.linear_qkv._extra_state"] = io.BytesIO(b"state")
+            stage = f"_{p:03d}" if pipeline > 1 else ""
+            file = folder / "iter_0000100" / f"mp_rank_{t:02d}{stage}" / "model_optim_rng.pt"
+            file.parent.mkdir(parents=True)
+            random_states = [
+                {
+                    "np_rng_state": np.random.get_state(),
+                    "random_rng_state": random.getstate(),
+                    "torch_rng_state": torch.get_rng_state(),
+                }
+            ]
+            torch.save(
+                {
+                    "args": arguments(config),
+                    "iteration": 100,
+                    "checkpoint_version": 3.0,
+                    "model": model,
+                    "rng_state": random_states,
+                },
+                file,
+            )
+    (folder / "latest_checkpointed_iteration.txt").write_text("100")
+
+
+def _on_stage(name: str, stage: int, stages: int, layers: int) -> bool:
+    if name.startswith("decoder.layers."):
+        return int(name.split(".")[2]) // layers == stage
+    return stage == (0 if name.startswith("embedding.") else stages - 1)
+
+
+def _with_local_number(name: str, first: int) -> str:
+    if not name.startswith("decoder.layers."):
+        return name
+    words = name.split(".")
+    words[2] = str(int(words[2]) - first)
+    return ".".join(words)
+
+
+def share(name: str, weight: Tensor, rank: int, ranks: int) -> Tensor:
+    """What one tensor-parallel rank holds of a weight."""
+    if ".gengram." in name:
+        return weight
+    if "linear_fc1.weight" in name:
+        gate, up = weight.chunk(2)
+        return torch.cat([gate.chunk(ranks)[rank], up.chunk(ranks)[rank]])
+    by_rows = "linear_qkv. linear_q_proj. linear_kv_up_proj. word_embeddings. output_layer."
+    if any(part in name for part in by_rows.split()):
+        return weight.chunk(ranks)[rank]
+    if any(part in name for part in ("linear_proj.", "linear_fc2.")):
+        return weight.chunk(ranks, dim=1)[rank]
+    return weight
+
+
+def _as_transformer_engine(name: str, model: Model) -> str:
+    name = name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+    name = name.replace("kv_layernorm.weight", "linear_kv_up_proj.layer_norm_weight")
+    if model.num_experts is None:
+        return name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    for expert in range(model.num_experts):
+        for part in ("linear_fc1", "linear_fc2"):
+            name = name.replace(
+                f"experts.local_experts.{expert}.{part}.weight", f"experts.{part}.weight{expert}"
+            )
+    return name

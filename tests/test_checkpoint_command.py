@@ -1,0 +1,170 @@
+"""gengram checkpoint inspect, strip, export and import, as commands."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gengram_megatron.checkpoint.store import read_facts
+from gengram_megatron.checkpoint.stored import StoredTensors
+from gengram_megatron.cli import main
+from tests.exchange_models import Trained, load, make
+from tests.layouts.launch import ROOT
+from tests.training.tiny import RUN, environment
+
+
+@pytest.fixture(scope="module")
+def trained(one_process, tmp_path_factory) -> Trained:
+    return make("moe_memory", tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def gengram(monkeypatch, capsys):
+    """Run a command in this process; returns its exit code, output and errors."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gengram", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out = capsys.readouterr()
+        return end.value.code or 0, out.out, out.err
+
+    return run
+
+
+def counted(weights: dict[str, torch.Tensor], *parts: str) -> int:
+    return sum(w.numel() for name, w in weights.items() if any(part in name for part in parts))
+
+
+def test_inspect_says_what_is_there(trained, gengram) -> None:
+    code, out, err = gengram("checkpoint", "inspect", trained.run, "--json")
+    found, weights = json.loads(out), trained.weights
+    assert (code, err) == (0, "")
+    assert (found["step"], found["samples"], found["tokens"]) == (3, 24, 24 * 64)
+    assert found["layout"]["world_size"] == 1 and found["has_optimizer"]
+    parameters = found["parameters"]
+    assert parameters["total"] == sum(w.numel() for w in weights.values())
+    assert parameters["total"] == sum(parameters.values()) - parameters["total"]
+    assert parameters["experts"] == counted(weights, ".experts.")
+    assert parameters["attention"] == counted(weights, ".self_attention.")
+    assert parameters["gengram tables"] == counted(weights, ".tables.")
+    assert parameters["gengram"] == counted(weights, ".memory.") - counted(weights, ".tables.")
+    assert [(t["layer"], t["name"], t["rows"], t["columns"]) for t in found["tables"]] == [
+        (layer, f"k{k}", 5**k, 8) for layer in (2, 3) for k in range(1, 7)
+    ]
+    assert found["bytes"]["weights"] == 4 * parameters["total"]
+    assert found["bytes"]["optimizer"] == 3 * found["bytes"]["weights"]
+    assert found["bytes"]["files"] > found["bytes"]["weights"] + found["bytes"]["optimizer"]
+    assert found["config"] == trained.config.model_dump()
+
+
+def test_inspect_shows_people_the_same(trained, gengram) -> None:
+    code, out, _ = gengram("checkpoint", "inspect", trained.run / "checkpoints" / "step_00000003")
+    assert code == 0
+    total = sum(w.numel() for w in trained.weights.values())
+    for words in (f"{total:,}", "1,536", "15,625", "2, 3", "float32"):
+        assert words in out
+
+
+def test_inspect_opens_no_tensor(trained, tmp_path, gengram) -> None:
+    """Without the files that tensors lie in, all but their own size is the same."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    checkpoint = trained.run / "checkpoints" / "step_00000003"
+    for file in checkpoint.iterdir():
+        if file.suffix != ".distcp":
+            (copy / file.name).write_bytes(file.read_bytes())
+    found, whole = (
+        json.loads(gengram("checkpoint", "inspect", path, "--json")[1])
+        for path in (copy, checkpoint)
+    )
+    for summary in (found, whole):
+        del summary["path"], summary["bytes"]["files"]
+    assert found == whole
+
+
+def test_strip_leaves_the_weights(trained, tmp_path, gengram) -> None:
+    code, out, _ = gengram("checkpoint", "strip", trained.run, tmp_path / "light")
+    light = tmp_path / "light" / "step_00000003"
+    assert code == 0 and out.strip() == str(light)
+    stored = StoredTensors(light)
+    assert set(stored.names) == set(trained.weights)
+    assert all(torch.equal(stored.read(name), w) for name, w in trained.weights.items())
+    original = trained.run / "checkpoints" / "step_00000003"
+    assert read_facts(light) == read_facts(original)
+    size, before = (sum(f.stat().st_size for f in p.iterdir()) for p in (light, original))
+    assert size < 0.27 * before
+    found = json.loads(gengram("checkpoint", "inspect", light, "--json")[1])
+    assert not found["has_optimizer"] and found["bytes"]["optimizer"] == 0
+    code, _, err = gengram("checkpoint", "strip", trained.run, tmp_path / "light")
+    assert code == 2 and "is there already; give another folder" in err
+
+
+def test_run_cannot_go_on_without_its_optimizer(trained, tmp_path, gengram, one_process) -> None:
+    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.errors import UserError
+    from tests.exchange_models import build
+
+    config = load(tmp_path, "run")
+    gengram("checkpoint", "strip", trained.run, tmp_path / "run" / "checkpoints")
+    state = TrainingState(config, one_process, *build(config, one_process))
+    with pytest.raises(UserError, match="holds weights only, without the optimizer that step 4"):
+        state.load_newest()
+
+
+def test_export_and_import_there_and_back(trained, tmp_path, gengram) -> None:
+    out, config = tmp_path / "out", tmp_path / "tiny.yaml"
+    code, _, err = gengram("checkpoint", "export", trained.run, out, "--largest-file", "0.0005")
+    assert (code, err) == (0, "")
+    files = list(out.glob("*.safetensors"))
+    whole = 4 * sum(w.numel() for w in trained.weights.values())
+    assert len(files) >= math.ceil(whole / 500_000)
+    load(tmp_path, "run")  # writes the config
+    code, said, err = gengram("checkpoint", "import", out, config, f"run.dir={tmp_path / 'back'}")
+    assert code == 0, err
+    checkpoint = tmp_path / "back" / "checkpoints" / "step_00000000"
+    assert said.strip() == str(checkpoint)
+    stored = StoredTensors(checkpoint)
+    assert all(torch.equal(stored.read(name), w) for name, w in trained.weights.items())
+    again = gengram("checkpoint", "import", out, config, f"run.dir={tmp_path / 'back'}")
+    assert again[0] == 2 and "holds checkpoints already; give another run.dir" in again[2]
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["strip", "light"], ["export", "out"]])
+def test_folder_without_checkpoints_is_a_sentence(tmp_path, gengram, command) -> None:
+    name, *out = command
+    words = ["checkpoint", name, tmp_path, *(tmp_path / folder for folder in out)]
+    code, _, err = gengram(*words)
+    assert code == 2 and "is neither a checkpoint of gengram" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_no_command_holds_the_whole_model(tmp_path) -> None:
+    model = {
+        "hidden_size": 512,
+        "num_layers": 8,
+        "num_attention_heads": 8,
+        "attention": "mha",
+        "ffn_hidden_size": 2048,
+        "seq_length": 64,
+    }
+    config = {**RUN, "model": model, "data": {"path": "none"}, "run": {"dir": "none"}}
+    (tmp_path / "large.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/memory_of_exchange.py"), str(tmp_path)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["model"] > 130_000_000
+    for what in ("write", "export", "import"):
+        assert found[what] < 60_000_000, found

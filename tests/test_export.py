@@ -1,0 +1,199 @@
+"""Exported models are what transformers makes of them, and come back bit for bit."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gengram_megatron.checkpoint.exchange.export import export
+from gengram_megatron.checkpoint.exchange.importing import import_model
+from gengram_megatron.checkpoint.store import CheckpointStore
+from gengram_megatron.checkpoint.stored import StoredTensors, find_checkpoint
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import EOD, DnaTokenizer
+from tests.exchange_models import KINDS, Trained, build, load, make, named
+from tests.layouts.launch import ROOT
+
+REFUSED = ("mla", "top1")
+EXPORTED = [kind for kind in KINDS if kind not in REFUSED]
+STOCK = {"dense_mha": "Llama", "dense_gqa": "Llama", "moe_gqa": "Mixtral", "moe_top3": "Mixtral"}
+WITH_MEMORY = [kind for kind in EXPORTED if kind not in STOCK]
+
+TEXT, NEW_TOKENS = "ACGTNacgtnRy-\n[EOD]A", 8
+
+
+@pytest.fixture(scope="module")
+def models(one_process, tmp_path_factory) -> dict[str, Trained]:
+    folder = tmp_path_factory.mktemp("trained")
+    return {kind: make(kind, folder) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def exported(models, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    for kind in EXPORTED:
+        export(find_checkpoint(models[kind].run), folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(models, exported) -> dict[str, dict]:
+    """In a process without the package, nor its stand-ins for CUDA."""
+    tokens = {kind: models[kind].tokens.tolist() for kind in EXPORTED}
+    given = {"text": TEXT, "new_tokens": NEW_TOKENS, "tokens": tokens}
+    (exported / "given.json").write_text(json.dumps(given))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/huggingface_worker.py"), str(exported)],
+        cwd=exported,
+        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": str(exported / "home")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return torch.load(exported / "answers.pt")
+
+
+def assert_close(found, expected, kind: str) -> None:
+    """1e-4 in float32; in bf16 what rounding of a few layers makes."""
+    tolerance = 0.05 if kind == "bf16" else 1e-4
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_logits_and_hidden_states_agree(models, answers, kind) -> None:
+    found, model = answers[kind], models[kind]
+    assert_close(found["logits"], model.logits, kind)
+    assert_close(found["decoder"], found["hidden"], kind)
+    assert len(found["layers"]) == model.config.model.num_layers + 1
+    norm = model.weights["decoder.final_layernorm.weight"].float()
+    epsilon = model.config.model.norm_epsilon
+    expected = torch.nn.functional.rms_norm(model.hidden, norm.shape, norm, epsilon)
+    assert_close(found["hidden"], expected, kind)
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_models_without_memory_need_no_code_of_ours(answers, exported, kind) -> None:
+    assert answers[kind]["class"] == f"{STOCK[kind]}ForCausalLM"
+    assert not list((exported / kind).glob("*.py"))
+    assert "auto_map" not in json.loads((exported / kind / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_text_in_pieces_gives_the_logits_of_the_whole(answers, kind) -> None:
+    assert_close(answers[kind]["in_pieces"], answers[kind]["logits"], kind)
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_padding_on_the_left_changes_nothing(answers, kind) -> None:
+    assert_close(answers[kind]["padded"], answers[kind]["logits"], kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [(kind, "greedy") for kind in WITH_MEMORY if kind != "bf16"] + [("moe_memory", "beams")],
+)
+def test_generation_with_a_cache_is_that_without(answers, models, kind, way) -> None:
+    cached, plain = (answers[kind][f"generated_{way}_{cache}"] for cache in (True, False))
+    assert torch.equal(cached, plain)
+    assert cached.shape[1] == 10 + NEW_TOKENS
+    assert torch.equal(cached[:, :10], models[kind].tokens[:, :10])
+
+
+def test_tokenizer_has_our_ids(answers) -> None:
+    found = answers["moe_gqa"]
+    letters = DnaTokenizer().encode(TEXT[:12]).tolist()
+    assert found["ids"] == [*letters, 1, 1, EOD, *DnaTokenizer().encode("A")]
+    assert found["text"] == "ACGTNACGTNNN[UNK][UNK][EOD]A"
+    assert found["eos"] == ("[EOD]", EOD)
+    assert answers["moe_memory"]["ids"] == found["ids"]
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_import_gives_the_weights_back_bit_for_bit(models, exported, tmp_path, kind) -> None:
+    config = load(tmp_path, "imported", *KINDS[kind])
+    stored = StoredTensors(import_model(exported / kind, config))
+    assert set(stored.names) == set(models[kind].weights)
+    for name, weight in models[kind].weights.items():
+        found = stored.read(name)
+        assert found.dtype == weight.dtype and torch.equal(found, weight)
+
+
+@pytest.mark.parametrize("kind", ["dense_gqa", "moe_gqa", "moe_memory", "bf16"])
+def test_what_transformers_saved_is_imported(models, exported, answers, tmp_path, kind) -> None:
+    config = load(tmp_path, "imported", *KINDS[kind])
+    stored = StoredTensors(import_model(exported / f"{kind}_saved", config))
+    assert all(torch.equal(stored.read(name), w) for name, w in models[kind].weights.items())
+
+
+@pytest.mark.parametrize("kind", ["moe_memory", "bf16"])
+def test_run_starts_from_imported_weights(models, exported, tmp_path, kind) -> None:
+    from gengram_megatron.checkpoint.exchange.importing import import_model
+    from gengram_megatron.checkpoint.state import TrainingState
+
+    config = load(tmp_path, "imported", *KINDS[kind], "run.seed=6")
+    import_model(exported / kind, config)
+    layout = check_layout(config, 1)
+    chunks, optimizer, schedule = build(config, layout)
+    assert TrainingState(config, layout, chunks, optimizer, schedule).load_newest() == 0
+    found = named(chunks[0])
+    assert all(torch.equal(found[name], w) for name, w in models[kind].weights.items())
+    # The optimizer's own float32 weights, too: a step with a gradient of zero keeps them.
+    optimizer.step()
+    moved = named(chunks[0])
+    for name, weight in models[kind].weights.items():
+        torch.testing.assert_close(moved[name], weight, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.rotary_base=20000"], "has rope_parameters"),
+        (["model.num_layers=5"], "has num_hidden_layers 4, and the config makes it 5"),
+        (["train.precision=bf16"], "is 32 x 32 in float32, and the config asks for 32 x 32 in bf"),
+        (["model.gengram.window=20"], "has gengram"),
+        (["model.gengram.enabled=false"], "has model_type 'gengram_mixtral'"),
+    ],
+)
+def test_import_of_another_model_is_refused(exported, tmp_path, words, expected) -> None:
+    config = load(tmp_path, "imported", *words)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        import_model(exported / "moe_memory", config)
+    assert not CheckpointStore(tmp_path / "imported" / "checkpoints", None).newest()
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_transformers_cannot_express_is_refused(models, tmp_path, kind) -> None:
+    expected = {"mla": "model.attention is mla", "top1": "model.moe_router_topk is 1"}
+    with pytest.raises(UserError, match=expected[kind]):
+        export(find_checkpoint(models[kind].run), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_stay_below_the_limit_and_hold_the_same(models, exported, tmp_path) -> None:
+    limit = 300_000
+    run = find_checkpoint(models["moe_memory"].run)
+    export(run, tmp_path / "out", limit)
+    whole = load_file(exported / "moe_memory" / "model.safetensors")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    parts = [load_file(file) for file in files]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert [file.name for file in files] == [
+        f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+    ]
+    for file, part in zip(files, parts):
+        assert {index["weight_map"][name] for name in part} == {file.name}
+        sizes = [tensor.nbytes for tensor in part.values()]
+        assert sum(sizes) <= limit or len(sizes) == 1
+    together = {name: tensor for part in parts for name, tensor in part.items()}
+    assert len(together) == sum(map(len, parts)) and together.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in together.items())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    with pytest.raises(UserError, match="is there already"):
+        export(run, tmp_path / "out", limit)

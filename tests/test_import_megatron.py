@@ -1,0 +1,175 @@
+"""Models of Megatron-LM, with the published memory, become ours."""
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gengram_megatron.checkpoint.exchange.importing import import_model
+from gengram_megatron.checkpoint.store import CheckpointStore
+from gengram_megatron.checkpoint.stored import StoredTensors
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import BASE_IDS, EOD
+from tests.exchange_models import answers, build, load
+from tests.published_model import logits, published_model, save_distributed, save_ranks
+from tests.training.tiny import DENSE, MLA
+
+KINDS = {"moe": (), "dense": DENSE, "mla": (*DENSE, *MLA)}
+FORMS = ("distributed", "ranks", "one_rank", "tp2", "pp4")
+
+
+@pytest.fixture(scope="module")
+def published(one_process, tmp_path_factory) -> dict:
+    """kind -> the model; its checkpoints lie in FOLDER/kind_form."""
+    folder, models = tmp_path_factory.mktemp("published"), {"folder": None}
+    for kind, words in KINDS.items():
+        config = load(folder, "unused", *words)
+        model = models[kind] = published_model(config, one_process)
+        save_distributed(model, config, folder / f"{kind}_distributed")
+        layouts = {"ranks": (2, 2), "one_rank": (1, 1), "tp2": (2, 1), "pp4": (1, 4)}
+        for form, (tensor, pipeline) in layouts.items():
+            save_ranks(model, config, folder / f"{kind}_{form}", tensor, pipeline)
+    models["folder"] = folder
+    return models
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_gives_the_same_weights(published, tmp_path, kind, form) -> None:
+    config = load(tmp_path, "run", *KINDS[kind])
+    stored = StoredTensors(import_model(published["folder"] / f"{kind}_{form}", config))
+    theirs = published[kind].state_dict()
+
+    def same(ours: str, expected: torch.Tensor) -> bool:
+        return torch.equal(stored.read(ours), expected)
+
+    for name in stored.names:
+        assert ".memory." in name or ".experts." in name or same(name, theirs[name])
+    for number in range(config.model.num_layers):
+        layer = f"decoder.layers.{number}."
+        for expert in range(config.model.num_experts or 0):
+            for name in ("linear_fc1", "linear_fc2"):
+                all_experts = stored.read(f"{layer}mlp.experts.{name}.weight")
+                one = theirs[f"{layer}mlp.experts.local_experts.{expert}.{name}.weight"]
+                assert torch.equal(all_experts[expert].reshape(one.shape), one)
+        memory, their_memory = f"{layer}memory.", f"{layer}gengram."
+        if number + 1 not in config.model.gengram.layers:
+            assert not any(name.startswith(memory) for name in stored.names)
+            continue
+        for place, k in enumerate(config.model.gengram.kmer_sizes):
+            table = theirs[f"{their_memory}embeddings.{place}.weight"]
+            assert same(f"{memory}tables.weights.k{k}", table)
+        both = [theirs[f"{their_memory}{name}_proj.weight"] for name in ("key", "value")]
+        assert torch.equal(stored.read(f"{memory}projection.weight").flatten(2), torch.stack(both))
+        taps = stored.read(f"{memory}output.weight")
+        assert torch.equal(taps.t(), theirs[f"{their_memory}short_conv.conv.weight"][:, 0])
+
+
+@pytest.mark.parametrize("form", ["distributed", "ranks"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_imported_model_answers_as_the_published_one(published, tmp_path, kind, form) -> None:
+    from gengram_megatron.checkpoint.state import TrainingState
+
+    config = load(tmp_path, "run", *KINDS[kind])
+    import_model(published["folder"] / f"{kind}_{form}", config)
+    layout = check_layout(config, 1)
+    chunks, optimizer, schedule = build(config, layout)
+    assert TrainingState(config, layout, chunks, optimizer, schedule).load_newest() == 0
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.tensor(BASE_IDS)[torch.randint(5, (1, 32), generator=generator)]
+    tokens[0, 11] = EOD
+    found, _ = answers(chunks[0], config, tokens)
+    expected = logits(published[kind], config, tokens)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def refused(source: Path, tmp_path: Path, expected: str, *words: str) -> None:
+    config = load(tmp_path, "run", *words)
+    with pytest.raises(UserError, match=re.escape(expected)) as error:
+        import_model(source, config)
+    assert len(str(error.value).splitlines()) == 1
+    assert not CheckpointStore(tmp_path / "run" / "checkpoints", None).newest()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.num_layers=5"], "lacks decoder.layers.4."),
+        (["model.num_layers=3"], "holds decoder.layers.3."),
+        (["model.gengram.enabled=false"], "which the config has no place for"),
+        (
+            ["model.gengram.window=20", "model.rotary_base=500"],
+            "was trained with rotary_base 10000",
+        ),
+        (["model.ffn_hidden_size=16"], "and the config asks for 32 x 32"),
+        (["train.precision=bf16"], "asks for 32 x 32 in bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("form", ["distributed", "ranks"])
+def test_another_model_is_refused(published, tmp_path, form, words, expected) -> None:
+    refused(published["folder"] / f"moe_{form}", tmp_path, expected, *words)
+
+
+class Evil:
+    """What a pickle can do to those who load it."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_file_that_would_run_code_is_refused(tmp_path) -> None:
+    file = tmp_path / "there" / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt"
+    file.parent.mkdir(parents=True)
+    torch.save({"args": Evil(tmp_path / "ran"), "model": {}}, file)
+    refused(file.parent.parent, tmp_path, "is refused, as it would run posix.mkdir")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_distributed_description_that_would_run_code_is_refused(tmp_path) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    refused(folder, tmp_path, "it would run posix.mkdir")
+    assert not (tmp_path / "ran").exists()
+
+
+def _change(file: Path, change) -> None:
+    content = torch.load(file, weights_only=False)
+    change(content)
+    torch.save(content, file)
+
+
+def test_ranks_that_do_not_fit_together_are_refused(published, tmp_path) -> None:
+    config, there = load(tmp_path, "run", *DENSE), tmp_path / "there"
+    save_ranks(published["dense"], config, there, 2, 1)
+    iteration = there / "iter_0000100"
+    changed = "decoder.layers.2.gengram.norm_q.weight"
+    _change(
+        iteration / "mp_rank_01" / "model_optim_rng.pt",
+        lambda content: content["model"][changed].add_(1),
+    )
+    refused(there, tmp_path, f"{changed} differs between tensor-parallel ranks", *DENSE)
+    (iteration / "mp_rank_00").rename(iteration / "mp_rank_02")
+    refused(there, tmp_path, "lacks the file of tensor rank 0, pipeline rank 0", *DENSE)
+
+
+def test_expert_parallel_ranks_are_refused(published, tmp_path) -> None:
+    there = tmp_path / "there"
+    save_ranks(published["moe"], load(tmp_path, "run"), there, 1, 1)
+
+    def parallel(content):
+        content["args"].expert_model_parallel_size = 2
+
+    _change(there / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt", parallel)
+    refused(there, tmp_path, "is of a run with expert parallelism")
+
+
+def test_folder_of_something_else_is_refused(tmp_path) -> None:
+    refused(tmp_path, tmp_path, "neither a model of transformers")
