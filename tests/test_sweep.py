@@ -156,6 +156,7 @@ def test_array_in_a_dry_run(written) -> None:
     words = ["sweep", str(file), "--launch", "--slurm", "--dry-run", "launch.processes=2"]
     script = CliRunner().invoke(app, words).output
     assert "#SBATCH --array=0-2%2" in script.splitlines()
+    assert "#SBATCH --job-name=windows" in script.splitlines()
     for steps in (3, 4, 5):
         assert f"  {Path.cwd() / 'runs/windows'}/steps-{steps}" in script.splitlines()
 
