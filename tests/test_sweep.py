@@ -201,7 +201,7 @@ def swept(tmp_path_factory) -> tuple[Path, Path]:
     metrics = folder / "runs/window-null/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text(), first, output)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(120) == 75, output.read_text()
+    assert first.wait(300) == 75, output.read_text()
     assert not (folder / "runs/baseline").exists()
     done = gengram(*words, "--results")
     assert done.code == 0, done.out + done.err
