@@ -230,15 +230,16 @@ def test_results_are_the_validation_losses(swept: tuple[Path, Path]) -> None:
 @pytest.mark.slow
 def test_finished_runs_are_left_alone(swept: tuple[Path, Path]) -> None:
     file, folder = swept
+    wide = CliRunner(env={"COLUMNS": "200"})  # tables whose cells stay on one line
     words = ["sweep", str(file), "--launch", *DENSE, "train.steps=30"]
     metrics = folder / "baseline/metrics.jsonl"
     before = metrics.stat().st_mtime_ns
-    done = CliRunner().invoke(app, words)
+    done = wide.invoke(app, words)
     assert done.exit_code == 0 and "2 runs, 2 finished" in done.output
     assert metrics.stat().st_mtime_ns == before
-    longer = CliRunner().invoke(app, ["sweep", str(file), *DENSE, "train.steps=40"])
+    longer = wide.invoke(app, ["sweep", str(file), *DENSE, "train.steps=40"])
     assert longer.output.count("other train.steps") == 2
-    other = CliRunner().invoke(app, [*words, "optimizer.lr=0.5"])
+    other = wide.invoke(app, [*words, "optimizer.lr=0.5"])
     assert "was trained with other values of optimizer.lr" in str(other.exception)
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:20]))
-    assert "step 20 of 30" in CliRunner().invoke(app, [*words[:2], *words[3:]]).output
+    assert "step 20 of 30" in wide.invoke(app, [*words[:2], *words[3:]]).output
