@@ -261,7 +261,7 @@ def test_second_interrupt_ends_the_run_at_once(runs: Runs) -> None:
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)  # signals of one kind that come together are one
-    assert process.wait(60) == 75, output.read_text()
+    assert process.wait(300) == 75, output.read_text()
     assert "without saving" in output.read_text()
 
 

@@ -1,6 +1,5 @@
 """What is launched: a checked config, its processes, and the files that one start leaves behind."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +104,7 @@ def _needs_one_connection(config: Config) -> bool:
 
 
 def _gpus_here() -> int:
-    """Of this machine, without starting CUDA in this process."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    """GPUs of this machine that torch may use; asking does not start CUDA in this process."""
+    import torch
+
+    return torch.cuda.device_count()

@@ -71,10 +71,12 @@ def script(jobs: list[Job], output: Path, at_a_time: int | None = None) -> str:
         at_a_time: members of an array that may run at once; None: all.
     """
     job = jobs[0]
-    options = [*_options(job), f"--output={output / 'job-%j.log'}"]
     if len(jobs) > 1:
-        options[-1] = f"--output={output / 'job-%A_%a.log'}"
+        options = [f"--job-name={job.run.parent.name}", f"--output={output / 'job-%A_%a.log'}"]
         options.append(f"--array=0-{len(jobs) - 1}" + (f"%{at_a_time}" if at_a_time else ""))
+    else:
+        options = [f"--job-name={job.run.name}", f"--output={output / 'job-%j.log'}"]
+    options += _options(job)
     return BODY.substitute(
         options="\n".join(f"#SBATCH {quote(option)}" for option in options),
         runs="\n".join(f"  {quote(str(one.run))}" for one in jobs),
@@ -107,9 +109,8 @@ def submit(jobs: list[Job], folder: Path, at_a_time: int | None = None) -> str:
 
 
 def _options(job: Job) -> Iterator[str]:
-    """sbatch's options but for those of output and array."""
+    """sbatch's options that do not depend on how many jobs there are."""
     launch, slurm = job.config.launch, job.config.launch.slurm
-    yield f"--job-name={job.run.name}"
     yield f"--nodes={launch.nodes}"
     yield f"--ntasks-per-node={job.processes}"
     gpus = job.processes if slurm.gpus is None else slurm.gpus

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +71,18 @@ class Cluster:
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def ask(self, *words: str) -> str:
-        """What one of Slurm's commands prints."""
-        done = subprocess.run(
-            words, env={**os.environ, **self.environment}, capture_output=True, text=True
-        )
+        """What one of Slurm's commands prints; it must succeed."""
+        done = self._run(words)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def is_idle(self) -> bool:
+        """Whether the node waits for jobs; false while the daemons start."""
+        return self._run(("sinfo", "--noheader", "-o", "%T")).stdout.strip() == "idle"
+
+    def _run(self, words: tuple[str, ...]) -> subprocess.CompletedProcess:
+        environment = {**os.environ, **self.environment}
+        return subprocess.run(words, env=environment, capture_output=True, text=True)
 
     def states(self, job: str) -> list[str]:
         """The states of a job, or of the members of an array, such as RUNNING; they are
@@ -85,12 +91,16 @@ class Cluster:
 
     def wait(self, job: str, seconds: float = 600) -> list[str]:
         """Until a job and all members of an array have ended for good; their last states."""
-        end = time.monotonic() + seconds
-        while not ENDED.issuperset(self.states(job)):
-            told = self.ask("scontrol", "show", "job", job)
-            assert time.monotonic() < end, f"waited too long: {told}\n{self.logs()}"
-            time.sleep(0.3)
+        self.until(lambda: ENDED.issuperset(self.states(job)), seconds)
         return self.states(job)
+
+    def until(self, condition: Callable[[], bool], seconds: float = 600) -> None:
+        """Until a condition holds, or TimeoutError with what the daemons say."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError(self.logs())
+            time.sleep(0.3)
 
     def logs(self) -> str:
         """The last lines of the daemons, for a failure's message."""
@@ -121,7 +131,7 @@ def cluster() -> Iterator[Cluster]:
         yield this
         this.ask("scancel", "--user=root")
         # Slurm starts processes that would outlive its daemons.
-        _until(lambda: not this.ask("squeue", "--noheader"), this)
+        this.until(lambda: not this.ask("squeue", "--noheader"))
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
@@ -134,10 +144,10 @@ def _start_all(this: Cluster, daemons: list[subprocess.Popen]) -> None:
     folder = this.folder
     try:
         daemons.append(_start_munge(folder / "munge"))
-        _until(lambda: (folder / "munge/socket").exists(), this)
+        this.until((folder / "munge/socket").exists, seconds=60)
         for name in ("slurmctld", "slurmd"):
             daemons.append(_start(folder, name, "-D", "-f", str(folder / "slurm.conf")))
-        _until(lambda: this.ask("sinfo", "--noheader", "-o", "%T").strip() == "idle", this)
+        this.until(this.is_idle, seconds=60)
     except (OSError, LookupError) as error:  # TimeoutError among them; no user named munge
         raise DoesNotStart(f"Slurm does not start here: {error}") from None
 
@@ -160,19 +170,6 @@ def _start_munge(folder: Path) -> subprocess.Popen:
 def _start(folder: Path, *command: str) -> subprocess.Popen:
     with (folder / f"{command[0]}.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)
-
-
-def _until(condition, this: Cluster, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except AssertionError:  # not yet answering
-            pass
-        if time.monotonic() > end:
-            raise TimeoutError(this.logs())
-        time.sleep(0.2)
 
 
 def _free_port() -> int:
