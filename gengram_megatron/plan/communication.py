@@ -47,14 +47,11 @@ def of_stage(split: Split, stage: int) -> Sent:
     times = split.layout.num_microbatches
     layers = split.layers(stage)
     memories = sum(map(split.has_memory, layers))
-    ends = (stage == 0) + (stage == split.layout.pipeline - 1)
+    ends = one.tensor_embedding() if stage == 0 else 0
+    ends += one.tensor_logits() if stage == split.layout.pipeline - 1 else 0
+    inside = len(layers) * one.tensor_layer() + memories * one.tensor_memory()
     return Sent(
-        tensor=times
-        * (
-            len(layers) * one.tensor_layer()
-            + memories * one.tensor_memory()
-            + ends * one.tensor_end()
-        ),
+        tensor=times * (inside + ends),
         pipeline=times * one.pipeline(stage),
         data=_data(split, stage),
         expert=times * len(layers) * one.expert(),
@@ -90,13 +87,12 @@ class _Microbatch:
         self.forwards = 2 if recompute == "full" else 1
         self.dense_forwards = 1 if recompute == "none" else 2
 
-    def _regions(self, width: int, forwards: int, gathered: bool = True) -> int:
+    def _regions(self, width: int, forwards: int) -> int:
         """A region of tensor-parallel work on [tokens, width]: gathered at its start and reduced
         and scattered at its end, in the backward pass the other way round. What was gathered is
         gathered once more for the gradient of the weight. Without sequence parallelism there is
         an all-reduce forward and one backward, which is as much as a gather and a scatter."""
-        again = gathered and self.layout.sequence
-        passes = 2 * forwards + 2 + again
+        passes = 2 * forwards + 2 + self.layout.sequence
         return passes * _ring(self.tokens.part * width * self.size, self.layout.tensor)
 
     def tensor_layer(self) -> int:
@@ -115,9 +111,16 @@ class _Microbatch:
             rows, self.layout.tensor
         )
 
-    def tensor_end(self) -> int:
-        """The embedding, or the logits."""
+    def tensor_embedding(self) -> int:
+        """Scattered forward, gathered backward."""
         return 2 * _ring(self.tokens.part * self.model.hidden_size * self.size, self.layout.tensor)
+
+    def tensor_logits(self) -> int:
+        """Half of a region: the loss needs no logits of other ranks."""
+        passes = 3 if self.layout.sequence else 2
+        return passes * _ring(
+            self.tokens.part * self.model.hidden_size * self.size, self.layout.tensor
+        )
 
     def pipeline(self, stage: int) -> int:
         stages, chunks = self.layout.pipeline, self.layout.virtual_pipeline or 1
