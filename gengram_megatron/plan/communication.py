@@ -87,40 +87,37 @@ class _Microbatch:
         self.forwards = 2 if recompute == "full" else 1
         self.dense_forwards = 1 if recompute == "none" else 2
 
-    def _regions(self, width: int, forwards: int) -> int:
-        """A region of tensor-parallel work on [tokens, width]: gathered at its start and reduced
+    def _region(self, forwards: int) -> int:
+        """A region of tensor-parallel work on the hidden state: gathered at its start and reduced
         and scattered at its end, in the backward pass the other way round. What was gathered is
         gathered once more for the gradient of the weight. Without sequence parallelism there is
         an all-reduce forward and one backward, which is as much as a gather and a scatter."""
         passes = 2 * forwards + 2 + self.layout.sequence
-        return passes * _ring(self.tokens.part * width * self.size, self.layout.tensor)
+        return passes * self._hidden()
+
+    def _hidden(self) -> int:
+        """What a ring sends of the hidden state."""
+        return _ring(self.tokens.part * self.model.hidden_size * self.size, self.layout.tensor)
 
     def tensor_layer(self) -> int:
-        hidden = self.model.hidden_size
-        attention = self._regions(hidden, self.forwards)
+        attention = self._region(self.forwards)
         if self.split.is_dense:
-            return attention + self._regions(hidden, self.dense_forwards)
-        rows = self.tokens.routed * hidden * self.size
+            return attention + self._region(self.dense_forwards)
+        rows = self.tokens.routed * self.model.hidden_size * self.size
         return attention + (2 * self.forwards + 2) * _ring(rows, self.layout.expert_tensor)
 
     def tensor_memory(self) -> int:
         """Key and value, scattered forward and gathered backward."""
-        rows = self.tokens.part * 2 * self.model.hidden_size * self.size
-        alone = 1 if self.layout.sequence else 2
-        return (self.forwards * alone + (1 if self.layout.sequence else 0)) * _ring(
-            rows, self.layout.tensor
-        )
+        forward, backward = (1, 1) if self.layout.sequence else (2, 0)
+        return (forward * self.forwards + backward) * 2 * self._hidden()
 
     def tensor_embedding(self) -> int:
         """Scattered forward, gathered backward."""
-        return 2 * _ring(self.tokens.part * self.model.hidden_size * self.size, self.layout.tensor)
+        return 2 * self._hidden()
 
     def tensor_logits(self) -> int:
         """Half of a region: the loss needs no logits of other ranks."""
-        passes = 3 if self.layout.sequence else 2
-        return passes * _ring(
-            self.tokens.part * self.model.hidden_size * self.size, self.layout.tensor
-        )
+        return (3 if self.layout.sequence else 2) * self._hidden()
 
     def pipeline(self, stage: int) -> int:
         stages, chunks = self.layout.pipeline, self.layout.virtual_pipeline or 1
