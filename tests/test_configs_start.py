@@ -19,7 +19,7 @@ SMALLER = (
     "model.mla={kv_lora_rank: 16, qk_head_dim: 4, qk_pos_emb_head_dim: 4, v_head_dim: 8}",
     "data.workers=0",
     "train.precision=fp32",
-    "train.global_batch_size=4",
+    "train.global_batch_size=2",
     "train.micro_batch_size=1",
     "train.validation_samples=2",
     "checkpoint.at_end=false",
@@ -29,7 +29,7 @@ SMALLER = (
 def smaller(name: str) -> list[str]:
     """Words that keep what a run is and cut its size: one step, at most two processes."""
     config, words = load(name), [*SMALLER]
-    words.append("train.steps=1" if config.train.steps else "train.samples=4")
+    words.append("train.steps=1" if config.train.steps else "train.samples=2")
     if config.model.num_experts:
         words.append("model.num_experts=4")
     if config.parallel.expert > 1:
