@@ -60,8 +60,10 @@ def plan(
       gengram plan my_run.yaml --nproc 64 'model.gengram.kmer_sizes=[1,2,3,4,5,6,12]'
       gengram plan configs/pretrain_200b_8k/gengram_window_21.yaml --suggest --gpus 256
 
-    Memory is an estimate for GPUs, which leaves out what CUDA, NCCL and torch's allocator take for
-    themselves: a few GB. The time of a run is its FLOPs at the utilisation that you give.
+    Parameters are exact. Memory is an estimate, on small models on the CPU 1 % too low to 5 % too
+    high, not yet compared with a GPU; it leaves out what CUDA, NCCL and torch's allocator take for
+    themselves, a few GB. The time of a run is its FLOPs at the utilisation that you give;
+    --suggest adds waiting and communication to it, to compare layouts.
     """
     loaded, speed = load_config(config, overrides or [], Config), Speed(utilisation, gpu_tflops)
     if suggest:

@@ -1,4 +1,11 @@
-"""Bytes that the fullest rank of a layout needs, by kind."""
+"""Bytes that the fullest rank of a layout needs, by kind.
+
+Against all tensors of a training step of small models on the CPU (tests/test_plan_memory.py: dense
+and mixtures of experts, all kinds of attention and recomputation, tensor, pipeline and data
+parallelism) the sum is between 1 % too low and 5 % too high. Activations under context and expert
+parallelism are worked out and not measured, and nothing is measured on a GPU yet. Left out is what
+CUDA, NCCL and torch's allocator take for themselves.
+"""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,74 @@
+"""Every run under configs/ makes its first step and its validation, scaled down."""
+
+import math
+
+import pytest
+
+from gengram_megatron.plan.command import smallest_world
+from gengram_megatron.plan.flops import count_parameters
+from tests.plan.configs import RUNS, load
+from tests.training.launch import run_jobs
+from tests.training.tiny import entries, write_few
+
+SMALLER = (
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=32",
+    "model.seq_length=64",
+    "model.vocab_size=32",
+    "model.gengram.dim=8",
+    "model.mla={kv_lora_rank: 16, qk_head_dim: 4, qk_pos_emb_head_dim: 4, v_head_dim: 8}",
+    "data.workers=0",
+    "train.precision=fp32",
+    "train.global_batch_size=2",
+    "train.micro_batch_size=1",
+    "train.validation_samples=2",
+    "checkpoint.at_end=false",
+)
+
+
+def smaller(name: str) -> list[str]:
+    """Words that keep what a run is and cut its size: one step, at most two processes."""
+    config, words = load(name), [*SMALLER]
+    words.append("train.steps=1" if config.train.steps else "train.samples=2")
+    if config.model.num_experts:
+        words.append("model.num_experts=4")
+    if config.parallel.expert > 1:
+        words.append("parallel.expert=2")
+    if config.parallel.context > 1:
+        words += ["parallel.context=2", "parallel.pipeline=1"]
+    if config.parallel.tensor > 1:
+        words.append("parallel.pipeline=1")
+    return words
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The folder of all runs, and what each rank said of each."""
+    folder = tmp_path_factory.mktemp("starts")
+    write_few(folder / "few")
+    jobs = {1: {}, 2: {}}
+    for name, path in RUNS.items():
+        words = smaller(name)
+        place = [f"data.path={folder / 'few'}", f"run.dir={folder / 'runs' / name}"]
+        job = name.replace("/", "__")
+        jobs[smallest_world(load(name, *words))][job] = ["train", str(path), *words, *place]
+    said = {}
+    for processes, own in jobs.items():
+        said |= run_jobs(processes, own, folder / f"jobs_{processes}")
+    return folder, said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", RUNS)
+def test_first_step(name, started):
+    folder, said = started
+    ranks = said[name.replace("/", "__")]
+    assert all(rank.code == 0 for rank in ranks), ranks[0].err
+    (step,) = entries(folder / "runs" / name, "train")
+    (validation,) = entries(folder / "runs" / name, "validation")
+    # Untrained: as good as guessing among all 32 ids. After a step not worse.
+    assert step["loss"] == pytest.approx(math.log(32), abs=0.1)
+    assert 0 < validation["loss"] < step["loss"] + 0.1
+    parameters = count_parameters(load(name, *smaller(name))).total
+    assert f"{parameters:,} parameters" in ranks[0].out + ranks[0].err
