@@ -42,6 +42,9 @@ setup(
         "tensorboard>=2.16",  # event files in the run's folder
     ],
     extras_require={
+        # model.implementation: transformer_engine, and its fused Adam wherever it is installed. It
+        # is compiled against torch and CUDA: install those first, and add --no-build-isolation.
+        "te": ["transformer-engine[pytorch]>=2.0"],
         "wandb": ["wandb>=0.17"],  # logging.wandb
         "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff==0.17.6"],
     },

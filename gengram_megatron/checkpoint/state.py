@@ -19,7 +19,13 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from gengram_megatron.checkpoint.checksums import damage
-from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts, estimated_size, read_facts
+from gengram_megatron.checkpoint.store import (
+    FORMAT,
+    CheckpointStore,
+    Facts,
+    estimated_size,
+    read_facts,
+)
 from gengram_megatron.checkpoint.writer import Writer
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
@@ -63,7 +69,9 @@ class TrainingState:
         began = time.perf_counter()
         failure = self._settle_last() if self._save else None
         try:
-            partial = self._on_first_rank(lambda: self.store.begin(step, estimated_size(self.config)))
+            partial = self._on_first_rank(
+                lambda: self.store.begin(step, estimated_size(self.config))
+            )
             self._save = self._start(step, partial, must)
         except UserError as error:
             failure = self._note_failure(str(error), must)
