@@ -44,7 +44,8 @@ setup(
     extras_require={
         # model.implementation: transformer_engine, and its fused Adam wherever it is installed. It
         # is compiled against torch and CUDA: install those first, and add --no-build-isolation.
-        "te": ["transformer-engine[pytorch]>=2.0"],
+        # The range is the one that megatron-core 0.16.1 is developed with.
+        "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12"],
         "wandb": ["wandb>=0.17"],  # logging.wandb
         "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff==0.17.6"],
     },

@@ -12,6 +12,7 @@ from gengram_megatron.checkpoint.store import estimated_size
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.doctor.fit import memory_problems, room_problems
 from tests.layouts.launch import ROOT
 from tests.training.tiny import DENSE, MLA, environment, write_config
 
@@ -93,28 +94,41 @@ def test_what_megatron_needs_fails(tmp_path):
 
 
 CANNOT_RUN = {
-    "implementation": (
-        ["model.implementation=transformer_engine"],
-        "model.implementation is transformer_engine, which is not installed here",
-    ),
-    "layout": (
-        ["parallel.tensor=2", "launch.processes=3"],
-        "the world size is 3, which is not a multiple of",
-    ),
-    "memory": (["train.micro_batch_size=8", "model.seq_length=100000000"], "GB of memory"),
-    "folder": (["run.dir={file}/run"], "cannot be made: Not a directory"),
+    "model.implementation=transformer_engine": "transformer_engine, which is not installed here",
+    "launch.processes=3": "the world size is 3, which is not a multiple of",
+    "run.dir={file}/run": "cannot be made: Not a directory",
 }
+"""Words that make a config unfit for this machine, and what the reason says."""
 
 
-@pytest.mark.parametrize("words, says", CANNOT_RUN.values(), ids=CANNOT_RUN)
-def test_configs_that_cannot_run_here(words, says, tiny, tmp_path):
-    words = [f"run.dir={tmp_path / 'run'}", *(word.format(file=tiny) for word in words)]
-    done = doctor(tiny, *words, "--quick")
+def test_a_config_that_cannot_run_here(tiny):
+    words = [word.format(file=tiny) for word in CANNOT_RUN]
+    done = doctor(tiny, "parallel.tensor=2", *words, "--quick")
     assert done.returncode == 1, done.stderr
-    reasons = [line for line in done.stdout.splitlines() if line.startswith("cannot run here: ")]
-    assert len(reasons) == 1
-    assert says in reasons[0]
-    assert not (tmp_path / "run").exists()
+    start = "cannot run here: "
+    reasons = [line for line in done.stdout.splitlines() if line.startswith(start)]
+    assert len(reasons) == len(CANNOT_RUN)
+    for reason, says in zip(reasons, CANNOT_RUN.values()):
+        assert says in reason
+
+
+def test_memory_that_does_not_suffice(tiny, tmp_path):
+    config = load_config(tiny, [f"run.dir={tmp_path}", "launch.processes=3"], Config)
+    gpus = [{"name": "large", "bytes": 80 * 10**9}, {"name": "small", "bytes": 24 * 10**9}]
+    assert list(memory_problems(config, 10**9, [])) == []
+    assert list(memory_problems(config, 10**9, gpus * 2)) == []
+    [on_cpu] = memory_problems(config, 10**15, [])
+    assert on_cpu.startswith("3 processes need about 1000000.0 GB each, and this machine has")
+    [too_few] = memory_problems(config, 10**9, gpus)
+    assert too_few.startswith("launch.processes is 3, one for each GPU of a node, but torch sees 2")
+    [too_small] = memory_problems(config, 30 * 10**9, gpus * 2)
+    assert too_small.startswith("a rank needs about 30.0 GB, and small has 24.0 GB")
+
+
+def test_room_that_does_not_suffice():
+    assert list(room_problems(free=100, checkpoint=100)) == []
+    [problem] = room_problems(free=2 * 10**9, checkpoint=5 * 10**9)
+    assert problem.startswith("one checkpoint needs about 5.0 GB, and run.dir has 2.0 GB free")
 
 
 def put_package(folder: Path, name: str, version: str, source: str) -> None:
