@@ -16,6 +16,7 @@ from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.doctor.command import doctor
 from gengram_megatron.errors import EXIT_CODE, UserError
 from gengram_megatron.launch.command import launch
 from gengram_megatron.plan.command import plan
@@ -170,6 +171,7 @@ def config(
     print(dump_config(loaded), end="")
 
 
+app.command()(doctor)
 app.command()(launch)
 app.command()(plan)
 app.command()(sweep)

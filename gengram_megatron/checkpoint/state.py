@@ -19,13 +19,18 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from gengram_megatron.checkpoint.checksums import damage
-from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts, read_facts
+from gengram_megatron.checkpoint.store import (
+    FORMAT,
+    CheckpointStore,
+    Facts,
+    estimated_size,
+    read_facts,
+)
 from gengram_megatron.checkpoint.writer import Writer
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
-from gengram_megatron.model.flops import count_parameters
 
 # Tensors are described by the model, not by the layout that wrote them, and layers may differ
 # (memory in some), so each layer has names of its own.
@@ -64,7 +69,9 @@ class TrainingState:
         began = time.perf_counter()
         failure = self._settle_last() if self._save else None
         try:
-            partial = self._on_first_rank(lambda: self.store.begin(step, self._bytes_estimated()))
+            partial = self._on_first_rank(
+                lambda: self.store.begin(step, estimated_size(self.config))
+            )
             self._save = self._start(step, partial, must)
         except UserError as error:
             failure = self._note_failure(str(error), must)
@@ -150,11 +157,6 @@ class TrainingState:
         if must or self._failed > 1:
             raise UserError(sentence)
         return f"{sentence}; training goes on, and the next one is tried"
-
-    def _bytes_estimated(self) -> int:
-        """Of a checkpoint: weights, and three float32 numbers each for the optimizer."""
-        weight = 2 if self.config.train.precision == "bf16" else 4
-        return count_parameters(self.config).total * (weight + 12)
 
     def _gather(self, own) -> list:
         """What every rank has, on every rank."""

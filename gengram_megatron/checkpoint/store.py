@@ -14,8 +14,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from gengram_megatron.checkpoint.checksums import write_manifest
+from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.files import flush
+from gengram_megatron.plan.flops import count_parameters
 
 FORMAT = 1
 PARTIAL, DAMAGED = ".partial", ".damaged"
@@ -125,6 +127,12 @@ class CheckpointStore:
 def size(checkpoint: Path) -> int:
     """Bytes of all files."""
     return sum(path.stat().st_size for path in checkpoint.iterdir())
+
+
+def estimated_size(config: Config) -> int:
+    """Bytes of a run's checkpoint: weights, and three float32 numbers each for the optimizer."""
+    weight = 2 if config.train.precision == "bf16" else 4
+    return count_parameters(config).total * (weight + 12)
 
 
 def read_facts(checkpoint: Path) -> Facts:

@@ -58,9 +58,14 @@ def check_job(config: Config, name: str, for_slurm: bool) -> Job:
     if problems:
         raise UserError("\n".join(problems))
     launch = config.launch
-    processes = launch.processes or _gpus_here() or 1
+    processes = processes_of_a_node(launch)
     layout = check_layout(config, launch.nodes * processes)
     return Job(config, layout, processes, name)
+
+
+def processes_of_a_node(launch: Launch) -> int:
+    """Those that are asked for, or one for each GPU of this machine."""
+    return launch.processes or gpus_here() or 1
 
 
 def _slurm_problems(launch: Launch) -> Iterator[str]:
@@ -103,7 +108,7 @@ def _needs_one_connection(config: Config) -> bool:
     return parallel.tensor > 1 or parallel.context > 1 or optimizer.overlap_grad_reduce
 
 
-def _gpus_here() -> int:
+def gpus_here() -> int:
     """GPUs of this machine that torch may use; asking does not start CUDA in this process."""
     import torch
 

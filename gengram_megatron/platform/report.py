@@ -1,24 +1,28 @@
-"""One line that says which implementation stands for each part of a run."""
+"""Which implementation stands for each part of a run, read off what was built."""
 
 import torch
 import torch.distributed as dist
 
 
 def implementations(chunks: list, optimizer) -> str:
+    """One line for people; a part that a rank does not have is left out."""
+    found = {**parts(chunks, optimizer), "device": _device()}
+    return "using " + ", ".join(f"{part}: {text}" for part, text in found.items() if text)
+
+
+def parts(chunks: list, optimizer) -> dict[str, str | None]:
     """Read off the built model and optimizer, so that it cannot be wrong.
 
     chunks: this rank's wrapped model chunks; a rank without a layer has nothing to say of them.
     """
     names = {type(m).__name__: m for chunk in chunks for m in chunk.modules()}
-    found = {
+    return {
         "attention": _first(names, "CoreAttention", "TEDotProductAttention"),
         "norm": _first(names, "RMSNorm", "TENorm", "TELayerNormColumnParallelLinear"),
         "memory": _memory(chunks),
         "experts": _first(names, "GroupedExperts", "TEGroupedMLP"),
         "optimizer": _optimizer(optimizer),
-        "device": _device(),
     }
-    return "using " + ", ".join(f"{part}: {text}" for part, text in found.items() if text)
 
 
 _WORDS = {

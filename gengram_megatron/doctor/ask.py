@@ -1,0 +1,70 @@
+"""Questions to processes of their own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+SECONDS = 300
+"""A process that takes longer is ended. On a busy machine the import of torch alone takes a
+minute."""
+LAUNCHER = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS",
+)  # fmt: skip
+"""Variables that would make a process a rank of a run."""
+
+
+class NoAnswer(Exception):
+    """Why a process gave none: its exception in one line, its signal, or its time."""
+
+
+def ask(module: str, *words: str, given: str = "") -> dict:
+    """What a module of this package prints as JSON in its last line.
+
+    given: what it reads from its standard input.
+    """
+    said = _run("-m", f"{__package__}.{module}", *words, given=given)
+    return json.loads(said.splitlines()[-1])
+
+
+def ask_together(module: str, each: list[list[str]]) -> list[dict]:
+    """The answers of processes that run at the same time, one for each list of words."""
+    with ThreadPoolExecutor(len(each)) as threads:
+        return list(threads.map(lambda words: ask(module, *words), each))
+
+
+def try_import(package: str) -> str | None:
+    """Why a package cannot be imported; None: it can."""
+    try:
+        _run("-c", f"import {package}")
+    except NoAnswer as reason:
+        return str(reason)
+    return None
+
+
+def _run(*words: str, given: str = "") -> str:
+    """Its standard output."""
+    clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    try:
+        done = subprocess.run(
+            [sys.executable, *words],
+            input=given,
+            env=clean,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"no answer within {SECONDS} seconds") from None
+    if done.returncode < 0:
+        raise NoAnswer(f"killed by {signal.Signals(-done.returncode).name}")
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        last = lines[-1] if lines else f"exit code {done.returncode}"
+        raise NoAnswer(re.sub(r"^\[rank\d+\]: ", "", last))  # torch's, once it has a rank
+    return done.stdout

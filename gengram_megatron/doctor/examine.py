@@ -1,0 +1,139 @@
+"""All that the doctor finds out, as `gengram doctor --json` prints it."""
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from gengram_megatron.checkpoint.store import estimated_size
+from gengram_megatron.config.layout import Layout, check_layout
+from gengram_megatron.config.projection import projection
+from gengram_megatron.config.schema import Config
+from gengram_megatron.doctor import disk, fit
+from gengram_megatron.doctor.advice import advice
+from gengram_megatron.doctor.ask import NoAnswer, ask, ask_together
+from gengram_megatron.doctor.parts import explained
+from gengram_megatron.doctor.sample import sample
+from gengram_megatron.doctor.software import software
+from gengram_megatron.errors import UserError
+from gengram_megatron.launch.job import processes_of_a_node
+
+
+def examine(config: Config | None, quick: bool) -> dict:
+    """Under `problems` are the reasons why the config cannot run here; without a config, why
+    none can. quick: nothing is measured."""
+    return _Examination(config, quick).found
+
+
+class _Examination:
+    """Fills in what is found out; what cannot be is None, and a problem says why."""
+
+    def __init__(self, config: Config | None, quick: bool):
+        self.config = config
+        self.problems: list[str] = []
+        self.found = {"software": software(), "devices": None, "links": _links()}
+        self.found["devices"] = self._ask("devices", problem="torch does not work here")
+        layout = self._layout()
+        self._look_at_parts(layout)
+        self._look_at_size(layout)
+        self.found["folder"] = self._folder(quick)
+        self.found["measured"] = None if quick else self._measured(layout)
+        self.found["advice"] = list(advice(self.found, config))
+        self.found["problems"] = self.problems
+
+    def _ask(self, module: str, problem: str, given: str = "") -> dict | None:
+        """The answer of a process; if there is none, that is a problem."""
+        try:
+            return ask(module, given=given)
+        except NoAnswer as reason:
+            self.problems.append(f"{problem}: {reason}")
+
+    def _layout(self) -> Layout | None:
+        if self.config is None:
+            return None
+        launch = self.config.launch
+        try:
+            return check_layout(self.config, launch.nodes * processes_of_a_node(launch))
+        except UserError as error:
+            self.problems += str(error).splitlines()
+
+    def _look_at_parts(self, layout: Layout | None) -> None:
+        """What megatron-core found; and of a layout that works, what the parts will be."""
+        config, devices = self.config, self.found["devices"]
+        self.found["extensions"] = self.found["parts"] = None
+        if devices is None:
+            return
+        of = None
+        if layout and config.model.gengram.enabled:
+            of = projection(config, layout, bool(devices["gpus"]))
+        given = sample(config, of).model_dump_json() if layout else ""
+        what = "a model with the parts of this config" if layout else "megatron-core"
+        built = self._ask("built", problem=f"{what} does not work here", given=given)
+        if built is None:
+            return
+        self.found["extensions"] = built["extensions"]
+        if layout:
+            self.found["parts"] = explained(
+                built["parts"],
+                config,
+                of,
+                devices["gpus"],
+                self.found["software"],
+                built["extensions"],
+            )
+
+    def _look_at_size(self, layout: Layout | None) -> None:
+        self.found["plan"] = None
+        if layout is None:
+            return
+        self.found["plan"] = planned = fit.planned(self.config, layout)
+        if self.found["devices"]:
+            total = planned["memory_bytes_per_rank"]["total"]
+            gpus = self.found["devices"]["gpus"]
+            self.problems += fit.memory_problems(self.config, total, gpus)
+
+    def _folder(self, quick: bool) -> dict | None:
+        """The run's folder; without a config, the current one."""
+        folder = Path(self.config.run.dir if self.config else ".").absolute()
+        try:
+            with disk.made(folder):
+                free = disk.room(folder)
+                speed = None if quick else disk.speed(folder)
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+        except OSError as error:
+            self.problems.append(f"run.dir {folder} cannot be written to: {error.strerror}")
+            return None
+        checkpoint = estimated_size(self.config) if self.config else None
+        if checkpoint:
+            self.problems += fit.room_problems(free, checkpoint)
+        sizes = {"free_bytes": free, "checkpoint_bytes": checkpoint}
+        return {"path": str(folder), **sizes, "speed": speed}
+
+    def _measured(self, layout: Layout | None) -> dict | None:
+        if self.found["devices"] is None:
+            return None
+        several = layout is None or layout.world_size > 1
+        return {
+            "matrix_product": self._ask("product", problem="torch cannot multiply here"),
+            "all_reduce": self._all_reduce(several),
+        }
+
+    def _all_reduce(self, needed: bool) -> dict | None:
+        """Between two processes. needed: the run has several."""
+        with tempfile.TemporaryDirectory() as folder:
+            meeting = str(Path(folder) / "meeting")
+            try:
+                return ask_together("all_reduce", [[str(rank), "2", meeting] for rank in (0, 1)])[0]
+            except NoAnswer as reason:
+                if needed:
+                    self.problems.append(f"two processes cannot add up numbers: {reason}")
+
+
+def _links() -> str | None:
+    """Between GPUs and network adapters, as NVIDIA's own tool draws them."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=60)
+    return done.stdout.strip() or None

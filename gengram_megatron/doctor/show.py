@@ -1,0 +1,95 @@
+"""What the doctor found, as tables for people."""
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gengram_megatron.plan.warnings import GB
+
+
+def show(found: dict) -> None:
+    """What gengram doctor prints."""
+    console = Console()
+    software = found["software"].items()
+    console.print(_table("Software", ("package", "version", ""), map(_package, software)))
+    if found["devices"]:
+        console.print(_table("Devices", ("what", "", ""), _devices(found["devices"])))
+    if found["links"]:
+        console.print(Text(found["links"]))
+    if found["extensions"]:
+        looked = found["extensions"].items()
+        rows = [(part, one["found"] or "nothing", one["where"]) for part, one in looked]
+        headings = ("looked for", "found", "by")
+        console.print(_table("Fused parts that megatron-core looks for", headings, rows))
+    if found["parts"]:
+        rows = [(part, one["uses"], one["why"]) for part, one in found["parts"].items()]
+        console.print(_table("Parts of the model", ("part", "uses", "why"), rows))
+    rows = [*_run(found), *_folder(found["folder"]), *_measured(found["measured"])]
+    if rows:
+        console.print(_table("The run on this machine", ("what", "", ""), rows))
+    for kind, lines in (
+        ("warning", found["plan"]["warnings"] if found["plan"] else []),
+        ("advice", found["advice"]),
+        ("cannot run here", found["problems"]),
+    ):
+        for line in lines:
+            console.print(f"{kind}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, headings: tuple, rows: Iterable[tuple]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(headings[1:]))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        # As Text, because rich would read brackets as markup.
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _package(item: tuple[str, dict]) -> tuple[str, str, str]:
+    name, one = item
+    return name, one["version"] or "not installed", one["error"] or ""
+
+
+def _devices(devices: dict) -> Iterator[tuple[str, str, str]]:
+    yield "CUDA of torch", devices["cuda"] or "none: torch is built for the CPU", ""
+    yield "NCCL", devices["nccl"] or "none", ""
+    for number, gpu in enumerate(devices["gpus"]):
+        text = f"{gpu['bytes'] / GB:.1f} GB, compute capability {gpu['compute_capability']}"
+        yield f"GPU {number}", gpu["name"], text
+    yield "CPU", f"{devices['threads']} threads", ""
+
+
+def _run(found: dict) -> Iterator[tuple[str, str, str]]:
+    if plan := found["plan"]:
+        yield "processes", f"{plan['processes']:,}", ""
+        needs = plan["memory_bytes_per_rank"]["total"]
+        yield "memory of the fullest rank", f"{needs / GB:.2f} GB", "see gengram plan"
+
+
+def _folder(folder: dict | None) -> Iterator[tuple[str, str, str]]:
+    if folder is None:
+        return
+    free = f"{folder['free_bytes'] / GB:,.1f} GB"
+    yield "free in the folder", free, folder["path"]
+    if folder["checkpoint_bytes"] is not None:
+        yield "one checkpoint", f"{folder['checkpoint_bytes'] / GB:,.3f} GB", ""
+    if speed := folder["speed"]:
+        size = f"{speed['bytes'] / 1e6:.0f} MB"
+        for what, how in (("written", "with fsync"), ("read", "not from memory, where it can be")):
+            rate = f"{speed[f'{what}_bytes_per_second'] / GB:.2f} GB/s"
+            yield f"{size} {what}", rate, how
+
+
+def _measured(measured: dict | None) -> Iterator[tuple[str, str, str]]:
+    if measured is None:
+        return
+    if product := measured["matrix_product"]:
+        for precision, tflops in product["tflops"].items():
+            yield f"matrix product in {precision}", f"{tflops:.3g} TFLOP/s", product["device"]
+    if reduced := measured["all_reduce"]:
+        rate = f"{reduced['bytes_per_second'] / GB:.2f} GB/s"
+        how = f"{reduced['bytes'] / 1e6:.0f} MB, {reduced['backend']}"
+        yield f"all-reduce of {reduced['processes']} processes", rate, how
