@@ -25,7 +25,7 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
-from gengram_megatron.model.flops import count_parameters
+from gengram_megatron.plan.flops import count_parameters
 
 # Tensors are described by the model, not by the layout that wrote them, and layers may differ
 # (memory in some), so each layer has names of its own.
