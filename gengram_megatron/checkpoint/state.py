@@ -43,6 +43,9 @@ CONTENT = {
     "non_homogeneous_layers": True,
 }
 
+RANKS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_tensor")
+"""Of a layout, what decides which rank is which."""
+
 
 class TrainingState:
     """Model, optimizer, schedule, random states and the place in the data of one rank."""
@@ -215,7 +218,9 @@ class TrainingState:
         common = dist_checkpointing.load_common_state_dict(str(path))
         self.schedule.load_state_dict(common["schedule"])
         own = random_states()
-        if facts.layout == asdict(self.layout) and own.unique_key in stored:
+        layout = asdict(self.layout)
+        same = all(facts.layout[key] == layout[key] for key in RANKS)
+        if same and own.unique_key in stored:
             state = {"random": own}
             load_tensors(state, path)
             set_random_states(state["random"])
