@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace, folder: str, asynchronous: bool) -> d
         stall = seconds(lambda step=step: state.save(step, must=True))
         stalls.append(stall)
         saves.append(stall + seconds(state.wait))
-    loads = [seconds(state.begin) for _ in range(arguments.repeats)]
+    loads = [seconds(state.load_newest) for _ in range(arguments.repeats)]
     return {
         "bytes": size(state.store.newest()),
         "stall": statistics.median(stalls),

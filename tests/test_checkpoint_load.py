@@ -54,6 +54,7 @@ class Runs:
             "of_checkpoint": self.words("of_checkpoint", self.checkpoint, "train.stop_at=1"),
             "of_stripped": self.words("of_stripped", stripped, "train.stop_at=1"),
             "nothing": self.words("nothing", self.folder),
+            "resumed_stripped": [f"run.dir={stripped}", "train.steps=4"],
             **{
                 key: self.words("refused", source, f"{key}={value}")
                 for key, (value, _) in REFUSED.items()
@@ -155,4 +156,10 @@ def test_another_model_is_refused(runs: Runs, key: str) -> None:
 def test_folder_without_checkpoints_is_refused(runs: Runs) -> None:
     said = runs.said["nothing"]
     assert said.code == 2 and "neither a checkpoint nor the folder of a run" in said.err
+    assert len(said.err.splitlines()) == 1
+
+
+def test_run_does_not_resume_from_weights_alone(runs: Runs) -> None:
+    said = runs.said["resumed_stripped"]
+    assert said.code == 2 and "holds weights only, without the optimizer" in said.err
     assert len(said.err.splitlines()) == 1

@@ -10,7 +10,7 @@ from tests.layouts.launch import launch
 from tests.resharding.cases import BEFORE, BF16, PAIRS
 from tests.training.tiny import build_data, write_config
 
-PAIRS_A_LAUNCH = 12
+PAIRS_A_LAUNCH = 4
 """Not all: gloo keeps the threads of every process group that a process ever made."""
 
 # All pairs run in the fixture, which counts as part of the first test.

@@ -27,6 +27,8 @@ from torch.distributed.checkpoint import FileSystemReader
 MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Of master weights: the distributed optimizer calls them so, and the plain one in bf16."""
 STEPS = ("step", "common_step")
+RANKS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_tensor")
+"""Of a layout, what decides which rank is which."""
 
 
 def load_tensors(state: dict, path: Path) -> None:
@@ -80,6 +82,11 @@ def set_adam_steps(optimizer, state: dict, steps: int) -> None:
             group["step"] = steps
     else:
         inner["state"]["common_step"] = torch.tensor(float(steps))
+
+
+def same_ranks(layout: dict, other: dict) -> bool:
+    """Whether a rank has the same place in both layouts."""
+    return all(layout[key] == other[key] for key in RANKS)
 
 
 def random_states() -> ShardedObject:

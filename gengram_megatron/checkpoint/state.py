@@ -22,6 +22,7 @@ from gengram_megatron.checkpoint.restore import (
     name_masters,
     names,
     random_states,
+    same_ranks,
     set_adam_steps,
     set_random_states,
     without_extra_states,
@@ -42,9 +43,6 @@ CONTENT = {
     "chained_optim_avoid_prefix": True,
     "non_homogeneous_layers": True,
 }
-
-RANKS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_tensor")
-"""Of a layout, what decides which rank is which."""
 
 
 class TrainingState:
@@ -192,7 +190,7 @@ class TrainingState:
         self._on_first_rank(rename)
         return f"damaged, and set aside: {', '.join(damaged.values())}; going on from {path.name}"
 
-    def begin(self) -> "Beginning":
+    def load_newest(self) -> "Beginning":
         """Go on from the newest checkpoint of the run's folder that is not damaged; without any,
         start from the weights of checkpoint.load, if it is given."""
         path, damaged = self._newest_whole(self._on_first_rank(self.store.checkpoints))
@@ -211,16 +209,15 @@ class TrainingState:
         """All of a checkpoint; returns its step."""
         facts = read_facts(path)
         self._check(path, facts)
+        common, stored = dist_checkpointing.load_common_state_dict(str(path)), names(path)
+        if "optimizer" not in common:
+            return self._start_from_own_weights(path, facts)
         self._make_optimizer_states()
         self._load_weights(path)
-        stored = names(path)
-        self._load_optimizer(path, stored)
-        common = dist_checkpointing.load_common_state_dict(str(path))
+        self._load_optimizer(path, stored, adam_steps(common["optimizer"]))
         self.schedule.load_state_dict(common["schedule"])
         own = random_states()
-        layout = asdict(self.layout)
-        same = all(facts.layout[key] == layout[key] for key in RANKS)
-        if same and own.unique_key in stored:
+        if same_ranks(facts.layout, asdict(self.layout)) and own.unique_key in stored:
             state = {"random": own}
             load_tensors(state, path)
             set_random_states(state["random"])
@@ -234,9 +231,8 @@ class TrainingState:
         for index, chunk in enumerate(unwrap_model(self.chunks)):
             chunk.load_state_dict(state[f"model{index}"])
 
-    def _load_optimizer(self, path: Path, stored: set[str]) -> None:
+    def _load_optimizer(self, path: Path, stored: set[str], steps: int) -> None:
         """Apart from the weights, of which a master weight may have the name."""
-        steps = adam_steps(dist_checkpointing.load_common_state_dict(str(path))["optimizer"])
         state = self.optimizer.sharded_state_dict(
             self._model_state(), is_loading=True, metadata=self._metadata()
         )
@@ -246,6 +242,18 @@ class TrainingState:
         for index, optimizer in enumerate(self.optimizer.chained_optimizers):
             set_adam_steps(optimizer, state if one else state[index], steps)
         self.optimizer.load_state_dict(state)
+
+    def _start_from_own_weights(self, path: Path, facts: Facts) -> int:
+        """Begin a run with imported weights, which lie in its folder, in the place of drawn ones."""
+        if facts.step:
+            raise UserError(
+                f"{path} holds weights only, without the optimizer that step {facts.step + 1} "
+                "needs: put the whole checkpoint in its place, or name it in checkpoint.load of a "
+                "run with another run.dir"
+            )
+        self._load_weights(path)
+        self.optimizer.reload_model_params()
+        return 0
 
     def _start_from_another(self) -> "Beginning":
         """A new run with weights of another run's checkpoint in the place of drawn ones."""

@@ -88,7 +88,7 @@ class _Run:
 
     def run(self) -> int:
         """All steps that are left, or until a signal; the exit code."""
-        beginning = self.state.begin()
+        beginning = self.state.load_newest()
         start = beginning.step
         with ExitStack() as stack:
             self.log = self.progress = None

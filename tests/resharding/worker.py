@@ -102,7 +102,7 @@ def write(run: TinyRun) -> dict:
 
 def read(run: TinyRun) -> dict:
     """Go on from the newest checkpoint."""
-    start = run.state.begin().step
+    start = run.state.load_newest().step
     return {"start": start, **run.holds(), "steps": run.steps(start, AFTER)}
 
 
