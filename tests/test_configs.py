@@ -1,9 +1,11 @@
 """The configs of the paper's runs: that all are there, and that each is the run it says it is."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from gengram_megatron.checkpoint.origin import check_same_model
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.plan import plan
@@ -156,6 +158,14 @@ def test_formal_runs_fit_their_gpus(folder, name):
     assert gengram.enabled == (name != "baseline")
     if gengram.enabled:
         assert gengram.window == (21 if name.endswith("21") else None)
+
+
+@pytest.mark.parametrize("name", FORMAL)
+def test_continued_runs_start_from_the_run_of_their_name(name):
+    source, config = load(f"pretrain_200b_8k/{name}"), load(f"pretrain_100b_32k/{name}")
+    assert config.checkpoint.load == source.run.dir
+    assert source.checkpoint.load is None
+    check_same_model(Path(source.run.dir), source.model.model_dump(), config)  # raises if not
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name.startswith("ablation")])

@@ -1,6 +1,5 @@
 """Save and load all that a run needs to go on, through megatron-core's distributed checkpoints."""
 
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -8,17 +7,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from gengram_megatron.checkpoint.checksums import damage
+from gengram_megatron.checkpoint.origin import check_same_model, origins
+from gengram_megatron.checkpoint.restore import (
+    adam_steps,
+    draw_anew,
+    load_tensors,
+    name_masters,
+    names,
+    random_states,
+    same_ranks,
+    set_adam_steps,
+    set_random_states,
+    without_extra_states,
+)
 from gengram_megatron.checkpoint.store import (
     FORMAT,
     CheckpointStore,
@@ -84,7 +92,7 @@ class TrainingState:
         writer = Writer()
         with self._whole_parameters():
             request = dist_checkpointing.save(
-                self._state(step, is_loading=False),
+                self._state(step),
                 str(partial),
                 async_sharded_save=True,
                 content_metadata=CONTENT,
@@ -164,77 +172,103 @@ class TrainingState:
         dist.all_gather_object(found, own)
         return found
 
-    def _newest_whole(self) -> tuple[Path | None, str | None]:
-        """The newest checkpoint that is not damaged, and a sentence about those that are."""
-        steps, damaged = self._on_first_rank(self.store.steps), {}
-        for step in reversed(steps):
-            path = self.store.path(step)
+    def _newest_whole(self, checkpoints: list[Path]) -> tuple[Path | None, dict[Path, str]]:
+        """Of checkpoints in the order of their steps the last one that is not damaged, and what is
+        wrong with those after it."""
+        damaged = {}
+        for path in reversed(checkpoints):
             found = self._gather(damage(path, dist.get_rank(), dist.get_world_size()))
             problems = sorted({problem for own in found for problem in own})
             if not problems:
-                return path, self._set_aside(damaged, step) if damaged else None
-            damaged[step] = f"{path.name} ({'; '.join(problems)})"
-        if damaged:
-            raise UserError(
-                f"all checkpoints of {self.store.folder} are damaged: "
-                f"{', '.join(damaged.values())}; bring one back, or start in another run.dir"
-            )
-        return None, None
+                return path, damaged
+            damaged[path] = f"{path.name} ({'; '.join(problems)})"
+        return None, damaged
 
-    def _set_aside(self, damaged: dict[int, str], step: int) -> str:
+    def _set_aside(self, damaged: dict[Path, str], path: Path) -> str:
         def rename() -> None:
             for other in damaged:
                 self.store.set_aside(other)
 
         self._on_first_rank(rename)
-        return (
-            f"damaged, and set aside: {', '.join(damaged.values())}; "
-            f"going on from {self.store.path(step).name}"
-        )
+        return f"damaged, and set aside: {', '.join(damaged.values())}; going on from {path.name}"
 
-    def load_newest(self) -> tuple[int, str | None]:
-        """Go on from the newest checkpoint of the run's folder that is not damaged.
+    def load_newest(self) -> "Beginning":
+        """Go on from the newest checkpoint of the run's folder that is not damaged; without any,
+        start from the weights of checkpoint.load, if it is given."""
+        path, damaged = self._newest_whole(self._on_first_rank(self.store.checkpoints))
+        if path is not None:
+            return Beginning(
+                self._resume(path), self._set_aside(damaged, path) if damaged else None
+            )
+        if damaged:
+            raise UserError(
+                f"all checkpoints of {self.store.folder} are damaged: "
+                f"{', '.join(damaged.values())}; bring one back, or start in another run.dir"
+            )
+        return Beginning() if self.config.checkpoint.load is None else self._start_from_another()
 
-        Returns its step, 0 for none, and a sentence about newer ones that are damaged.
-        """
-        path, warning = self._newest_whole()
-        if path is None:
-            return 0, None
+    def _resume(self, path: Path) -> int:
+        """All of a checkpoint; returns its step."""
         facts = read_facts(path)
         self._check(path, facts)
-        if "optimizer" not in dist_checkpointing.load_common_state_dict(str(path)):
-            self._start_from_weights(path, facts)
-            return 0, warning
+        common, stored = dist_checkpointing.load_common_state_dict(str(path)), names(path)
+        if "optimizer" not in common:
+            return self._start_from_own_weights(path, facts)
         self._make_optimizer_states()
-        state = self._state(facts.step, is_loading=True)
-        if facts.layout != asdict(self.layout):
-            del state["random"]  # belongs to other ranks; nothing in a step draws from it
-        loaded = dist_checkpointing.load(state, str(path))
-        for index, chunk in enumerate(unwrap_model(self.chunks)):
-            chunk.load_state_dict(loaded[f"model{index}"])
-        with self._own_settings():
-            self.optimizer.load_state_dict(loaded["optimizer"])
-        self.schedule.load_state_dict(loaded["schedule"])
-        if "random" in loaded:
-            _set_random_states(loaded["random"])
-        return facts.step, warning
+        self._load_weights(path)
+        self._load_optimizer(path, stored, adam_steps(common["optimizer"]))
+        self.schedule.load_state_dict(common["schedule"])
+        own = random_states()
+        if same_ranks(facts.layout, asdict(self.layout)) and own.unique_key in stored:
+            state = {"random": own}
+            load_tensors(state, path)
+            set_random_states(state["random"])
+        else:
+            draw_anew(self.config.run.seed, facts.step)
+        return facts.step
 
-    def _start_from_weights(self, path: Path, facts: Facts) -> None:
-        """Begin a run with imported weights in the place of drawn ones."""
+    def _load_weights(self, path: Path) -> None:
+        state = without_extra_states(self._model_state())
+        load_tensors(state, path)
+        for index, chunk in enumerate(unwrap_model(self.chunks)):
+            chunk.load_state_dict(state[f"model{index}"])
+
+    def _load_optimizer(self, path: Path, stored: set[str], steps: int) -> None:
+        """Apart from the weights, of which a master weight may have the name."""
+        state = self.optimizer.sharded_state_dict(
+            self._model_state(), is_loading=True, metadata=self._metadata()
+        )
+        name_masters(state, stored)
+        load_tensors(state, path)
+        one = len(self.optimizer.chained_optimizers) == 1
+        for index, optimizer in enumerate(self.optimizer.chained_optimizers):
+            set_adam_steps(optimizer, state if one else state[index], steps)
+        self.optimizer.load_state_dict(state)
+
+    def _start_from_own_weights(self, path: Path, facts: Facts) -> int:
+        """Begin a run with imported weights, which lie in its folder, in the place of drawn ones."""
         if facts.step:
             raise UserError(
                 f"{path} holds weights only, without the optimizer that step {facts.step + 1} "
-                "needs: put the whole checkpoint in its place, or start in another run.dir"
+                "needs: put the whole checkpoint in its place, or name it in checkpoint.load of a "
+                "run with another run.dir"
             )
-        state = self._model_state()
-        for chunk in state.values():
-            for name, value in chunk.items():
-                if isinstance(value, ShardedObject):  # of TransformerEngine; empty without it
-                    chunk[name] = LocalNonpersistentObject(None)
-        loaded = dist_checkpointing.load(state, str(path))
-        for index, chunk in enumerate(unwrap_model(self.chunks)):
-            chunk.load_state_dict(loaded[f"model{index}"])
+        self._load_weights(path)
         self.optimizer.reload_model_params()
+        return 0
+
+    def _start_from_another(self) -> "Beginning":
+        """A new run with weights of another run's checkpoint in the place of drawn ones."""
+        path, damaged = self._newest_whole(self._on_first_rank(lambda: origins(self.config)))
+        if path is None:
+            raise UserError(f"checkpoint.load: damaged, {', '.join(damaged.values())}")
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        check_same_model(path, common["config"]["model"], self.config)
+        self._check_tables(path, read_facts(path))
+        self._load_weights(path)
+        self.optimizer.reload_model_params()
+        warning = f"checkpoint.load: damaged, {', '.join(damaged.values())}" if damaged else None
+        return Beginning(0, warning, origin=path)
 
     def _check(self, path: Path, facts: Facts) -> None:
         samples = facts.step * self.config.train.global_batch_size
@@ -255,6 +289,9 @@ class TrainingState:
                 f"{path} was trained on other data: {_difference(facts.data, self.data)}; give "
                 "the data sets as they were, or start in another run.dir"
             )
+        self._check_tables(path, facts)
+
+    def _check_tables(self, path: Path, facts: Facts) -> None:
         for name, own in self._tables().items():
             table = facts.tables.get(name, own)  # one that the checkpoint does not know is new
             if table != own:
@@ -281,15 +318,13 @@ class TrainingState:
             for index, chunk in enumerate(unwrap_model(self.chunks))
         }
 
-    def _state(self, step: int, is_loading: bool) -> dict:
+    def _state(self, step: int) -> dict:
         model = self._model_state()
         return {
             **model,
-            "optimizer": self.optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=self._metadata()
-            ),
+            "optimizer": self.optimizer.sharded_state_dict(model, metadata=self._metadata()),
             "schedule": self.schedule.state_dict(),
-            "random": _random_states(),
+            "random": random_states(),
             "config": self.config.model_dump(),
             "step": step,
         }
@@ -300,18 +335,6 @@ class TrainingState:
         for optimizer in self.optimizer.chained_optimizers:
             if isinstance(optimizer, DistributedOptimizer) and not optimizer.is_stub_optimizer:
                 optimizer._init_optimizer_states_with_dummy_values()
-
-    @contextmanager
-    def _own_settings(self):
-        """A checkpoint's parameter groups bring learning rates, betas and weight decay along; these
-        stay what the config says."""
-        own = [
-            {key: value for key, value in group.items() if key not in ("params", "step")}
-            for group in self.optimizer.param_groups
-        ]
-        yield
-        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings)
 
     @contextmanager
     def _whole_parameters(self):
@@ -336,6 +359,16 @@ class TrainingState:
         if answer[1] is not None:
             raise UserError(f"checkpoints of {self.store.folder}: {answer[1]}")
         return answer[0]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins: after which step, what is wrong with newer checkpoints, and the
+    checkpoint of another run whose weights it has."""
+
+    step: int = 0
+    warning: str | None = None
+    origin: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -365,32 +398,3 @@ def _difference(was: list[dict], now: list[dict]) -> str:
         return f"data set {number + 1} was built anew or is another one"
     shares = was[number]["share"], now[number]["share"]
     return f"the share of data set {number + 1} was {shares[0]} of the samples, not {shares[1]}"
-
-
-def _random_states() -> ShardedObject:
-    """The states of all generators: one set a tensor- and pipeline-parallel rank."""
-    states = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-    shape = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    place = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("random", states, shape, place, replica_id=copy)
-
-
-def _set_random_states(states: dict) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])

@@ -109,10 +109,14 @@ class CheckpointStore:
         names = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
-    def set_aside(self, step: int) -> Path:
+    def checkpoints(self) -> list[Path]:
+        """All whole checkpoints, in the order of their steps."""
+        return [self.path(step) for step in self.steps()]
+
+    def set_aside(self, checkpoint: Path) -> Path:
         """Take a damaged checkpoint out of the row; the path that it gets."""
-        aside = self.path(step).with_suffix(f".{uuid4().hex[:8]}{DAMAGED}")
-        os.rename(self.path(step), aside)
+        aside = checkpoint.with_suffix(f".{uuid4().hex[:8]}{DAMAGED}")
+        os.rename(checkpoint, aside)
         return aside
 
     def _prune(self) -> None:

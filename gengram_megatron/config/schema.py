@@ -284,8 +284,14 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    """Checkpoints of the run's folder."""
+    """Checkpoints of the run's folder, and the one that a new run starts from."""
 
+    load: Name | None = Field(
+        None,
+        description="a checkpoint, or a run's folder for its newest, whose weights a new run "
+        "starts from, with data, optimizer, schedule and steps of its own; seq_length and "
+        "rotary_base of the model may differ; null: weights drawn from the seed",
+    )
     interval: Positive | None = Field(None, description="steps between; null: at the end only")
     at_end: bool = Field(
         True, description="one after the last step; false for runs that only measure"

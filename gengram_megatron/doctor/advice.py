@@ -1,9 +1,9 @@
 """One line for each thing that is missing here and would make training faster."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.launch.job import gpus_here
 
 
 def advice(found: dict, config: Config | None) -> Iterator[str]:
@@ -22,11 +22,12 @@ def advice(found: dict, config: Config | None) -> Iterator[str]:
 
 
 def _without_gpu(devices: dict) -> str:
-    if gpus_here() and devices["cuda"] is None:
+    there = any(Path("/proc/driver/nvidia/gpus").glob("*"))  # whether or not torch can use them
+    if there and devices["cuda"] is None:
         return (
             "this machine has an NVIDIA GPU, but torch is built for the CPU: install a CUDA build"
         )
-    if gpus_here():
+    if there:
         return "this machine has an NVIDIA GPU that torch cannot use: see nvidia-smi for its driver"
     return "there is no GPU, so all computes on the CPU: enough for the smoke runs only"
 

@@ -65,7 +65,7 @@ def check_job(config: Config, name: str, for_slurm: bool) -> Job:
 
 def processes_of_a_node(launch: Launch) -> int:
     """Those that are asked for, or one for each GPU of this machine."""
-    return launch.processes or gpus_here() or 1
+    return launch.processes or _gpus_here() or 1
 
 
 def _slurm_problems(launch: Launch) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _needs_one_connection(config: Config) -> bool:
     return parallel.tensor > 1 or parallel.context > 1 or optimizer.overlap_grad_reduce
 
 
-def gpus_here() -> int:
+def _gpus_here() -> int:
     """GPUs of this machine that torch may use; asking does not start CUDA in this process."""
     import torch
 

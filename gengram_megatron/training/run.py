@@ -23,6 +23,7 @@ from gengram_megatron.training.waiting import Waiting
 from gengram_megatron.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from gengram_megatron.checkpoint.state import Beginning
     from gengram_megatron.training.agreement import Agreement
 
 SKIPS = 10
@@ -87,17 +88,18 @@ class _Run:
 
     def run(self) -> int:
         """All steps that are left, or until a signal; the exit code."""
-        start, damaged = self.state.load_newest()
+        beginning = self.state.load_newest()
+        start = beginning.step
         with ExitStack() as stack:
             self.log = self.progress = None
             if self.first_rank:
                 self._open_outputs(stack, start)
             self.watchdog = stack.enter_context(self._watchdog())
             self._say(self.implementations)
-            self._warn(damaged)
+            self._warn(beginning.warning)
             for line in self.data.statement(self.layout.samples):
                 self._say(line)
-            self._say(self._place(start))
+            self._say(self._place(beginning))
             batches = stack.enter_context(closing(self._batches_from(start)))
             code = self._train_from(start, Waiting(batches))
             if self.first_rank:
@@ -290,12 +292,16 @@ class _Run:
             Progress(self.layout.steps, self.config.logging.interval)
         )
 
-    def _place(self, start: int) -> str:
-        parameters = self._count_parameters()
-        steps, last = self.layout.steps, self._last_step()
+    def _place(self, beginning: "Beginning") -> str:
+        parameters, load = self._count_parameters(), self.config.checkpoint.load
+        start, steps, last = beginning.step, self.layout.steps, self._last_step()
         if start >= last:
             return f"{self.folder}: done, {start} of {steps} steps; nothing is left to do"
         begin = f"resuming after step {start}" if start else "starting"
+        if beginning.origin:
+            begin = f"starting from the weights of {beginning.origin}"
+        elif load:
+            begin += f", not from checkpoint.load = {load}"
         until = f"until step {last} of {steps}" if last < steps else f"{steps} steps"
         return f"{self.folder}: {begin}, {until}, {parameters:,} parameters"
 

@@ -8,7 +8,7 @@ from gengram_megatron.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-PIECES = ("base", "data")
+PIECES = ("base", "data", "sweeps")
 
 
 def is_run(path: Path) -> bool:

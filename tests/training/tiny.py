@@ -51,10 +51,11 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
 
 
-def build_data(folder: Path) -> Path:
-    """The shipped DNA in fragments of 64 bases; built once a session."""
+def build_data(folder: Path, seq_length: int = 64) -> Path:
+    """The shipped DNA in fragments of so many bases; built once a session."""
     if not folder.exists():
-        _gengram_data("build", "configs/data/sample.yaml", f"output={folder}", "seq_length=64")
+        words = (f"output={folder}", f"seq_length={seq_length}")
+        _gengram_data("build", "configs/data/sample.yaml", *words)
     return folder
 
 

@@ -1,0 +1,123 @@
+"""One of four ranks that write and read the checkpoints of many pairs of layouts in one launch.
+
+Started by torchrun: worker.py CONFIG OUT PAIR [PAIR ...]. Runs on fewer processes leave the other
+ranks out, which wait for the next. OUT/<run>.pt: what the run had at the checkpoint, and its steps
+after it.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.platform import prepare
+from gengram_megatron.training.data import RunData
+from gengram_megatron.training.processes import end_processes, start_processes
+from tests.resharding.cases import AFTER, BEFORE, PAIRS, Pair, Side
+
+RANK = int(os.environ["RANK"])
+
+
+class TinyRun:
+    """The parts of a run on one rank, and its steps."""
+
+    def __init__(self, config: Config, processes: int):
+        from megatron.core import parallel_state
+
+        from gengram_megatron.checkpoint.state import TrainingState
+        from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
+        from gengram_megatron.training.optimizer import build_optimizer, build_schedule
+
+        self.config, self.layout = config, check_layout(config, processes)
+        self.data = RunData(config)
+        start_processes(self.layout, config.run.seed, RANK)
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.chunks = wrap_for_data_parallelism(
+            build_model(config, self.layout), config, self.layout
+        )
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.schedule = build_schedule(config, self.layout, self.optimizer)
+        self.state = TrainingState(
+            config, self.layout, self.chunks, self.optimizer, self.schedule, self.data.facts
+        )
+
+    def steps(self, start: int, count: int) -> list[tuple[float, float]]:
+        """Loss and learning rate of so many steps."""
+        from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+        from gengram_megatron.training.agreement import agree
+        from gengram_megatron.training.step import forward_backward
+
+        batch, done = self.config.train.global_batch_size, []
+        batches = self.data.training(self.layout, self.data_rank, start * batch)
+        for _ in range(count):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            report = forward_backward(
+                self.chunks, batches, self.config, self.layout, forward_only=False
+            )
+            lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
+            self.optimizer.step_if(lambda _: True)
+            self.schedule.step(batch)
+            done.append((agree(report).loss, lr))
+        return done
+
+    def holds(self) -> dict:
+        """All that it has learned, and what the generators of each rank draw next."""
+        from tests.resharding.gather import full_tensors
+
+        own = (random.random(), float(np.random.rand()), float(torch.rand(())))
+        draws = [None] * dist.get_world_size()
+        dist.all_gather_object(draws, own)
+        return {"tensors": full_tensors(self.chunks, self.optimizer), "draws": draws}
+
+
+def in_processes(action, out: Path, name: str, config: Config, processes: int) -> None:
+    """Have so many ranks do something in a group of their own; the first saves what it returns."""
+    if processes <= RANK:
+        return
+    store = dist.FileStore(str(out / f"{name}.store"), processes)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=processes)
+    result = action(TinyRun(config, processes))
+    if RANK == 0:
+        torch.save(result, out / f"{name}.pt")
+    end_processes()
+
+
+def write(run: TinyRun) -> dict:
+    """Train, save, and go on as if nothing were."""
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(RANK)
+    run.steps(0, BEFORE)
+    assert run.state.save(BEFORE, must=True) is None and run.state.wait() is None
+    return {**run.holds(), "steps": run.steps(BEFORE, AFTER)}
+
+
+def read(run: TinyRun) -> dict:
+    """Go on from the newest checkpoint."""
+    start = run.state.load_newest().step
+    return {"start": start, **run.holds(), "steps": run.steps(start, AFTER)}
+
+
+def run_pair(name: str, pair: Pair, file: Path, out: Path) -> None:
+    def config(side: Side) -> Config:
+        return pair.config(file, side, out / pair.source_name)
+
+    if not (out / f"{pair.source_name}.pt").exists():
+        in_processes(write, out, pair.source_name, config(pair.source), pair.source.processes)
+    in_processes(read, out, name, config(pair.target), pair.target.processes)
+
+
+if __name__ == "__main__":
+    prepare()
+    torch.set_num_threads(1)
+    file, folder, *names = sys.argv[1:]
+    for pair_name in names:
+        run_pair(pair_name, PAIRS[pair_name], Path(file), Path(folder))
