@@ -57,6 +57,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",  # two test files at a time
             "hypothesis>=6.100",
             "ruff==0.17.6",
             "dnaio>=1.2",  # an independent reader of FASTA, for tests and benchmarks
