@@ -57,7 +57,7 @@ def test_next_steps_are_those_of_the_unbroken_run(results: Results, name: str) -
     expected, rates = zip(*results.source(name)["steps"])
     found, own_rates = zip(*target["steps"])
     assert own_rates == rates
-    assert found == pytest.approx(expected, rel=1e-2 if BF16 in PAIRS[name].shared else 1e-5)
+    assert found == pytest.approx(expected, rel=1e-3 if BF16 in PAIRS[name].shared else 1e-5)
 
 
 def test_random_states_are_each_ranks_own_on_the_same_layout(results: Results) -> None:

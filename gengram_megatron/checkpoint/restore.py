@@ -75,13 +75,15 @@ def adam_steps(stored: dict | list) -> int:
 
 
 def set_adam_steps(optimizer, state: dict, steps: int) -> None:
-    """Note them in the state of one optimizer, where its load_state_dict reads them."""
+    """Note them in the state of one optimizer, where its load_state_dict reads them: torch's Adam
+    counts for each parameter, TransformerEngine's for each group."""
     inner = state.get("optimizer", state)
-    if isinstance(optimizer, DistributedOptimizer):
+    counts_by_parameter = isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    if counts_by_parameter and not isinstance(optimizer, DistributedOptimizer):
+        inner["state"]["common_step"] = torch.tensor(float(steps))
+    else:
         for group in inner["param_groups"]:
             group["step"] = steps
-    else:
-        inner["state"]["common_step"] = torch.tensor(float(steps))
 
 
 def same_ranks(layout: dict, other: dict) -> bool:

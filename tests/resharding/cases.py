@@ -80,12 +80,10 @@ def pair(source: str, target: str, *shared: str) -> Pair:
 
 PAIRS = {
     "tp2_pp2_to_one": pair("tp2_pp2", "one"),
-    "one_to_tp2_pp2": pair("one", "tp2_pp2"),
     "one_to_tp2_ep2": pair("one", "tp2_ep2"),
     "pp4_to_pp2": pair("pp4", "pp2"),
     "pp2_uneven_to_dp2": pair("pp2_uneven", "dp2"),
     "one_to_ep4": pair("one", "ep4"),
-    "ep4_to_ep2": pair("ep4", "ep2"),
     "dp4_to_dp2": pair("dp4", "dp2"),
     "vpp_to_one": pair("pp2_vpp2", "one"),
     "one_to_vpp": pair("one", "pp2_vpp2"),
@@ -97,10 +95,8 @@ PAIRS = {
     "hashed": pair("tp2", "pp2", *HASHED),
     "hashed_rows_to_columns": Pair(HASHED, Side("dp2", DATA), Side("tp2")),
     "bf16_dp4_to_tp2": pair("dp4", "tp2", BF16),
-    "bf16_rows_to_pp2": Pair((BF16,), Side("dp4", DATA), Side("pp2")),
     "plain_to_plain": pair("dp2", "tp2_pp2", PLAIN),
     "plain_to_distributed": Pair((), Side("tp2", (PLAIN,)), Side("dp2")),
-    "distributed_to_plain": Pair((), Side("dp2"), Side("tp2", (PLAIN,))),
     "bf16_plain_to_distributed": Pair((BF16,), Side("dp2", (PLAIN,)), Side("dp4")),
     "bf16_distributed_to_plain": Pair((BF16,), Side("dp4"), Side("dp2", (PLAIN,))),
 }

@@ -44,11 +44,9 @@ def _pieces(module) -> Iterator[tuple]:
     whole, the parameter that holds it, and its first element there."""
     for part, parameter, start in parts(module):
         shape = torch.Size(part.global_shape)
-        block = tuple(slice(o, o + n) for o, n in zip(part.global_offset, part.data.shape))
-        if part.prepend_axis_num:
-            first = part.global_offset[: part.prepend_axis_num]
-            sizes = zip(part.global_offset[part.prepend_axis_num :], part.data.shape)
-            block = (*first, *(slice(o, o + n) for o, n in sizes))
+        leading = part.prepend_axis_num  # axes of which the piece has one index, experts say
+        first, offsets = part.global_offset[:leading], part.global_offset[leading:]
+        block = (*first, *(slice(o, o + n) for o, n in zip(offsets, part.data.shape)))
         places = torch.arange(shape.numel()).view(shape)[block].flatten()
         yield part.key, shape, places, parameter, start
 
