@@ -3,9 +3,11 @@
 import pytest
 
 from gengram_megatron.config.layout import check_layout
-from gengram_megatron.config.projection import projection
+from gengram_megatron.config.projection import bytes_held, projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
+from gengram_megatron.plan.memory import fullest
+from gengram_megatron.plan.stages import Split
 from tests.training.tiny import RUN
 
 ROWS_A_TABLE = (5 + 25 + 125 + 625 + 3125 + 15625) // 6
@@ -67,3 +69,21 @@ def test_an_explicit_choice_is_kept() -> None:
 
 def test_auto_takes_features_on_gpus() -> None:
     assert chosen(config_of({}, 800), on_gpu=True) == "features"
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 2], [1, 2, 3, 4, 5, 6]], ids=str)
+@pytest.mark.parametrize("window", [None, 21])
+def test_a_plan_counts_the_buffers_that_there_are(sizes: list[int], window: int | None) -> None:
+    from gengram_megatron.model.gengram.folding import FoldedRows
+    from gengram_megatron.model.gengram.pooling import Pooling
+
+    settings = {"kmer_sizes": sizes, "window": window, "project": "tables"}
+    rows = FoldedRows(max(sizes), Pooling(window)).total
+    config = config_of(settings)
+    assert bytes_held(config) == 2 * rows * 2 * RUN["model"]["hidden_size"] * 4
+
+    def buffers(project: str) -> int:
+        changed = config_of({**settings, "project": project})
+        return fullest(Split(changed, check_layout(changed, 1))).buffers
+
+    assert buffers("tables") - buffers("features") == 2 * bytes_held(config)  # two layers

@@ -38,3 +38,12 @@ def projection(config: Config, layout: Layout, on_gpu: bool) -> Projection:
 def break_even(largest: int) -> int:
     """The tables' rows over their number: as many tokens' features cost as much to project."""
     return sum(ALPHABET_SIZE**k for k in range(1, largest + 1)) // largest
+
+
+def bytes_held(config: Config) -> int:
+    """Of a layer's projected tables and their gradient, in float32, on every rank."""
+    gengram, largest = config.model.gengram, max(config.model.gengram.kmer_sizes)
+    rows = sum(ALPHABET_SIZE**k for k in range(1, largest + 1))
+    if gengram.window is not None and largest > 1:
+        rows += ALPHABET_SIZE ** (largest - 1)  # what begins a window (model/gengram/folding.py)
+    return 2 * 4 * rows * 2 * config.model.hidden_size

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.placement import Placement
+from gengram_megatron.config.projection import projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.plan.communication import most_sent
 from gengram_megatron.plan.flops import count_parameters, forward_flops, training_flops
@@ -46,9 +47,17 @@ def plan(config: Config, layout: Layout, speed: Speed, gigabytes: float) -> dict
         "hours": seconds / 3600,
         "gpu_hours": seconds / 3600 * layout.world_size,
         "memory_layers": config.model.gengram.layers if config.model.gengram.enabled else [],
+        "projection": _projection(config, layout),
         "tables": [_table(place, split) for place in split.tables],
         "warnings": list(warnings(split, memory, gigabytes)),
     }
+
+
+def _projection(config: Config, layout: Layout) -> dict | None:
+    """Of the memory, on a GPU."""
+    if not config.model.gengram.enabled:
+        return None
+    return projection(config, layout, on_gpu=True)._asdict()
 
 
 def _table(place: Placement, split: Split) -> dict:

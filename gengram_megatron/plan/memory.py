@@ -9,6 +9,7 @@ CUDA, NCCL and torch's allocator take for themselves.
 
 from dataclasses import dataclass
 
+from gengram_megatron.config.projection import bytes_held, projection
 from gengram_megatron.plan.activations import BYTES, Activations
 from gengram_megatron.plan.stages import Split
 
@@ -30,7 +31,8 @@ class Memory:
     """Of all microbatches that are in flight at once."""
     logits: int
     buffers: int
-    """What one layer's backward pass works with, or Adam's step if it needs more; ids of k-mers."""
+    """What one layer's backward pass works with, or Adam's step if it needs more; ids of k-mers;
+    tables projected once a step."""
 
     @property
     def total(self) -> int:
@@ -70,7 +72,8 @@ def of_stage(split: Split, stage: int) -> Memory:
         optimizer=states,
         activations=kept,
         logits=logits,
-        buffers=max(working + len(flying) * activations.ids(), step - kept - logits),
+        buffers=max(working + len(flying) * activations.ids(), step - kept - logits)
+        + _projected(split, stage),
     )
 
 
@@ -84,6 +87,13 @@ def _states(split: Split, stage: int) -> int:
         + -(-held.experts // split.layout.expert_data)
         + -(-held.rows // split.row_copies())
     )
+
+
+def _projected(split: Split, stage: int) -> int:
+    config = split.config
+    if not config.model.gengram.enabled or projection(config, split.layout, True).of == "features":
+        return 0
+    return sum(map(split.has_memory, split.layers(stage))) * bytes_held(config)
 
 
 def _working(split: Split, stage: int, activations: Activations) -> int:

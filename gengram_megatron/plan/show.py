@@ -22,6 +22,9 @@ def show(plan: dict) -> None:
         console.print(_bytes("Sent by a rank in a step, at most", sent))
     if plan["tables"]:
         console.print(_tables(plan))
+        made = plan["projection"]
+        line = f"Key and value are projected from {made['of']}: {made['reason']}"
+        console.print(line, markup=False, highlight=False)
     for sentence in plan["warnings"]:
         console.print(f"warning: {sentence}", markup=False, highlight=False)
 
