@@ -69,7 +69,7 @@ def make_state(config: Config):
         chunk.zero_grad_buffer()
     optimizer.step_if(lambda norm: True)
     schedule = build_schedule(config, layout, optimizer)
-    return TrainingState(config, layout, chunks, optimizer, schedule)
+    return TrainingState(config, layout, chunks, optimizer, schedule, [])
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -112,7 +112,7 @@ def test_run_cannot_go_on_without_its_optimizer(trained, tmp_path, gengram, one_
 
     config = load(tmp_path, "run")
     gengram("checkpoint", "strip", trained.run, tmp_path / "run" / "checkpoints")
-    state = TrainingState(config, one_process, *build(config, one_process))
+    state = TrainingState(config, one_process, *build(config, one_process), [])
     with pytest.raises(UserError, match="holds weights only, without the optimizer that step 4"):
         state.load_newest()
 

@@ -141,7 +141,7 @@ def test_run_starts_from_imported_weights(models, exported, tmp_path, kind) -> N
     import_model(exported / kind, config)
     layout = check_layout(config, 1)
     chunks, optimizer, schedule = build(config, layout)
-    assert TrainingState(config, layout, chunks, optimizer, schedule).load_newest() == 0
+    assert TrainingState(config, layout, chunks, optimizer, schedule, []).load_newest().step == 0
     found = named(chunks[0])
     assert all(torch.equal(found[name], w) for name, w in models[kind].weights.items())
     # The optimizer's own float32 weights, too: a step with a gradient of zero keeps them.

@@ -78,7 +78,7 @@ def test_imported_model_answers_as_the_published_one(published, tmp_path, kind, 
     import_model(published["folder"] / f"{kind}_{form}", config)
     layout = check_layout(config, 1)
     chunks, optimizer, schedule = build(config, layout)
-    assert TrainingState(config, layout, chunks, optimizer, schedule).load_newest() == 0
+    assert TrainingState(config, layout, chunks, optimizer, schedule, []).load_newest().step == 0
     generator = torch.Generator().manual_seed(2)
     tokens = torch.tensor(BASE_IDS)[torch.randint(5, (1, 32), generator=generator)]
     tokens[0, 11] = EOD

@@ -58,15 +58,15 @@ def contents(data: DataSet, most: int | None, report: Report) -> dict[str, Split
 
 
 def _split_contents(data: DataSet, name: str, most: int | None, report: Report) -> SplitContents:
-    split = data.split(name)
+    count = data.facts.splits[name].fragments
+    looked = count if most is None else min(count, most)
+    split = data.split(name, scattered=looked < count)
     fragments, astray = count_fragments(split.origins, len(data.sequences))
     if astray:
         raise UserError(
             f"{data.folder} is damaged: {astray:,} fragments of split {name} are of sequences that "
             f"{RECORDS} does not list"
         )
-    count = len(split.origins)
-    looked = count if most is None else min(count, most)
     numbers = np.arange(looked) * count // max(looked, 1)
     bases = _count_bases(split, numbers, report)
     return SplitContents(fragments, split.origins["record"][numbers], bases)

@@ -3,6 +3,7 @@
 Nothing is read before it is asked for, so a data set of any size opens at once.
 """
 
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,12 +56,13 @@ class DataSet:
             raise UserError(f"{path} has sources that the manifest lacks: {', '.join(unknown)}")
         return found
 
-    def split(self, name: str) -> Split:
-        """Open one split. UserError if there is none of this name or a file of it is not whole."""
+    def split(self, name: str, scattered: bool = False) -> Split:
+        """Open one split; `scattered` as of open_tokens. UserError if there is none of this name
+        or a file of it is not whole."""
         if name not in self.facts.splits:
             there = " and ".join(self.facts.splits)
             raise UserError(f"{self.folder} has no split {name}; its splits are {there}")
-        tokens = open_tokens(self._whole(f"{name}.bin"), self.seq_length)
+        tokens = open_tokens(self._whole(f"{name}.bin"), self.seq_length, scattered)
         origins = open_origins(self._whole(origins_path(self.folder, name).name))
         count = self.facts.splits[name].fragments
         if not count == len(tokens) == len(origins):
@@ -89,12 +91,20 @@ class DataSet:
         return self.folder / name
 
 
-def open_tokens(path: Path, seq_length: int) -> np.ndarray:
-    """A split's tokens as a map [fragments, seq_length + 1], as far as there are whole rows."""
-    count = path.stat().st_size // (seq_length + 1)
+def open_tokens(path: Path, seq_length: int, scattered: bool = False) -> np.ndarray:
+    """A split's tokens as a map [fragments, seq_length + 1], as far as there are whole rows.
+
+    `scattered` says that fragments here and there will be read: then the system reads nothing
+    ahead, which for a few thousand fragments of a large set would be gigabytes.
+    """
+    length = seq_length + 1
+    count = path.stat().st_size // length
     if count == 0:  # there is no map of nothing
-        return np.empty((0, seq_length + 1), dtype=np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r", shape=(count, seq_length + 1))
+        return np.empty((0, length), dtype=np.uint8)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM if scattered else mmap.MADV_SEQUENTIAL)
+    return np.frombuffer(mapped, dtype=np.uint8, count=count * length).reshape(count, length)
 
 
 def open_origins(path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ def locate(data: DataSet, split: str, number: int) -> dict[str, Any]:
     samtools, which counts from 1 with both ends included. The bases are as stored: those of the
     reverse complement where `strand` is "-".
     """
-    opened = data.split(split)
+    opened = data.split(split, scattered=True)
     count = len(opened.origins)
     if not 0 <= number < count:
         raise UserError(

@@ -61,9 +61,12 @@ def _check_split(split: str, origins: np.ndarray, grid: Grid, taken: np.ndarray)
         nowhere.add(start + np.flatnonzero(places < 0))
         known = np.flatnonzero(places >= 0)
         places = places[known]
-        unordered.add(start + known[np.diff(places, prepend=before) < 0])
+        steps = np.diff(places, prepend=before)
+        unordered.add(start + known[steps < 0])
         again = taken[places]
-        again[np.setdiff1d(np.arange(len(places)), np.unique(places, return_index=True)[1])] = True
+        if (steps <= 0).any():  # only then can this block have a place twice
+            first = np.unique(places, return_index=True)[1]
+            again[np.setdiff1d(np.arange(len(places)), first)] = True
         twice.add(start + known[again])
         taken[places] = True
         expected = np.where(grid.reverse[places], b"-", b"+")
