@@ -1,7 +1,9 @@
 """gengram checkpoint inspect, strip, export and import, as commands."""
 
+import io
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +105,18 @@ def test_strip_leaves_the_weights(trained, tmp_path, gengram) -> None:
     assert not found["has_optimizer"] and found["bytes"]["optimizer"] == 0
     code, _, err = gengram("checkpoint", "strip", trained.run, tmp_path / "light")
     assert code == 2 and "is there already; give another folder" in err
+
+
+def test_description_of_tensors_names_no_modules() -> None:
+    """What the modules of these classes import must not be had through them."""
+    from gengram_megatron.checkpoint.stored import _MetadataUnpickler
+
+    for name in ("os", "torch", "Any"):
+        pickled = f"ctorch.distributed.checkpoint.metadata\n{name}\n.".encode()
+        with pytest.raises(pickle.UnpicklingError, match="only descriptions of tensors"):
+            _MetadataUnpickler(io.BytesIO(pickled)).load()
+    known = b"ctorch.distributed.checkpoint.metadata\nBytesStorageMetadata\n."
+    assert _MetadataUnpickler(io.BytesIO(known)).load().__name__ == "BytesStorageMetadata"
 
 
 def test_run_cannot_go_on_without_its_optimizer(trained, tmp_path, gengram, one_process) -> None:

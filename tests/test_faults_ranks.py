@@ -48,11 +48,14 @@ def test_nan_batch_is_left_out_and_counted(lab: Lab) -> None:
 
 
 def test_batches_are_not_left_out_for_ever(lab: Lab) -> None:
-    poison = partial(broken.poison_gradient, rank=1, step=2, name=WEIGHT, times=1000)
+    """From the first on, so that there is nothing to save when a checkpoint is due."""
+    poison = partial(broken.poison_gradient, rank=1, step=1, name=WEIGHT, times=1000)
     overlap = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
     ended = lab.start("hopeless", "train.on_nan=skip", *overlap, before=poison).wait()
     assert [said.code for said in ended] == [2, 2], ended[0].err
-    assert "step 11: loss" in ended[0].err  # ten in a row
+    assert "step 10: loss" in ended[0].err  # ten in a row
+    assert "warning: no batch has changed a weight yet, so there is nothing" in ended[0].out
+    assert lab.checkpoints("hopeless") == []
     assert "on rank 1, the gradient of layer 3.mlp.router.weight is not finite" in ended[0].err
 
 

@@ -123,6 +123,9 @@ def _after_the_end(runs: Runs) -> dict[str, list[str]]:
         "again": _words(runs, done, settings),
         "other_seed": [*_words(runs, done, settings), "run.seed=6"],
         "other_batch": [*_words(runs, done, settings), "train.global_batch_size=4"],
+        "other_window": [*_words(runs, done, settings), "model.gengram.window=null"],
+        "other_rope": [*_words(runs, done, settings), "model.rotary_base=500"],
+        "other_layers": [*_words(runs, done, settings), "model.num_layers=5"],
     }
 
 
@@ -190,9 +193,12 @@ def test_finished_run_started_again_does_nothing_and_says_so(runs: Runs) -> None
     [
         ("other_seed", "was trained with run.seed = 5, not 6"),
         ("other_batch", "train.global_batch_size = 4: set it as it was"),
+        ("other_window", "was trained with model.gengram.window = 21, not None: set"),
+        ("other_rope", "was trained with model.rotary_base = 10000, not 500: set"),
+        ("other_layers", "was trained with model.num_layers = 4, not 5: set"),
     ],
 )
-def test_what_would_change_the_order_of_samples_is_refused(runs: Runs, job, expected) -> None:
+def test_what_would_make_it_another_run_is_refused(runs: Runs, job, expected) -> None:
     said = runs.said[job]
     assert said.code == 2
     assert expected in said.err and len(said.err.splitlines()) == 1

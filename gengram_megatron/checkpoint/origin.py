@@ -1,4 +1,4 @@
-"""The checkpoint of another run that a new run takes its weights from (checkpoint.load)."""
+"""Whose weights a run takes over: another run's (checkpoint.load) or its own, of the same model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +9,6 @@ from gengram_megatron.config.tables import LARGEST_DIRECT
 from gengram_megatron.errors import UserError
 
 FREE = {
-    "model.seq_length",
-    "model.rotary_base",
     "model.init_std",
     "model.moe_aux_loss_coeff",
     "model.moe_z_loss_coeff",
@@ -20,8 +18,10 @@ FREE = {
     "model.gengram.rows_over",
     "model.gengram.project",
 }
-"""Keys of the model in which the two runs may differ: they decide neither which weights there are
-nor what these mean."""
+"""Keys of the model that may change: they decide neither which weights there are nor what these
+mean."""
+FREE_TO_A_NEW_RUN = {"model.seq_length", "model.rotary_base"}
+"""And those that a run which begins with another's weights may have otherwise."""
 
 
 def origins(config: Config) -> list[Path]:
@@ -39,15 +39,20 @@ def origins(config: Config) -> list[Path]:
     )
 
 
-def check_same_model(checkpoint: Path, stored: dict, config: Config) -> None:
-    """UserError: the checkpoint's `model` section describes another model than the config's."""
+def check_same_model(checkpoint: Path, stored: dict, config: Config, new_run: bool) -> None:
+    """UserError: the checkpoint's `model` section describes another model than the config's.
+
+    new_run: whether it is another run's, whose weights are loaded.
+    """
+    free = FREE | FREE_TO_A_NEW_RUN if new_run else FREE
+    otherwise = "load another checkpoint" if new_run else "start in another run.dir"
     theirs = dict(_settings(stored))
     for key, own in _settings(config.model.model_dump()):
         other = theirs.get(key, own)  # one that the checkpoint does not know is new
-        if key not in FREE and other != own:
+        if key not in free and other != own:
             raise UserError(
-                f"checkpoint.load: {checkpoint} was trained with {key} = {other}, not {own}: set "
-                f"{key} as it was, or load another checkpoint"
+                f"{checkpoint} was trained with {key} = {other}, not {own}: set {key} as it was, "
+                f"or {otherwise}"
             )
 
 

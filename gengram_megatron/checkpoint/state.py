@@ -212,6 +212,7 @@ class TrainingState:
         facts = read_facts(path)
         self._check(path, facts)
         common, stored = dist_checkpointing.load_common_state_dict(str(path)), names(path)
+        check_same_model(path, common["config"]["model"], self.config, new_run=False)
         if "optimizer" not in common:
             return self._start_from_own_weights(path, facts)
         self._make_optimizer_states()
@@ -263,7 +264,7 @@ class TrainingState:
         if path is None:
             raise UserError(f"checkpoint.load: damaged, {', '.join(damaged.values())}")
         common = dist_checkpointing.load_common_state_dict(str(path))
-        check_same_model(path, common["config"]["model"], self.config)
+        check_same_model(path, common["config"]["model"], self.config, new_run=True)
         self._check_tables(path, read_facts(path))
         self._load_weights(path)
         self.optimizer.reload_model_params()

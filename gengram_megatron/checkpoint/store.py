@@ -125,7 +125,8 @@ class CheckpointStore:
                 # Renamed first: one that is removed in part must not pass for a whole one.
                 removed = self.path(step).with_suffix(PARTIAL)
                 os.rename(self.path(step), removed)
-                shutil.rmtree(removed)
+                # What is still being read, on a network's disk, is removed by the next save.
+                shutil.rmtree(removed, ignore_errors=True)
 
 
 def size(checkpoint: Path) -> int:

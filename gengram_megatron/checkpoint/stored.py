@@ -148,7 +148,7 @@ class _Ignored:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that describe tensors, and no other name."""
+    """Knows the classes that describe tensors, and no other name: not what their modules import."""
 
     _DESCRIPTIONS = (
         "torch.distributed.checkpoint.metadata",
@@ -166,8 +166,12 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _Ignored
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if (module, name) in self._OTHERS or (module in self._DESCRIPTIONS and name.isidentifier()):
+        if (module, name) in self._OTHERS:
             return super().find_class(module, name)
+        if module in self._DESCRIPTIONS and name.isidentifier():
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
         raise pickle.UnpicklingError(
             f"it would run {module}.{name}, and only descriptions of tensors are read"
         )

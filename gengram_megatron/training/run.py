@@ -89,7 +89,7 @@ class _Run:
     def run(self) -> int:
         """All steps that are left, or until a signal; the exit code."""
         beginning = self.state.load_newest()
-        start = beginning.step
+        start, self.trained = beginning.step, beginning.step > 0
         with ExitStack() as stack:
             self.log = self.progress = None
             if self.first_rank:
@@ -139,15 +139,19 @@ class _Run:
         return 0
 
     def _save(self, step: int, must: bool) -> None:
+        if not self.trained:  # Adam has no states yet that could be saved
+            self._warn("no batch has changed a weight yet, so there is nothing to save")
+            return
         self.watchdog.mark(step, "saving a checkpoint")
         self._warn(self.state.save(step, must))
 
     def _save_to_stop(self, step: int) -> None:
         self._save(step, must=True)
         self.state.wait()
+        done = f"saved after step {step}" if self.trained else f"nothing to save after step {step}"
         self._say(
-            f"{self.folder}: asked by a signal to stop; saved after step {step} of "
-            f"{self.layout.steps}. Exit code {REQUEUE}: the same command goes on from there"
+            f"{self.folder}: asked by a signal to stop; {done} of {self.layout.steps}. "
+            f"Exit code {REQUEUE}: the same command goes on from there"
         )
 
     def _not_finite(self, step: int, result: _Step) -> None:
@@ -191,7 +195,7 @@ class _Run:
         grad_norm = self.optimizer.step_if(accept)
         self.schedule.step(self.config.train.global_batch_size)
         if agreed.finite:
-            self.skipped_in_a_row = 0
+            self.trained, self.skipped_in_a_row = True, 0
         skips = self.config.train.on_nan == "skip"
         return _Step(
             agreed=agreed,
