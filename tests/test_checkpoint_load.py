@@ -23,8 +23,8 @@ LONGER = ["model.seq_length=128", "model.rotary_base=50000", "run.seed=6", "trai
 REFUSED = {
     "model.hidden_size": ("64", "32, not 64"),
     "model.gengram.kmer_sizes": ("[1, 6]", "[1, 2, 3, 4, 5, 6], not [1, 6]"),
-    "model.gengram.share_reverse_complements": ("true", "False, not True"),
-    "model.gengram.enabled": ("false", "True, not False"),
+    "model.gengram.share_reverse_complements": ("true", "false, not true"),
+    "model.gengram.enabled": ("false", "true, not false"),
     "model.gengram.window": ("12", "21, not 12"),
 }
 

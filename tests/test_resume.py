@@ -193,7 +193,7 @@ def test_finished_run_started_again_does_nothing_and_says_so(runs: Runs) -> None
     [
         ("other_seed", "was trained with run.seed = 5, not 6"),
         ("other_batch", "train.global_batch_size = 4: set it as it was"),
-        ("other_window", "was trained with model.gengram.window = 21, not None: set"),
+        ("other_window", "was trained with model.gengram.window = 21, not null: set"),
         ("other_rope", "was trained with model.rotary_base = 10000, not 500: set"),
         ("other_layers", "was trained with model.num_layers = 4, not 5: set"),
     ],

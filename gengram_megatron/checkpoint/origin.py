@@ -6,6 +6,7 @@ from pathlib import Path
 from gengram_megatron.checkpoint.store import FACTS, CheckpointStore
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import LARGEST_DIRECT
+from gengram_megatron.config.tree import inline_yaml
 from gengram_megatron.errors import UserError
 
 FREE = {
@@ -51,8 +52,8 @@ def check_same_model(checkpoint: Path, stored: dict, config: Config, new_run: bo
         other = theirs.get(key, own)  # one that the checkpoint does not know is new
         if key not in free and other != own:
             raise UserError(
-                f"{checkpoint} was trained with {key} = {other}, not {own}: set {key} as it was, "
-                f"or {otherwise}"
+                f"{checkpoint} was trained with {key} = {inline_yaml(other)}, not "
+                f"{inline_yaml(own)}: set {key} as it was, or {otherwise}"
             )
 
 
