@@ -69,7 +69,7 @@ WRONG_FILES = {
     "value for a section": ("optimizer:\n  lr: 1e-4", "optimizer: adam", "run.yaml:9: optimizer is the text 'adam'; it must be a group of keys"),
     "number for text": ("{path: datasets/test}", "{path: 3}", "run.yaml:8: data.path is 3; it must be text that is not empty, or null"),
     "no data": ("{path: datasets/test}", "{workers: 2}", "run.yaml:8: data: samples come from path or from blend, but neither is given; give one"),
-    "path and blend": ("{path: datasets/test}", "{path: a, blend: [{path: b, weight: 1}]}", "run.yaml:8: data: samples come from path or from blend, but both are given; give one"),
+    "path and blend": ("{path: datasets/test}", "{path: a, blend: [{path: b, weight: 1}]}", "run.yaml:8: data: samples come from path or from blend, but both are given; set one to null"),
     "empty blend": ("{path: datasets/test}", "{blend: []}", "run.yaml:8: data.blend is []; it must be a list of at least 1 entries, each entry a group of keys, or null"),
     "weight of nothing": ("{path: datasets/test}", "{blend: [{path: a, weight: 1},\n  {path: b, weight: 0}]}", "run.yaml:9: data.blend entry 2.weight is 0; it must be a number greater than 0"),
     "weight below nothing": ("{path: datasets/test}", "{blend: [{path: a, weight: -0.5}]}", "run.yaml:8: data.blend entry 1.weight is -0.5; it must be a number greater than 0"),

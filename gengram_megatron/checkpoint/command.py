@@ -88,12 +88,15 @@ def export(
 
     \b
       gengram checkpoint export runs/mine exported
-      python -c 'from transformers import AutoModelForCausalLM as A; A.from_pretrained("exported")'
+      python -c 'from transformers import AutoModelForCausalLM as Model
+      Model.from_pretrained("exported", trust_remote_code=True)'
     """
     from gengram_megatron.checkpoint.exchange.export import export as export_checkpoint
     from gengram_megatron.checkpoint.stored import find_checkpoint
 
-    export_checkpoint(find_checkpoint(path), out, int(largest_file * 1e9))
+    checkpoint = find_checkpoint(path)
+    export_checkpoint(checkpoint, out, int(largest_file * 1e9))
+    print(f"wrote {out} from {checkpoint}")
 
 
 @app.command(name="import")

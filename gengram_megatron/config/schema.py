@@ -191,8 +191,11 @@ class Data(Section):
     @model_validator(mode="after")
     def _check(self) -> "Data":
         if (self.path is None) == (self.blend is None):
-            what = "neither is given" if self.path is None else "both are given"
-            raise ValueError(f"samples come from path or from blend, but {what}; give one")
+            raise ValueError(
+                "samples come from path or from blend, but neither is given; give one"
+                if self.path is None
+                else "samples come from path or from blend, but both are given; set one to null"
+            )
         parts = enumerate(self.blend or [], start=1)
         for (one, first), (other, second) in combinations(parts, 2):
             if first.label == second.label:
