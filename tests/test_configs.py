@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.schema import DataConfig
 from gengram_megatron.checkpoint.origin import check_same_model
 from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.plan import plan
 from gengram_megatron.plan.command import smallest_world
 from gengram_megatron.plan.flops import count_parameters
 from gengram_megatron.plan.time import Speed
-from tests.plan.configs import CONFIGS, PAPER, RUNS, load
+from gengram_megatron.sweep.runs import read_sweep
+from tests.plan.configs import CONFIGS, PAPER, ROOT, RUNS, SWEEPS, load
 from tests.plan.ranks import as_rank, build_shapes
 
 WINDOWS = (6, 8, 9, 10, 12, 14, 15, 16, 18, 20, 21, 22, 24, 26, 27, 28, 30)
@@ -171,6 +174,51 @@ def test_continued_runs_start_from_the_run_of_their_name(name):
 @pytest.mark.parametrize("name", [name for name in PAPER if name.startswith("ablation")])
 def test_ablations_fit_one_node(name):
     assert planned(load(name), 8)["warnings"] == []
+
+
+def data_sets() -> set[tuple[str, int]]:
+    """Folder and bases a sample of what configs/data builds, as it is and by the commands that
+    comments give."""
+    commands = {(str(path), "") for path in CONFIGS.glob("data/*.yaml")}
+    for path in CONFIGS.rglob("*.yaml"):
+        commands |= set(re.findall(r"gengram-data build (\S+)(.*)", path.read_text()))
+    built = [load_config(ROOT / file, words.split(), DataConfig) for file, words in commands]
+    return {(str(data.output), data.seq_length) for data in built}
+
+
+def test_every_run_reads_a_data_set_of_its_length_that_can_be_built():
+    read = {name: load(name) for name in RUNS}
+    for path in SWEEPS:
+        read |= {f"{path.name}, {run.name}": run.config for run in read_sweep(path, []).runs}
+    built = data_sets()
+    for name, config in read.items():
+        assert (config.data.path, config.model.seq_length) in built, name
+
+
+@pytest.mark.parametrize(
+    "sweep, member, single",
+    [
+        ("windows", "window-6", "window_sweep/window_06"),
+        ("windows", "window-null", "layer_sweep/layer_10"),
+        ("layers", "layers-1", "layer_sweep/layer_01"),
+    ],
+)
+def test_members_of_sweeps_are_runs_of_the_ablations(sweep, member, single):
+    """Apart from their folders and how they start."""
+    runs = read_sweep(CONFIGS / f"sweeps/{sweep}_50b_8k.yaml", []).runs
+    [found] = [run.config for run in runs if run.name == member]
+    wanted = load(f"ablation_50b_8k/{single}")
+    assert found.model_copy(update={"run": wanted.run, "launch": wanted.launch}) == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("smoke/")])
+def test_smoke_runs_start_as_their_comments_say(name):
+    config, text = load(name), RUNS[name].read_text()
+    assert (config.launch.processes or 1) == smallest_world(config)
+    assert "torchrun" not in text
+    if name.endswith("cpu"):
+        command = "launch" if config.launch.processes else "train"
+        assert f"gengram {command} configs/{name}.yaml\n" in text
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("smoke/")])

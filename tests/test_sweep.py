@@ -17,6 +17,7 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.sweep.plot import series
 from gengram_megatron.sweep.runs import read_sweep
 from tests.layouts.launch import ROOT
+from tests.plan.configs import SWEEPS
 from tests.training.launch import gengram, start, wait_for
 from tests.training.tiny import DENSE, RUN, build_data, entries, losses, write_config
 
@@ -121,7 +122,7 @@ def test_layout_of_every_run_is_checked(written) -> None:
     assert "model.gengram.window is 4, too small" in str(done.exception)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs/sweeps").glob("[!s]*.yaml")), ids=str)
+@pytest.mark.parametrize("file", SWEEPS, ids=str)
 def test_shipped_sweeps_are_listed(file: Path) -> None:
     done = CliRunner().invoke(app, ["sweep", str(file), "--list"])
     assert done.exit_code == 0, done.exception

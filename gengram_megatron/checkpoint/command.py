@@ -61,7 +61,8 @@ def strip(
 ) -> None:
     """Copy a checkpoint without its optimizer, a quarter or less of its size.
 
-    What remains can be inspected and exported; a run cannot go on from it. PATH stays as it is.
+    What remains can be inspected and exported, and a new run can start from its weights
+    (checkpoint.load); the run itself cannot go on from it. PATH stays as it is.
     """
     from gengram_megatron.checkpoint.stored import find_checkpoint
     from gengram_megatron.checkpoint.weights_only import strip as strip_checkpoint

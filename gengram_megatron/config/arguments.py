@@ -13,7 +13,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings that win over the file's, such as seed=1 or optimizer.lr=3e-4.",
+        help="Settings that win over the file's, such as optimizer.lr=3e-4 of a run, or seed=1 of a "
+        "data set.",
         show_default=False,
     ),
 ]

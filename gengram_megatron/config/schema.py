@@ -1,7 +1,7 @@
 """Every key of a config file: its name, type, default and meaning.
 
 `gengram config CONFIG` prints a config with all defaults filled in. Checks that concern one
-value stand beside it; checks between keys (layouts, divisibility) are in `layout.py`.
+value stand beside it; checks between keys (layouts, divisibility) are in `problems/`.
 """
 
 from itertools import combinations

@@ -7,10 +7,12 @@ import typer
 from rich.console import Console
 
 from gengram_megatron.config.arguments import ConfigFile, Overrides
+from gengram_megatron.config.layout import check_layout
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch import slurm
 from gengram_megatron.launch.command import DryRun, Slurm, name_of_start
 from gengram_megatron.launch.job import Job, check_job
+from gengram_megatron.plan.command import smallest_world
 from gengram_megatron.sweep import results
 from gengram_megatron.sweep.runs import Runs, read_sweep
 from gengram_megatron.sweep.start import as_array, run_in_turn
@@ -63,35 +65,41 @@ def sweep(
     keys give lines of their own, and runs without that key are horizontal lines.
     """
     found = read_sweep(config, list(overrides or []))
-    name = name_of_start()
-    jobs = [check_job(run.config, name, use_slurm) for run in found.runs]
-    states = [read_state(job.config, job.layout.steps) for job in jobs]
     code = 0
     if launch or dry_run:
-        code = _start(found, _left(jobs, states), use_slurm, dry_run)
-        states = [read_state(job.config, job.layout.steps) for job in jobs]
+        code = _start(found, use_slurm, dry_run)
     if collect:
-        _collect(found, states, config)
+        _collect(found, config)
     elif list_runs or not (launch or dry_run):
-        _show(found, results.rows(found.runs, states))
+        _show(found, results.rows(found.runs, _states(found)))
     raise typer.Exit(code)
 
 
-def _left(jobs: list[Job], states: list[State]) -> list[Job]:
+def _states(found: Runs) -> list[State]:
+    """How far each run is. Their layouts are checked on as few processes as they need, because
+    results may be read on a machine other than the one that trains."""
+    configs = [run.config for run in found.runs]
+    return [read_state(one, check_layout(one, smallest_world(one)).steps) for one in configs]
+
+
+def _left(found: Runs, use_slurm: bool) -> list[Job]:
     """The jobs that are not finished; refuses folders whose runs had other settings."""
+    name = name_of_start()
+    jobs = [check_job(run.config, name, use_slurm) for run in found.runs]
+    states = _states(found)
     problems = [
-        f"{job.run} was trained with other values of {', '.join(state.changed)}; remove it, or "
-        "give the sweep another run.dir"
+        f"{job.run} {state.objection}; remove it, or give the sweep another run.dir"
         for job, state in zip(jobs, states)
-        if state.changed
+        if state.objection
     ]
     if problems:
         raise UserError("\n".join(problems))
     return [job for job, state in zip(jobs, states) if not state.finished]
 
 
-def _start(found: Runs, jobs: list[Job], use_slurm: bool, dry_run: bool) -> int:
-    """Start the jobs that are left; the exit code."""
+def _start(found: Runs, use_slurm: bool, dry_run: bool) -> int:
+    """Start the runs that are not finished; the exit code."""
+    jobs = _left(found, use_slurm)
     print(f"{len(found.runs)} runs, {len(found.runs) - len(jobs)} finished")
     if not jobs:
         return 0
@@ -114,9 +122,9 @@ def _say_what_would_start(found: Runs, jobs: list[Job], use_slurm: bool) -> None
         print(*(f"would run {job.run}" for job in jobs), sep="\n")
 
 
-def _collect(found: Runs, states: list[State], path: Path) -> None:
+def _collect(found: Runs, path: Path) -> None:
     """Print the table, and write the files and the figure."""
-    rows = results.rows(found.runs, states)
+    rows = results.rows(found.runs, _states(found))
     if all(row["loss"] is None for row in rows):
         raise UserError(f"{path}: no run of this sweep is finished; start them with --launch")
     _show(found, rows)

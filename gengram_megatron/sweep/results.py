@@ -25,7 +25,7 @@ def rows(runs: list[SweepRun], states: list[State]) -> list[Row]:
 
 
 def _row(run: SweepRun, state: State) -> Row:
-    loss = state.loss if state.finished and not state.changed else None
+    loss = state.loss if state.finished and not state.objection else None
     return {
         "name": run.name,
         "group": run.group,

@@ -6,10 +6,29 @@ from pathlib import Path
 from gengram_megatron.checkpoint.store import CheckpointStore, read_facts
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
 from gengram_megatron.training.metrics import FILE, read_metrics
 
-DECISIVE = ("model", "data", "optimizer", "train")
-"""Sections that decide a run's losses; run.seed does so as well."""
+DECISIVE = ("run.seed", "checkpoint.load", "model.", "data.", "optimizer.", "train.")
+"""How the keys begin that decide a run's losses."""
+INDIFFERENT = {
+    "model.gengram.split",
+    "model.gengram.rows_over",
+    "model.gengram.project",
+    "data.tokenizer",
+    "data.workers",
+    "optimizer.distributed",
+    "optimizer.overlap_grad_reduce",
+    "optimizer.overlap_param_gather",
+    "train.stop_at",
+    "train.deterministic",
+    "train.on_nan",
+    "train.watchdog_seconds",
+    "train.recompute",
+    "train.validation_interval",
+}
+"""Those among them that do not: how fast and how safely a run computes the same, up to rounding,
+and how often it validates. Not train.validation_samples, as the loss that counts is their mean."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +38,8 @@ class State:
     step: steps done; last: steps wanted.
     loss: of the validation after the last step, in nats a base; None before.
     finished: nothing is left to do, the checkpoint at the end included.
-    changed: keys whose values in the folder are others than those of the sweep.
+    changed: keys that decide losses and have other values in the folder's config.yaml.
+    unreadable: what keeps that file from being read, such as a key of another version; else "".
     """
 
     step: int
@@ -27,10 +47,22 @@ class State:
     loss: float | None
     finished: bool
     changed: list[str]
+    unreadable: str
+
+    @property
+    def objection(self) -> str:
+        """Why what is in the folder cannot be taken for this run; empty where it can."""
+        if self.unreadable:
+            return f"has a config.yaml that cannot be read ({self.unreadable})"
+        if self.changed:
+            return f"was trained with other values of {', '.join(self.changed)}"
+        return ""
 
     @property
     def words(self) -> str:
         """For a table."""
+        if self.unreadable:
+            return "unreadable config.yaml"
         if self.changed:
             return f"other {', '.join(self.changed[:3])}{', ...' if self.changed[3:] else ''}"
         if self.finished:
@@ -46,12 +78,18 @@ def read_state(config: Config, steps: int) -> State:
     done = [entry["step"] for entry in metrics if entry["kind"] == "train"]
     at_end = [e["loss"] for e in metrics if e["kind"] == "validation" and e["step"] == last]
     finished = bool(at_end) and (not config.checkpoint.at_end or _saved(folder) >= last)
+    changed, unreadable = [], ""
+    try:
+        changed = _changed(folder, config)
+    except UserError as error:
+        unreadable = str(error).replace("\n", "; ")
     return State(
         step=max(done, default=0),
         last=last,
         loss=at_end[-1] if at_end else None,
         finished=finished,
-        changed=_changed(folder, config),
+        changed=changed,
+        unreadable=unreadable,
     )
 
 
@@ -71,10 +109,8 @@ def _changed(folder: Path, config: Config) -> list[str]:
 
 
 def _decisive(config: Config) -> dict:
-    groups = {name: getattr(config, name).model_dump() for name in DECISIVE}
-    flat = {**_flat(groups, ""), "run.seed": config.run.seed}
-    del flat["train.stop_at"]  # decides where a run pauses
-    return flat
+    flat = _flat(config.model_dump(), "")
+    return {k: v for k, v in flat.items() if k.startswith(DECISIVE) and k not in INDIFFERENT}
 
 
 def _flat(group: dict, prefix: str) -> dict:

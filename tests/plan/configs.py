@@ -1,4 +1,4 @@
-"""The files under configs/ that are runs."""
+"""The files under configs/ that are runs or sweeps."""
 
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,8 @@ RUNS = {
     if is_run(path)
 }
 """By name: ablation_50b_8k/baseline, ..."""
+SWEEPS = sorted(CONFIGS.glob("sweeps/[!s]*.yaml"))
+"""The sweep files, without what they share."""
 PAPER = [name for name in RUNS if not name.startswith("smoke/")]
 
 

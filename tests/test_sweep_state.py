@@ -1,0 +1,120 @@
+"""What a sweep reads from the folders of its runs, and what it takes for another run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gengram_megatron.cli import app
+from gengram_megatron.errors import UserError
+from gengram_megatron.sweep.runs import read_sweep
+from gengram_megatron.sweep.state import INDIFFERENT, read_state
+from gengram_megatron.training.folder import write_config as write_resolved
+from gengram_megatron.training.metrics import RunLog
+from tests.training.tiny import write_config
+
+LOSSES = {3: 1.25, 4: 1.125}
+"""By steps; of the validation at the end."""
+DECIDE = {
+    "run.seed": "6",
+    "checkpoint.load": "runs/other",
+    "model.gengram.dim": "16",
+    "data.path": "datasets/other",
+    "optimizer.lr": "0.5",
+    "optimizer.tables.lr_multiplier": "2",
+    "train.micro_batch_size": "1",  # experts are balanced microbatch by microbatch
+    "train.validation_samples": "4",
+}
+DO_NOT_DECIDE = {
+    "model.gengram.split": "rows",
+    "model.gengram.rows_over": "data",
+    "model.gengram.project": "features",
+    "data.tokenizer": "dna.model",
+    "data.workers": "3",
+    "optimizer.distributed": "false",
+    "optimizer.overlap_grad_reduce": "true",
+    "optimizer.overlap_param_gather": "true",
+    "train.stop_at": "2",
+    "train.deterministic": "false",
+    "train.on_nan": "skip",
+    "train.watchdog_seconds": "60",
+    "train.recompute": "full",
+    "train.validation_interval": "2",
+    "logging.interval": "5",
+    "checkpoint.keep": "1",
+    "parallel.tensor": "2",
+    "launch.processes": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A sweep whose two runs have left what finished runs leave; its file and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_config(folder / "tiny.yaml", folder / "dna")
+    file = folder / "sweep.yaml"
+    file.write_text(
+        "base: tiny.yaml\n"
+        f"run: {{dir: {folder / 'runs'}}}\n"
+        "checkpoint: {at_end: false}\n"
+        f"sweep: {{grid: {{train.steps: {[*LOSSES]}}}}}\n"
+    )
+    for run in read_sweep(file, []).runs:
+        own, steps = Path(run.config.run.dir), run.config.train.steps
+        with RunLog(own, run.config, 0) as log:
+            log.validation(step=steps, samples=8 * steps, tokens=512 * steps, loss=LOSSES[steps])
+        write_resolved(own, run.config, 0)
+    return file, folder / "runs"
+
+
+def invoke(*words: object):
+    """`gengram sweep WORDS`, cells of its table on one line."""
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["sweep", *map(str, words)])
+
+
+@pytest.mark.parametrize("key", [*DECIDE, *DO_NOT_DECIDE])
+def test_only_what_decides_losses_makes_another_run(trained, key: str) -> None:
+    value = (DECIDE | DO_NOT_DECIDE)[key]
+    for run in read_sweep(trained[0], [f"{key}={value}"]).runs:
+        state = read_state(run.config, run.config.train.steps)
+        assert state.changed == ([key] if key in DECIDE else [])
+        assert bool(state.objection) == (key in DECIDE)
+
+
+def test_every_indifferent_key_is_tried() -> None:
+    assert set(DO_NOT_DECIDE) >= INDIFFERENT
+
+
+def test_results_do_not_need_the_machines_of_the_runs(trained) -> None:
+    file, folder = trained
+    for launch in ("launch.nodes=2", "launch.processes=3"):  # no rendezvous; 8 samples over three
+        for option in ("--list", "--results"):
+            done = invoke(file, option, launch)
+            assert done.exit_code == 0, done.exception
+            assert done.output.count("finished") == 2
+        losses = [row["loss"] for row in json.loads((folder / "results.json").read_text())]
+        assert losses == [*LOSSES.values()]
+        assert isinstance(invoke(file, "--launch", "--dry-run", launch).exception, UserError)
+
+
+@pytest.mark.parametrize(
+    "old, new", [("window:", "breadth:"), ("run:", "[")], ids=["of another version", "not YAML"]
+)
+def test_unreadable_config_of_one_run_stops_nothing_but_a_launch(
+    trained, tmp_path: Path, old: str, new: str
+) -> None:
+    file, folder = trained
+    shutil.copytree(folder, tmp_path / "runs")
+    place, config = f"run.dir={tmp_path / 'runs'}", tmp_path / "runs/steps-3/config.yaml"
+    config.write_text(config.read_text().replace(old, new))
+    for option in ("--list", "--results"):
+        done = invoke(file, option, place)
+        assert done.exit_code == 0, done.exception
+        first, second = [line for line in done.output.splitlines() if " steps-" in line]
+        assert "unreadable config.yaml" in first and "1.2500" not in first
+        assert "finished" in second and "1.1250" in second
+    refused = str(invoke(file, "--launch", place).exception)
+    assert f"steps-3 has a config.yaml that cannot be read ({config}:" in refused
+    assert "steps-4" not in refused
