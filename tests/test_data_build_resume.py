@@ -225,7 +225,7 @@ def test_a_worker_that_is_killed_is_a_sentence(genomes, tmp_path):
 
 def test_two_builds_of_one_output_at_once(genomes, tmp_path):
     first = start(genomes, tmp_path)
-    wait_until(lambda: (tmp_path / "out.building/lock").exists(), first)
+    wait_until(lambda: steps_done(tmp_path) >= 1, first)  # so it holds the lock
     first.send_signal(signal.SIGSTOP)
     second = start(genomes, tmp_path)
     shown = second.communicate(timeout=120)[1]
