@@ -44,9 +44,12 @@ def build(
     output = Path(config.output).absolute()
     sources = inputs(config, config_folder)
     with Workers(_worker_count(config, len(sources))) as workers:
-        if output.exists() and _keep(output, config, sources, overwrite, workers, report):
+        keep = partial(_keep, output, config, sources, overwrite, workers, report)
+        if keep():
             return None
         with work_on(output) as work:
+            if keep():  # where an earlier replacement was cut off, the old data set is back
+                return None
             surveys = _survey(sources, config, work, workers, report, say)
             _check_twins(surveys)
             _say_what_was_missing(sources, surveys, config, say)
@@ -70,7 +73,9 @@ def _keep(
     workers: Workers,
     report: Report,
 ) -> bool:
-    """Whether the output that exists is to stay. Refuses where that is not for us to decide."""
+    """Whether there is an output that is to stay. Refuses where that is not for us to decide."""
+    if not output.exists():
+        return False
     if not (output / manifest.MANIFEST).is_file():
         raise UserError(f"{output} exists and is not a data set; give another output")
     if overwrite:

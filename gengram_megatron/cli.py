@@ -33,10 +33,13 @@ app = typer.Typer(
 app.add_typer(checkpoint.app, name="checkpoint")
 
 
-def main() -> None:
-    """Entry point: an error that a person can mend is shown as a sentence, never a traceback."""
+def main(own_log: bool = False) -> None:
+    """Entry point: an error that a person can mend is shown as a sentence, never a traceback.
+
+    own_log: that no other process of the run writes to where this one writes.
+    """
     try:
-        app()
+        app(obj=own_log)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"gengram: {line}", file=sys.stderr)
@@ -62,7 +65,7 @@ def _gengram(
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a model, or go on with its training.
 
     CONFIG is a YAML file with the sections run, model, parallel, data, optimizer, train,
@@ -99,7 +102,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
         code = run_training(loaded, layout)
     except UserError:
-        if _speaks_for_its_node():
+        if context.obj or _speaks_for_its_node():
             raise
         raise typer.Exit(EXIT_CODE) from None
     if code:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 
@@ -224,7 +225,7 @@ def test_a_worker_that_is_killed_is_a_sentence(genomes, tmp_path):
 
 def test_two_builds_of_one_output_at_once(genomes, tmp_path):
     first = start(genomes, tmp_path)
-    wait_until(lambda: (tmp_path / "out.building/lock").exists(), first)
+    wait_until(lambda: steps_done(tmp_path) >= 1, first)  # so it holds the lock
     first.send_signal(signal.SIGSTOP)
     second = start(genomes, tmp_path)
     shown = second.communicate(timeout=120)[1]
@@ -239,8 +240,25 @@ def test_a_replacement_that_was_killed_half_way_keeps_the_old_data_set(genomes, 
     (tmp_path / "out.building").mkdir()
     (tmp_path / "out").rename(tmp_path / "out.building/replaced")
     with pytest.raises(UserError, match="hold fewer for the train split"):
-        build_here(genomes, tmp_path / "out", total_tokens=10**9)
+        build_here(genomes, tmp_path / "out", overwrite=True, total_tokens=10**9)
     assert (tmp_path / "out/manifest.json").is_file()
+
+
+def test_a_replacement_that_was_killed_half_way_does_not_go_on_unasked(genomes, tmp_path):
+    """Nothing is built that could not take its place: what stood there is back, and stays."""
+    build_here(genomes, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out.building").mkdir()
+
+    def not_asked(doing: str, bases: int) -> None:
+        assert doing == "checking the sources"
+
+    for settings in ({}, {"seed": 5}):
+        (tmp_path / "out").rename(tmp_path / "out.building/replaced")
+        with pytest.raises(UserError, match="--overwrite") if settings else nullcontext():
+            build_here(genomes, tmp_path / "out", not_asked, **settings)
+        assert files_of(tmp_path / "out") == before
+        (tmp_path / "out.building").mkdir(exist_ok=True)
 
 
 def test_a_replacement_that_was_killed_at_its_very_end(genomes, expected, tmp_path):

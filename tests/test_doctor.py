@@ -1,6 +1,7 @@
 """`gengram doctor` as a user meets it, and its table of parts against the model of the run itself."""
 
 import json
+import os
 import subprocess
 import sys
 from math import isfinite
@@ -12,6 +13,8 @@ from gengram_megatron.checkpoint.store import estimated_size
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.doctor import examine
+from gengram_megatron.doctor.ask import NoAnswer, ask
 from gengram_megatron.doctor.fit import memory_problems, room_problems
 from tests.layouts.launch import ROOT
 from tests.training.tiny import DENSE, MLA, environment, write_config
@@ -47,6 +50,7 @@ def test_a_healthy_config(tiny, tmp_path, one_process):
     assert parts_of_the_run(tiny, words, one_process).items() <= used(found).items()
     assert all(one["why"] for one in found["parts"].values())
     assert "tokens a step and rank" in found["parts"]["memory"]["why"]
+    assert found["plan"]["projection"]["reason"] == found["parts"]["memory"]["why"]
     assert found["extensions"]["Adam"]["found"] == "torch"
     folder, measured = found["folder"], found["measured"]
     assert folder["path"] == str(run)
@@ -91,6 +95,37 @@ def test_what_megatron_needs_fails(tmp_path):
     assert done.returncode == 1
     assert "transformer-engine" in done.stdout
     assert "megatron-core does not work here: RuntimeError: no libcudart" in done.stdout
+
+
+def test_torch_that_fails(tiny, tmp_path):
+    """With a config that wants a process for each GPU."""
+    packages = tmp_path / "packages"
+    put_package(packages, "torch", "9.9", "raise ImportError('no libc10')")
+    done = doctor(tiny, f"run.dir={tmp_path / 'run'}", "--quick", "--json", path=packages)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["problems"] == [
+        "torch does not work here: ImportError: no libc10"
+    ]
+
+
+@pytest.mark.parametrize("says", ["", "print('Loading ...')"], ids=["nothing", "no JSON"])
+def test_a_process_that_talks_nonsense_gives_no_answer(tmp_path, monkeypatch, says):
+    """It dies with success, as a package may have it that ends its process when it is imported."""
+    put_package(
+        tmp_path, "torch", "9.9", f"{says}\nimport os, sys; sys.stdout.flush(); os._exit(0)"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    with pytest.raises(NoAnswer, match="its last line is no JSON"):
+        ask("devices")
+
+
+def test_a_tool_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(examine, "LINKS_SECONDS", 0.5)
+    assert examine._links() is None
 
 
 CANNOT_RUN = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gengram_megatron.checkpoint.exchange.importing import import_model
+from gengram_megatron.checkpoint.exchange.megatron import open_megatron
 from gengram_megatron.checkpoint.store import CheckpointStore
 from gengram_megatron.checkpoint.stored import StoredTensors
 from gengram_megatron.config.layout import check_layout
@@ -158,6 +159,20 @@ def test_ranks_that_do_not_fit_together_are_refused(published, tmp_path) -> None
     refused(there, tmp_path, f"{changed} differs between tensor-parallel ranks", *DENSE)
     (iteration / "mp_rank_00").rename(iteration / "mp_rank_02")
     refused(there, tmp_path, "lacks the file of tensor rank 0, pipeline rank 0", *DENSE)
+
+
+def test_chunks_of_a_rank_are_in_the_order_of_their_numbers(tmp_path) -> None:
+    """Twelve of them, so that words would sort otherwise."""
+    name = "input_layernorm.weight"
+    chunks = {
+        f"model{chunk}": {f"decoder.layers.0.{name}": torch.full((2,), float(chunk))}
+        for chunk in range(12)
+    }
+    (tmp_path / "mp_rank_00").mkdir()
+    torch.save(chunks, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
+    found = open_megatron(tmp_path)
+    read = [found.read(f"decoder.layers.{layer}.{name}")[0].item() for layer in range(12)]
+    assert read == list(range(12))
 
 
 def test_expert_parallel_ranks_are_refused(published, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,9 +20,10 @@ from gengram_megatron.cli import app
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
-from gengram_megatron.launch.job import seconds
+from gengram_megatron.launch.job import check_job, seconds
+from gengram_megatron.launch.slurm import script
 from tests.layouts.launch import ROOT
-from tests.training.at_start import BROKEN
+from tests.training.at_start import BROKEN, MENDABLE
 from tests.training.launch import gengram, start, wait_for
 from tests.training.tiny import RUN, build_data, environment, numbers, write_config
 
@@ -148,6 +150,32 @@ def test_container_sees_the_run_its_data_and_the_current_folder(
     container = {"runtime": runtime, "image": "gengram.sqsh", "mounts": ["/scratch:/s"]}
     file = written(tmp_path, {"processes": 4, "slurm": {"container": container}})
     assert command.format(here=Path.cwd(), data=tmp_path / "dna") in dry_run(file, "--slurm")
+
+
+def test_container_sees_all_that_a_run_reads(tmp_path: Path) -> None:
+    container = {"runtime": "apptainer", "image": "gengram.sif"}
+    file = written(tmp_path, {"processes": 4, "slurm": {"container": container}})
+    script = dry_run(
+        file,
+        "data={path: null, blend: [{path: /a, weight: 1}, {path: b, weight: 2}], tokenizer: /t}",
+        "checkpoint.load=/old/run",
+        "--slurm",
+    )
+    here = Path.cwd()
+    mounts = ["$run:$run", f"{here}:{here}", "/a:/a", f"{here}/b:{here}/b", "/t:/t"]
+    mounts.append("/old/run:/old/run")
+    bound = shlex.split(script)[shlex.split(script).index("--bind") + 1]
+    assert bound.split(",") == mounts
+
+
+def test_container_of_an_array_sees_the_data_of_all_its_runs(tmp_path: Path) -> None:
+    container = {"runtime": "apptainer", "image": "gengram.sif"}
+    file = Path(written(tmp_path, {"processes": 1, "slurm": {"container": container}}))
+    jobs = [
+        check_job(load_config(file, [f"data.path={path}"], Config), path[1:], for_slurm=True)
+        for path in ("/a", "/b")
+    ]
+    assert f"{Path.cwd()},/a:/a,/b:/b --pwd" in script(jobs, tmp_path)
 
 
 def test_torchrun_on_several_nodes(tmp_path: Path) -> None:
@@ -346,9 +374,19 @@ def test_first_rank_that_failed_is_named_with_its_error(tiny: Path, tmp_path: Pa
     assert log.name == "rank-1.log" and "the disk is gone" in log.read_text()
 
 
+@pytest.mark.slow
+def test_mistake_that_only_one_rank_finds_is_told(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(MENDABLE)
+    words = ("launch", str(tiny), "--nproc", "2", f"run.dir={tmp_path / 'run'}")
+    done = gengram(*words, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.code == 2
+    assert done.err.splitlines()[-1] == "gengram: the disk is gone"
+    assert "the disk is gone" not in done.out and "failed first" not in done.err
+
+
 def test_mistake_is_told_once(tiny: Path, tmp_path: Path) -> None:
     run = f"run.dir={tmp_path / 'run'}"
     done = gengram("launch", str(tiny), "--nproc", "2", run, "data.path=/nowhere")
     assert done.code == 2
-    assert done.out.count("there is no folder /nowhere") == 1
+    assert (done.out + done.err).count("there is no folder /nowhere") == 1
     assert "failed first" not in done.err

@@ -6,8 +6,10 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.projection import bytes_held, projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
+from gengram_megatron.plan import plan
 from gengram_megatron.plan.memory import fullest
 from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.time import Speed
 from tests.training.tiny import RUN
 
 ROWS_A_TABLE = (5 + 25 + 125 + 625 + 3125 + 15625) // 6
@@ -87,3 +89,12 @@ def test_a_plan_counts_the_buffers_that_there_are(sizes: list[int], window: int 
         return fullest(Split(changed, check_layout(changed, 1))).buffers
 
     assert buffers("tables") - buffers("features") == 2 * bytes_held(config)  # two layers
+
+
+def test_a_plan_counts_what_auto_chooses_on_each_kind_of_machine() -> None:
+    config = config_of({}, 800)
+    layout = check_layout(config, 1)
+    on_cpu, on_gpu = (plan(config, layout, Speed(), 80, on_gpu=there) for there in (False, True))
+    assert [one["projection"]["of"] for one in (on_cpu, on_gpu)] == ["tables", "features"]
+    buffers = [one["memory_bytes_per_rank"]["buffers"] for one in (on_cpu, on_gpu)]
+    assert buffers[0] - buffers[1] == 2 * bytes_held(config)

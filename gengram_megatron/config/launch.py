@@ -27,8 +27,8 @@ class Container(Section):
     image: Name = Field(description="its name or file, as the runtime takes it")
     mounts: list[Name] = Field(
         [],
-        description="folders it sees, as FOLDER or FOLDER:NAME; the current folder, run.dir and "
-        "data.path are always among them",
+        description="folders it sees, as FOLDER or FOLDER:NAME; the current folder, run.dir, "
+        "the data sets and tokenizer of data, and checkpoint.load are always among them",
     )
 
 
@@ -79,6 +79,8 @@ class Launch(Section):
         "on all of them",
     )
     environment: dict[VariableName, Text] = Field(
-        {}, description="variables of every process, such as NCCL_DEBUG: INFO"
+        {},
+        description="variables of every process, such as NCCL_DEBUG: INFO; no secrets, as they are "
+        "kept in config.yaml, launches/ and checkpoints",
     )
     slurm: Slurm = Slurm()

@@ -19,7 +19,7 @@ LAUNCHER = (
 
 
 class NoAnswer(Exception):
-    """Why a process gave none: its exception in one line, its signal, or its time."""
+    """Why a process gave none: its exception in one line, its signal, its time, or what it said."""
 
 
 def ask(module: str, *words: str, given: str = "") -> dict:
@@ -28,7 +28,11 @@ def ask(module: str, *words: str, given: str = "") -> dict:
     given: what it reads from its standard input.
     """
     said = _run("-m", f"{__package__}.{module}", *words, given=given)
-    return json.loads(said.splitlines()[-1])
+    last = (said.splitlines() or [""])[-1]
+    try:
+        return json.loads(last)
+    except ValueError:
+        raise NoAnswer(f"its last line is no JSON: {last[:80]!r}") from None
 
 
 def ask_together(module: str, each: list[list[str]]) -> list[dict]:

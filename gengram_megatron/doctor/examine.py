@@ -18,6 +18,9 @@ from gengram_megatron.doctor.software import software
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch.job import processes_of_a_node
 
+LINKS_SECONDS = 60
+"""For nvidia-smi, which never answers where a driver hangs."""
+
 
 def examine(config: Config | None, quick: bool) -> dict:
     """Under `problems` are the reasons why the config cannot run here; without a config, why
@@ -51,9 +54,12 @@ class _Examination:
     def _layout(self) -> Layout | None:
         if self.config is None:
             return None
-        launch = self.config.launch
+        launch, devices = self.config.launch, self.found["devices"]
+        if devices is None and launch.processes is None:
+            return None  # one for each GPU, and nobody knows how many there are
+        processes = processes_of_a_node(launch, len(devices["gpus"]) if devices else 0)
         try:
-            return check_layout(self.config, launch.nodes * processes_of_a_node(launch))
+            return check_layout(self.config, launch.nodes * processes)
         except UserError as error:
             self.problems += str(error).splitlines()
 
@@ -86,10 +92,11 @@ class _Examination:
         self.found["plan"] = None
         if layout is None:
             return
-        self.found["plan"] = planned = fit.planned(self.config, layout)
-        if self.found["devices"]:
-            total = planned["memory_bytes_per_rank"]["total"]
-            gpus = self.found["devices"]["gpus"]
+        devices = self.found["devices"]
+        on_gpu = devices is None or bool(devices["gpus"])
+        self.found["plan"] = planned = fit.planned(self.config, layout, on_gpu)
+        if devices:
+            total, gpus = planned["memory_bytes_per_rank"]["total"], devices["gpus"]
             self.problems += fit.memory_problems(self.config, total, gpus)
 
     def _folder(self, quick: bool) -> dict | None:
@@ -132,8 +139,13 @@ class _Examination:
 
 
 def _links() -> str | None:
-    """Between GPUs and network adapters, as NVIDIA's own tool draws them."""
+    """Between GPUs and network adapters, as NVIDIA's own tool draws them; None without an answer of
+    it."""
     if shutil.which("nvidia-smi") is None:
         return None
-    done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=60)
+    command = ["nvidia-smi", "topo", "-m"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LINKS_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout.strip() or None

@@ -12,14 +12,14 @@ from gengram_megatron.plan.time import Speed
 from gengram_megatron.plan.warnings import GB
 
 
-def planned(config: Config, layout: Layout) -> dict:
+def planned(config: Config, layout: Layout, on_gpu: bool) -> dict:
     """What gengram plan says, without its judgement of the memory: that is made here."""
-    return plan(config, layout, Speed(), gigabytes=float("inf"))
+    return plan(config, layout, Speed(), gigabytes=float("inf"), on_gpu=on_gpu)
 
 
 def memory_problems(config: Config, rank: int, gpus: list[dict]) -> Iterator[str]:
     """rank: bytes that the fullest rank needs, as planned."""
-    processes = processes_of_a_node(config.launch)
+    processes = processes_of_a_node(config.launch, len(gpus))
     if not gpus:
         here = psutil.virtual_memory().total
         if rank * processes > here:

@@ -63,9 +63,12 @@ def check_job(config: Config, name: str, for_slurm: bool) -> Job:
     return Job(config, layout, processes, name)
 
 
-def processes_of_a_node(launch: Launch) -> int:
-    """Those that are asked for, or one for each GPU of this machine."""
-    return launch.processes or _gpus_here() or 1
+def processes_of_a_node(launch: Launch, gpus: int | None = None) -> int:
+    """Those that are asked for, or one for each GPU of this machine; gpus: their number, or None to
+    ask torch."""
+    if launch.processes is None and gpus is None:
+        gpus = _gpus_here()
+    return launch.processes or gpus or 1
 
 
 def _slurm_problems(launch: Launch) -> Iterator[str]:

@@ -79,9 +79,10 @@ def _explain(error, job: Job, told: bool) -> int:
     if failure.exitcode == REQUEUE:
         print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
         return REQUEUE
-    if failure.exitcode == EXIT_CODE:  # said in full on the screen
-        return EXIT_CODE
     log = log_file(logs_folder(job), rank)
+    if failure.exitcode == EXIT_CODE:
+        _show_what_only_it_says(log)
+        return EXIT_CODE
     why = f"exit code {failure.exitcode}"
     if failure.exitcode < 0:
         why = f"killed by {signal.Signals(-failure.exitcode).name}"
@@ -139,10 +140,9 @@ def _show_first_log(logs: Path, processes: int) -> Iterator[None]:
 
 
 def _follow(logs: Path, processes: int, over: Event) -> None:
-    files: list[Path] = []
-    while len(files) < processes and not over.wait(0.1):
-        files = sorted(logs.glob("rank-*.log"), key=_rank_of)
-    if not files:
+    while len(_rank_logs(logs)) < processes and not over.wait(0.1):
+        pass
+    if not (files := _rank_logs(logs)):
         return
     with files[0].open(errors="replace") as log:
         while True:
@@ -153,5 +153,15 @@ def _follow(logs: Path, processes: int, over: Event) -> None:
                 return
 
 
-def _rank_of(log: Path) -> int:
-    return int(log.stem.removeprefix("rank-"))
+def _show_what_only_it_says(log: Path) -> None:
+    """The sentences of a rank that says itself what is wrong. Most faults are found by all ranks,
+    and the screen has shown the first one's log."""
+    shown = _rank_logs(log.parent)[0].read_text(errors="replace")
+    for line in log.read_text(errors="replace").splitlines():
+        if line.startswith("gengram: ") and line not in shown:
+            print(line, file=sys.stderr)
+
+
+def _rank_logs(logs: Path) -> list[Path]:
+    """Of the ranks of this node that have begun, in their order."""
+    return sorted(logs.glob("rank-*.log"), key=lambda log: int(log.stem.removeprefix("rank-")))

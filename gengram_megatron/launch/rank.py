@@ -37,7 +37,7 @@ def main() -> None:
 def _train() -> None:
     from gengram_megatron.cli import main as gengram
 
-    gengram()
+    gengram(own_log=True)
 
 
 def _write_output_to(file: Path) -> None:

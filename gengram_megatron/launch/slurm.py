@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
+from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch.job import RANK_MODULE, Job
 from gengram_megatron.launch.record import write_record
@@ -81,7 +82,7 @@ def script(jobs: list[Job], output: Path, at_a_time: int | None = None) -> str:
         options="\n".join(f"#SBATCH {quote(option)}" for option in options),
         runs="\n".join(f"  {quote(str(one.run))}" for one in jobs),
         setup="".join(f"{line}\n" for line in _setup(job)),
-        command=_command(job),
+        command=_command(jobs),
         wait=OTHERS_MAY_TAKE,
         saved=REQUEUE,
         requeue='scontrol requeue "$SLURM_JOB_ID"' if job.config.launch.slurm.requeue else ":",
@@ -143,11 +144,11 @@ def _setup(job: Job) -> Iterator[str]:
         yield f"source {quote(str(Path(slurm.virtual_environment).absolute() / 'bin/activate'))}"
 
 
-def _command(job: Job) -> str:
+def _command(jobs: list[Job]) -> str:
     """What srun starts for each rank, with the shell's $run and $logs in it."""
-    launch = job.config.launch
+    job, launch = jobs[0], jobs[0].config.launch
     own = launch.slurm.virtual_environment or launch.slurm.container
-    words = [*_container(job), "python" if own else quote(sys.executable)]
+    words = [*_container(jobs), "python" if own else quote(sys.executable)]
     if launch.cpus is not None:  # which srun does not take over from sbatch
         words.insert(0, f"--cpus-per-task={launch.cpus}")
     config = job.config_file.relative_to(job.run)
@@ -155,14 +156,15 @@ def _command(job: Job) -> str:
     return " ".join(words)
 
 
-def _container(job: Job) -> list[str]:
+def _container(jobs: list[Job]) -> list[str]:
     """The words that put a command into the container, if there is one."""
-    container = job.config.launch.slurm.container
+    slurm = jobs[0].config.launch.slurm
+    container = slurm.container
     if container is None:
         return []
     here, image = str(Path.cwd()), quote(container.image)
-    data = str(Path(job.config.data.path).absolute())
-    mounts = [f"{folder}:{folder}" for folder in (here, data)] + container.mounts
+    read = (str(Path(path).absolute()) for job in jobs for path in _read(job.config))
+    mounts = [f"{path}:{path}" for path in dict.fromkeys([here, *read])] + container.mounts
     mounts = ",".join(['"$run:$run"', *map(quote, mounts)])
     if container.runtime == "pyxis":
         return [
@@ -170,5 +172,12 @@ def _container(job: Job) -> list[str]:
             f"--container-mounts={mounts}",
             f"--container-workdir={quote(here)}",
         ]
-    gpus = [] if job.config.launch.slurm.gpus == 0 else ["--nv"]
+    gpus = [] if slurm.gpus == 0 else ["--nv"]
     return ["apptainer", "exec", *gpus, "--bind", mounts, "--pwd", quote(here), image]
+
+
+def _read(config: Config) -> Iterator[str]:
+    """The files and folders that a run reads, beside its own folder."""
+    data = config.data
+    yield from [part.path for part in data.blend or []]
+    yield from filter(None, (data.path, data.tokenizer, config.checkpoint.load))

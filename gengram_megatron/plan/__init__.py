@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.placement import Placement
-from gengram_megatron.config.projection import projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.plan.communication import most_sent
 from gengram_megatron.plan.flops import count_parameters, forward_flops, training_flops
@@ -18,13 +17,16 @@ from gengram_megatron.plan.time import Speed, seconds_of_run
 from gengram_megatron.plan.warnings import warnings
 
 
-def plan(config: Config, layout: Layout, speed: Speed, gigabytes: float) -> dict:
-    """All figures, as --json prints them. gigabytes: of one GPU.
+def plan(
+    config: Config, layout: Layout, speed: Speed, gigabytes: float, on_gpu: bool = True
+) -> dict:
+    """All figures, as --json prints them. gigabytes: of one GPU. on_gpu: False for a run on
+    CPUs, which may project its tables instead of its features.
 
     A table's rows_per_rank and columns_per_rank, and memory, are those of the rank that holds
     most; communication is that of the rank that sends most.
     """
-    split = Split(config, layout)
+    split = Split(config, layout, on_gpu)
     memory, sent = fullest(split), most_sent(split)
     tokens_a_step = config.train.global_batch_size * config.model.seq_length
     seconds = seconds_of_run(split, speed)
@@ -47,17 +49,10 @@ def plan(config: Config, layout: Layout, speed: Speed, gigabytes: float) -> dict
         "hours": seconds / 3600,
         "gpu_hours": seconds / 3600 * layout.world_size,
         "memory_layers": config.model.gengram.layers if config.model.gengram.enabled else [],
-        "projection": _projection(config, layout),
+        "projection": split.projection and split.projection._asdict(),
         "tables": [_table(place, split) for place in split.tables],
         "warnings": list(warnings(split, memory, gigabytes)),
     }
-
-
-def _projection(config: Config, layout: Layout) -> dict | None:
-    """Of the memory, on a GPU."""
-    if not config.model.gengram.enabled:
-        return None
-    return projection(config, layout, on_gpu=True)._asdict()
 
 
 def _table(place: Placement, split: Split) -> dict:

@@ -9,7 +9,7 @@ CUDA, NCCL and torch's allocator take for themselves.
 
 from dataclasses import dataclass
 
-from gengram_megatron.config.projection import bytes_held, projection
+from gengram_megatron.config.projection import bytes_held
 from gengram_megatron.plan.activations import BYTES, Activations
 from gengram_megatron.plan.stages import Split
 
@@ -90,10 +90,9 @@ def _states(split: Split, stage: int) -> int:
 
 
 def _projected(split: Split, stage: int) -> int:
-    config = split.config
-    if not config.model.gengram.enabled or projection(config, split.layout, True).of == "features":
+    if split.projection is None or split.projection.of == "features":
         return 0
-    return sum(map(split.has_memory, split.layers(stage))) * bytes_held(config)
+    return sum(map(split.has_memory, split.layers(stage))) * bytes_held(split.config)
 
 
 def _working(split: Split, stage: int, activations: Activations) -> int:

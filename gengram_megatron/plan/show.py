@@ -89,20 +89,18 @@ def show_suggestions(found: list[Suggestion], gpus: int, gigabytes: float) -> No
         title=f"Layouts on {gpus} GPUs that fit in {gigabytes:g} GB: {len(found)}, the fastest first",
         caption="seconds a step: arithmetic + waiting in the pipeline + communication",
     )
-    for heading in ("layout", "GB a rank", "seconds a step", "of which"):
-        shown.add_column(heading, justify="left" if heading == "layout" else "right")
+    for heading in ("change", "GB a rank", "seconds a step", "of which"):
+        shown.add_column(heading, justify="left" if heading == "change" else "right")
     for one in found[:SHOWN]:
         time = one.time
         shown.add_row(
-            _words(one).replace("parallel.", "").replace("train.", "") or "no split",
+            one.words.replace("parallel.", "").replace("train.", "") or "as it is",
             f"{one.memory.total / GB:.1f}",
             f"{time.total:.2f}",
             f"{time.arithmetic:.2f} + {time.bubble:.2f} + {time.communication:.2f}",
         )
     console = Console()
     console.print(shown)
-    console.print(f"The first: {_words(found[0]) or 'no key'}", highlight=False, soft_wrap=True)
-
-
-def _words(one: Suggestion) -> str:
-    return " ".join(f"{key}={value}" for key, value in one.settings.items())
+    console.print(
+        f"The first: {found[0].words or 'the config as it is'}", highlight=False, soft_wrap=True
+    )

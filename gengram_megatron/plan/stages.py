@@ -5,6 +5,7 @@ from functools import cached_property
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.placement import Placement, group_sizes, placements
+from gengram_megatron.config.projection import Projection, projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.plan import weights
 
@@ -32,6 +33,7 @@ class Split:
 
     config: Config
     layout: Layout
+    on_gpu: bool = True
 
     @cached_property
     def stages(self) -> list[list[list[int]]]:
@@ -84,6 +86,12 @@ class Split:
         """Of each memory."""
         enabled = self.config.model.gengram.enabled
         return placements(self.config, self.layout.world_size) if enabled else ()
+
+    @property
+    def projection(self) -> Projection | None:
+        """Of the memory, if there is one."""
+        enabled = self.config.model.gengram.enabled
+        return projection(self.config, self.layout, self.on_gpu) if enabled else None
 
     def table_rows_held(self, place: Placement) -> int:
         """By the rank that holds most."""

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import log
+from operator import attrgetter
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tree import inline_yaml
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan.memory import Memory, fullest
 from gengram_megatron.plan.stages import Split
@@ -15,8 +17,14 @@ from gengram_megatron.plan.warnings import GB
 
 LARGEST_CONTEXT = 16
 ALIKE = 1.05
-"""Times within such a ratio count as equal, and the layout with fewer keys comes first."""
+"""Times within such a ratio count as equal, and the layout with fewer words comes first."""
 RECOMPUTE = ("none", "selective", "full")
+UNTRIED = {
+    "parallel.sequence": None,
+    "parallel.first_stage_layers": None,
+    "parallel.last_stage_layers": None,
+}
+"""What every suggestion leaves open, whatever the config has."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +32,14 @@ class Suggestion:
     """A layout that was looked at."""
 
     settings: dict[str, int | str | None]
-    """The config's keys that make it."""
+    """The keys of the config that have to change for it."""
     memory: Memory
     time: StepTime
+
+    @property
+    def words(self) -> str:
+        """They and their values, as a command takes them."""
+        return " ".join(f"{key}={inline_yaml(value)}" for key, value in self.settings.items())
 
 
 def suggest(config: Config, gpus: int, gigabytes: float, speed: Speed) -> list[Suggestion]:
@@ -37,15 +50,15 @@ def suggest(config: Config, gpus: int, gigabytes: float, speed: Speed) -> list[S
     """
     found = [_judge(tried, settings, gpus, speed) for settings, tried in _layouts(config, gpus)]
     if not found:
-        check_layout(_with(config, {}), gpus)  # says what cannot work even without any split
+        unsplit = next(_choices(config, gpus))
+        check_layout(_with(config, unsplit), gpus)  # says what cannot work even so
         raise UserError(f"no layout works on {gpus} processes; give another number of GPUs")
     fitting = [one for one in found if one.memory.total <= gigabytes * GB]
     if not fitting:
         least = min(found, key=lambda one: one.memory.total)
-        words = " ".join(f"{key}={value}" for key, value in least.settings.items())
         raise UserError(
             f"no layout on {gpus} GPUs fits in {gigabytes:g} GB: the smallest needs about "
-            f"{least.memory.total / GB:.1f} GB a rank ({words or 'no split'}); give more GPUs or "
+            f"{least.memory.total / GB:.1f} GB a rank ({least.words or 'as it is'}); give more GPUs or "
             "a smaller train.micro_batch_size"
         )
     best = min(one.time.total for one in fitting)
@@ -62,18 +75,18 @@ def _judge(config: Config, settings: dict, gpus: int, speed: Speed) -> Suggestio
 
 
 def _layouts(config: Config, gpus: int) -> Iterator[tuple[dict, Config]]:
-    """Those that the checks allow, with the keys that make them."""
+    """Those that the checks allow, with the keys that have to change for them."""
     for settings in _choices(config, gpus):
         tried = _with(config, settings)
         try:
             check_layout(tried, gpus)
         except UserError:
             continue
-        yield settings, tried
+        yield {k: v for k, v in settings.items() if v != attrgetter(k)(config)}, tried
 
 
 def _choices(config: Config, gpus: int) -> Iterator[dict]:
-    """Keys and values; what is at its default is left out. The checks judge them."""
+    """All keys of a layout; the first splits nothing. The checks judge them."""
     model = config.model
     tensors = [n for n in _powers(GPUS_A_NODE) if gpus % n == 0]
     pipelines = [n for n in _divisors(model.num_layers) if gpus % n == 0]
@@ -86,17 +99,14 @@ def _choices(config: Config, gpus: int) -> Iterator[dict]:
             chunks, _expert_splits(config, tensor, gpus // pipeline), RECOMPUTE
         ):
             yield {
-                key: value
-                for key, value, default in (
-                    ("parallel.tensor", tensor, 1),
-                    ("parallel.pipeline", pipeline, 1),
-                    ("parallel.virtual_pipeline", virtual, None),
-                    ("parallel.context", context, 1),
-                    ("parallel.expert", expert, 1),
-                    ("parallel.expert_tensor", width, None),
-                    ("train.recompute", recompute, "none"),
-                )
-                if value != default
+                "parallel.tensor": tensor,
+                "parallel.pipeline": pipeline,
+                "parallel.virtual_pipeline": virtual,
+                "parallel.context": context,
+                "parallel.expert": expert,
+                "parallel.expert_tensor": width,
+                **UNTRIED,
+                "train.recompute": recompute,
             }
 
 
@@ -115,17 +125,14 @@ def _expert_splits(config: Config, tensor: int, ranks: int) -> list[tuple[int, i
 
 def _with(config: Config, settings: dict) -> Config:
     """The config in another layout."""
-    parallel = {
-        key.removeprefix("parallel."): v for key, v in settings.items() if "parallel" in key
+    sections = {"parallel": {}, "train": {}}
+    for key, value in settings.items():
+        section, name = key.split(".")
+        sections[section][name] = value
+    changed = {
+        name: getattr(config, name).model_copy(update=update) for name, update in sections.items()
     }
-    return config.model_copy(
-        update={
-            "parallel": type(config.parallel)(**parallel),
-            "train": config.train.model_copy(
-                update={"recompute": settings.get("train.recompute", "none")}
-            ),
-        }
-    )
+    return config.model_copy(update=changed)
 
 
 def _powers(largest: int) -> list[int]:

@@ -1,5 +1,5 @@
 """Code that a test gives to Python's start (as sitecustomize.py): the second rank fails in its first
-step."""
+step, by an accident or by something that a person can mend."""
 
 BROKEN = """
 import os
@@ -9,3 +9,7 @@ if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "1":
         raise RuntimeError("the disk is gone")
     step.forward_backward = forward_backward
 """
+
+MENDABLE = BROKEN.replace("RuntimeError(", "UserError(").replace(
+    "import os", "import os\nfrom gengram_megatron.errors import UserError"
+)

@@ -19,6 +19,7 @@ from gengram_megatron.errors import UserError
 
 NEWEST = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
+_CHUNK = re.compile(r"model\d*")
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
@@ -140,7 +141,8 @@ def _numbered(stages: list[dict]) -> dict[str, Tensor]:
     """The tensors of all pipeline stages of one tensor-parallel rank, layers numbered through."""
     found, first = {}, 0
     # Each stage counts its layers from 0, and so does each of several chunks of it.
-    chunks = sorted({key for stage in stages for key in stage if re.fullmatch(r"model\d*", key)})
+    chunks = {key for stage in stages for key in stage if _CHUNK.fullmatch(key)}
+    chunks = sorted(chunks, key=lambda name: int(name.removeprefix("model") or 0))
     for model in (stage[chunk] for chunk in chunks for stage in stages):
         layers = 0
         for key, tensor in model.items():
