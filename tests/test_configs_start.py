@@ -23,6 +23,7 @@ SMALLER = (
     "train.micro_batch_size=1",
     "train.validation_samples=2",
     "checkpoint.at_end=false",
+    "checkpoint.load=null",  # from a run that is not here
 )
 
 

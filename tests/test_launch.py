@@ -284,11 +284,12 @@ def test_stopped_and_started_again_as_if_never_stopped(runs: Runs) -> None:
 @pytest.mark.slow
 def test_second_interrupt_ends_the_run_at_once(runs: Runs) -> None:
     run = runs.folder / "at_once"
-    process, output = runs.start(run, "at_once", "train.steps=1000000")
+    # A step that takes longer than the time between the two.
+    process, output = runs.start(run, "at_once", "train.global_batch_size=4096")
     wait_for(lambda: (run / "metrics.jsonl").exists(), process, output)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.05)  # signals of one kind that come together are one
+        time.sleep(1)  # signals of one kind that come together are one
     assert process.wait(300) == 75, output.read_text()
     assert "without saving" in output.read_text()
 
@@ -329,7 +330,7 @@ def test_commit_and_changes_of_a_checkout(tmp_path: Path) -> None:
 
     git("init")
     assert "commit" not in kept()[0]  # a folder of somebody else's repository
-    git("add", "gengram_megatron/*.py")
+    git("add", "gengram_megatron/*.py", "gengram_megatron/*.md")
     git("commit", "-m", "all")
     code, diff = kept()
     assert (code["commit"], diff) == (git("rev-parse", "HEAD").strip(), "")

@@ -10,9 +10,6 @@ from tests.layouts.launch import launch
 from tests.resharding.cases import BEFORE, BF16, PAIRS
 from tests.training.tiny import build_data, write_config
 
-PAIRS_A_LAUNCH = 4
-"""Not all: gloo keeps the threads of every process group that a process ever made."""
-
 # All pairs run in the fixture, which counts as part of the first test.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -32,12 +29,15 @@ class Results:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Results:
+    from tests.resharding.worker import run
+
     folder = tmp_path_factory.mktemp("reshard")
     data = build_data(tmp_path_factory.getbasetemp() / "dna_64")
     config = write_config(folder / "tiny.yaml", data)
-    for first in range(0, len(PAIRS), PAIRS_A_LAUNCH):
-        names = [*PAIRS][first : first + PAIRS_A_LAUNCH]
-        launch(4, "tests/resharding/worker.py", str(config), str(folder), *names)
+    for name, pair in PAIRS.items():
+        if not (folder / f"{pair.source_name}.pt").exists():
+            launch(pair.source.processes, run, name, True, config, folder)
+        launch(pair.target.processes, run, name, False, config, folder)
     return Results(folder)
 
 

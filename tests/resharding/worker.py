@@ -1,13 +1,10 @@
-"""One of four ranks that write and read the checkpoints of many pairs of layouts in one launch.
+"""One rank that writes or reads the checkpoint of a pair of layouts.
 
-Started by torchrun: worker.py CONFIG OUT PAIR [PAIR ...]. Runs on fewer processes leave the other
-ranks out, which wait for the next. OUT/<run>.pt: what the run had at the checkpoint, and its steps
-after it.
+OUT/<run>.pt: what the run had at the checkpoint, and its steps after it.
 """
 
 import os
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +13,9 @@ import torch.distributed as dist
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.platform import prepare
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.processes import end_processes, start_processes
-from tests.resharding.cases import AFTER, BEFORE, PAIRS, Pair, Side
-
-RANK = int(os.environ["RANK"])
+from tests.resharding.cases import AFTER, BEFORE, PAIRS
 
 
 class TinyRun:
@@ -36,7 +30,7 @@ class TinyRun:
 
         self.config, self.layout = config, check_layout(config, processes)
         self.data = RunData(config)
-        start_processes(self.layout, config.run.seed, RANK)
+        start_processes(self.layout, config.run.seed, int(os.environ["RANK"]))
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.chunks = wrap_for_data_parallelism(
             build_model(config, self.layout), config, self.layout
@@ -79,22 +73,10 @@ class TinyRun:
         return {"tensors": full_tensors(self.chunks, self.optimizer), "draws": draws}
 
 
-def in_processes(action, out: Path, name: str, config: Config, processes: int) -> None:
-    """Have so many ranks do something in a group of their own; the first saves what it returns."""
-    if processes <= RANK:
-        return
-    store = dist.FileStore(str(out / f"{name}.store"), processes)
-    dist.init_process_group("gloo", store=store, rank=RANK, world_size=processes)
-    result = action(TinyRun(config, processes))
-    if RANK == 0:
-        torch.save(result, out / f"{name}.pt")
-    end_processes()
-
-
 def write(run: TinyRun) -> dict:
     """Train, save, and go on as if nothing were."""
     for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(RANK)
+        seed(dist.get_rank())
     run.steps(0, BEFORE)
     assert run.state.save(BEFORE, must=True) is None and run.state.wait() is None
     return {**run.holds(), "steps": run.steps(BEFORE, AFTER)}
@@ -106,18 +88,16 @@ def read(run: TinyRun) -> dict:
     return {"start": start, **run.holds(), "steps": run.steps(start, AFTER)}
 
 
-def run_pair(name: str, pair: Pair, file: Path, out: Path) -> None:
-    def config(side: Side) -> Config:
-        return pair.config(file, side, out / pair.source_name)
-
-    if not (out / f"{pair.source_name}.pt").exists():
-        in_processes(write, out, pair.source_name, config(pair.source), pair.source.processes)
-    in_processes(read, out, name, config(pair.target), pair.target.processes)
-
-
-if __name__ == "__main__":
-    prepare()
-    torch.set_num_threads(1)
-    file, folder, *names = sys.argv[1:]
-    for pair_name in names:
-        run_pair(pair_name, PAIRS[pair_name], Path(file), Path(folder))
+def run(name: str, source: bool, file: Path, out: Path) -> None:
+    """One side of a pair, in a group of its own; the first rank saves what it found."""
+    pair, rank = PAIRS[name], int(os.environ["RANK"])
+    side = pair.source if source else pair.target
+    result = pair.source_name if source else name
+    config = pair.config(file, side, out / pair.source_name)
+    store = dist.FileStore(str(out / f"{result}.store"), side.processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=side.processes)
+    tiny = TinyRun(config, side.processes)
+    found = write(tiny) if source else read(tiny)
+    if rank == 0:
+        torch.save(found, out / f"{result}.pt")
+    end_processes()
