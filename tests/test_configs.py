@@ -168,7 +168,8 @@ def test_continued_runs_start_from_the_run_of_their_name(name):
     source, config = load(f"pretrain_200b_8k/{name}"), load(f"pretrain_100b_32k/{name}")
     assert config.checkpoint.load == source.run.dir
     assert source.checkpoint.load is None
-    check_same_model(Path(source.run.dir), source.model.model_dump(), config)  # raises if not
+    # Raises if it is not.
+    check_same_model(Path(source.run.dir), source.model.model_dump(), config, new_run=True)
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name.startswith("ablation")])

@@ -63,8 +63,8 @@ SECONDS = "train.watchdog_seconds=6"
 
 
 def test_rank_that_hangs_is_named_and_all_stacks_are_kept(lab: Lab) -> None:
-    # Of a step's two microbatches three reads each: the first sample is asked for its length, too.
-    stuck = partial(broken.hang_in_data, rank=1, sample=33)
+    # Five reads a step: its four samples, and the first sample of all, for its length.
+    stuck = partial(broken.hang_in_data, rank=1, sample=28)
     at_once = ("data.workers=0", "checkpoint.asynchronous=false")
     ended = lab.start("stuck", SECONDS, *at_once, before=stuck).wait()
     assert [said.code for said in ended] == [HUNG, HUNG], ended[0].err
