@@ -3,7 +3,6 @@
 It has no time, user or machine in it, so the same build gives the same bytes.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from data_prep.schema import DataConfig
 from gengram_megatron import __version__
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import checksum
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
 
 MANIFEST = "manifest.json"
@@ -24,11 +24,7 @@ FORMAT = 2
 
 def file_facts(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ memory_of_exchange.py FOLDER
 """
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -20,12 +19,9 @@ from gengram_megatron.checkpoint.exchange.names import huggingface_weights
 from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from tests.memory import peak_memory
 
 FILE = 16_000_000
-
-
-def peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(folder: Path) -> None:
@@ -44,9 +40,9 @@ def main(folder: Path) -> None:
         "export": lambda: export(store.path(1), folder / "out", FILE),
         "import": lambda: import_model(folder / "out", config),
     }.items():
-        before = peak()
+        before = peak_memory()
         action()
-        grown[name] = peak() - before
+        grown[name] = peak_memory() - before
     model = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
     print(json.dumps({"model": model, **grown}))
 

@@ -23,7 +23,7 @@ def gengram(*words: str | Path, **variables: str) -> subprocess.CompletedProcess
     clean = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     return subprocess.run(
         [sys.executable, "-m", "gengram_megatron", *map(str, words)],
-        env=clean | variables, cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=clean | variables, cwd=ROOT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
 
 

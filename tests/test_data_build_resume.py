@@ -23,6 +23,7 @@ from data_prep.build_command import Display
 from data_prep.manifest import file_facts
 from data_prep.schema import DataConfig
 from gengram_megatron.errors import UserError
+from tests.memory import peak_memory
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {"human": "ab", "apes": "cdef"}
@@ -83,7 +84,7 @@ def start(genomes: Path, folder: Path, *words: str) -> subprocess.Popen:
 
 
 def wait_until(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -113,9 +114,12 @@ def test_no_record_is_held_in_memory(tmp_path):
     settings = {"output": "out", "seq_length": 8192, "workers": 1, "groups": groups}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(settings))
     process = start(tmp_path, tmp_path)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0 and (tmp_path / "out/manifest.json").is_file()
-    assert usage.ru_maxrss < 180_000  # kB, most of it Python and its libraries
+    peak = 0
+    while now := peak_memory(process.pid):
+        peak = now
+        time.sleep(0.01)
+    assert process.wait() == 0 and (tmp_path / "out/manifest.json").is_file()
+    assert 40e6 < peak < 180e6  # most of it Python and its libraries
 
 
 def test_what_is_shown_in_a_terminal():
@@ -228,7 +232,7 @@ def test_two_builds_of_one_output_at_once(genomes, tmp_path):
     wait_until(lambda: steps_done(tmp_path) >= 1, first)  # so it holds the lock
     first.send_signal(signal.SIGSTOP)
     second = start(genomes, tmp_path)
-    shown = second.communicate(timeout=120)[1]
+    shown = second.communicate(timeout=400)[1]
     assert second.returncode == 2
     assert f"{tmp_path / 'out'} is being built by another process" in shown
     first.send_signal(signal.SIGCONT)

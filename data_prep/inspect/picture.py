@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from data_prep.inspect.contents import SplitContents
 from data_prep.inspect.opened import DataSet
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import save_figure
 from gengram_megatron.tokenizer import BASES
 
 MOST_SOURCES = 30  # bars that stay readable
@@ -42,9 +43,7 @@ def draw(data: DataSet, said: dict[str, Any], found: dict[str, SplitContents], o
     axes["n"].set(title="N of each fragment", xlabel="share of N", yscale="log")
     _strands(axes["strands"], said)
     _sources(axes["sources"], said)
-    beside = out.with_name(f".{out.stem}.new{out.suffix}")
-    figure.savefig(beside, dpi=120)
-    beside.replace(out)
+    save_figure(figure, out, dpi=120)
 
 
 def _bases_by_group(data: DataSet, found: dict[str, SplitContents]) -> dict[str, np.ndarray]:

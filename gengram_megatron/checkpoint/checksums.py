@@ -1,18 +1,11 @@
 """Checksums of a checkpoint's files, in a file beside them that `sha256sum -c` reads, too."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from gengram_megatron.files import flush
+from gengram_megatron.files import checksum, flush
 
 MANIFEST = "checksums.sha256"
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, known: dict[str, str]) -> None:

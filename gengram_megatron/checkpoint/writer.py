@@ -18,7 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from gengram_megatron.checkpoint.checksums import checksum
+from gengram_megatron.files import checksum
 
 LOOK_SECONDS = 0.05
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gengram_megatron.config.tree import inline_yaml
+from gengram_megatron.files import save_figure
 from gengram_megatron.sweep.results import Row
 from gengram_megatron.sweep.runs import SEED
 
@@ -39,9 +40,7 @@ def plot_results(found: list[Row], key: str | None, out: Path) -> None:
     axes.set_xticks(range(len(places)), places)
     axes.set_xlabel(_leaf(key) if key else "run")
     _decorate(axes)
-    beside = out.with_name(f".{out.stem}.new{out.suffix}")
-    figure.savefig(beside, dpi=150)
-    beside.replace(out)
+    save_figure(figure, out, dpi=150)
 
 
 def series(found: list[Row], key: str | None) -> tuple[dict[str, Losses], Losses]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from gengram_megatron.files import save_figure
 from gengram_megatron.training.metrics import read_metrics
 
 SMOOTHING = 0.02  # width of the smoothing window, as a share of the run's steps
@@ -33,7 +34,7 @@ def plot_loss(
     _draw_references(axes, references or {})
     axes.set_ylim(*_limits(runs.values(), references or {}))
     _decorate(axes)
-    _write(figure, Path(out))
+    save_figure(figure, Path(out), dpi=150)
 
 
 def _draw_run(axes: Axes, colour: str, name: str, entries: list[dict]) -> None:
@@ -117,10 +118,3 @@ def _decorate(axes: Axes) -> None:
     bits.set_ylabel("bits a base")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-
-
-def _write(figure: Figure, out: Path) -> None:
-    """Beside and renamed: nobody ever sees half a picture."""
-    beside = out.with_name(f".{out.stem}.new{out.suffix}")
-    figure.savefig(beside, dpi=150)
-    beside.replace(out)

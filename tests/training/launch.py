@@ -91,7 +91,7 @@ def _parents() -> dict[int, int]:
     return found
 
 
-def wait_for(condition, process: subprocess.Popen, output: Path, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen, output: Path, seconds: float = 400) -> None:
     """Until a condition holds; fails if the process ends before."""
     end = time.monotonic() + seconds
     while not condition():
