@@ -50,6 +50,7 @@ PLACEMENTS = tuple(Placement(direct_table(k, DIM), None, "one process") for k in
 TABLES = tuple(place.table for place in PLACEMENTS)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OBVIOUS = "obvious"
+WIDTH = 200  # columns of a table in a file
 LONGEST_EXACT = 8192  # positions whose errors are taken; float64 is slow
 DNA = Path(__file__).parents[1] / "sample_data/human_GRCh37_chr20_30M-34M.fa.gz"
 
@@ -289,17 +290,20 @@ def show(hidden: int, length: int, result: dict[str, dict[str, float]]) -> None:
             cells += [f"{row[key] / 1e6:.3g}", f"{row[key] / base[key]:.3f}"]
         cells += [f"{row['features_error']:.1e}" if "features_error" in row else ""]
         table.add_row(*cells, f"{row['error']:.1e}")
-    Console().print(table)
+    console = Console()
+    Console(width=None if console.is_terminal else WIDTH).print(table)
 
 
 def main() -> None:
     """All sizes, on the screen and in a file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", default="1024,4096")
-    parser.add_argument("--lengths", default="2048,8192,32768")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden", default="1024,4096", help="widths of the model")
+    parser.add_argument("--lengths", default="2048,8192,32768", help="positions of a microbatch")
     parser.add_argument("--dtypes", default="bf16,fp32")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the measurements as JSON, after each size")
     arguments = parser.parse_args()
     sizes = [
         (hidden, length)
@@ -312,11 +316,15 @@ def main() -> None:
         result = compare(hidden, length, arguments.dtypes.split(","), arguments.repeats)
         show(hidden, length, result)
         results.append({"hidden": hidden, "length": length, "modules": result})
+        if arguments.out:
+            found = {"device": device(), "threads": torch.get_num_threads(), "sizes": results}
+            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     end_processes()
-    if arguments.out:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        text = {"device": device, "threads": torch.get_num_threads(), "sizes": results}
-        arguments.out.write_text(json.dumps(text, indent=1) + "\n")
+
+
+def device() -> str:
+    """The GPU, or the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 if __name__ == "__main__":

@@ -73,25 +73,35 @@ class _Record:
         self._count = 0  # how many wait
 
     def add(self, lines: bytes) -> Iterator[Piece]:
-        """The piece that these further lines of the record complete, if they do."""
+        """The pieces that these further lines of the record complete: one of those that wait and
+        the first new ones, which have to be copied together, and one of all the others."""
         ids = self._encoded(lines)
-        self._waiting.append(ids)
-        self._count += len(ids)
-        if self._count >= self._multiple:
-            yield self._piece(self._count - self._count % self._multiple)
+        missing = -self._count % self._multiple
+        self._wait_for(ids[:missing])
+        if self._count == self._multiple:
+            yield from self.rest()
+        ids = ids[missing:]
+        whole = len(ids) - len(ids) % self._multiple
+        if whole:
+            yield self._piece(ids[:whole])
+        self._wait_for(ids[whole:])
 
     def rest(self) -> Iterator[Piece]:
-        """The last piece, if there is one."""
+        """The piece of all that wait, if any do."""
         if self._start + self._count == 0:
             raise UserError(f"{self._path}: record {self._name} has no bases")
         if self._count:
-            yield self._piece(self._count)
+            waiting, self._waiting, self._count = self._waiting, [], 0
+            yield self._piece(np.concatenate(waiting))
 
-    def _piece(self, size: int) -> Piece:
-        ids = np.concatenate(self._waiting)
-        piece = Piece(self._name, self._header, self._start, ids[:size])
-        self._waiting, self._count = [ids[size:]], self._count - size
-        self._start += size
+    def _wait_for(self, ids: np.ndarray) -> None:
+        if len(ids):
+            self._waiting.append(ids)
+            self._count += len(ids)
+
+    def _piece(self, ids: np.ndarray) -> Piece:
+        piece = Piece(self._name, self._header, self._start, ids)
+        self._start += len(ids)
         return piece
 
     def _encoded(self, lines: bytes) -> np.ndarray:

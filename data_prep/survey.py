@@ -102,7 +102,8 @@ def _read(
             length, n_bases = 0, []
             for piece in pieces:
                 length += len(piece.ids)
-                counts = [np.count_nonzero(piece.ids == base) for base in BASE_IDS]
+                counts = [np.count_nonzero(piece.ids == base) for base in BASE_IDS[:-1]]
+                counts.append(len(piece.ids) - sum(counts))  # nothing else is in a piece
                 n_bases.append(_n_bases(piece, seq_length, counts[-1]))
                 composition += counts
                 advance(len(piece.ids))

@@ -128,7 +128,11 @@ def write_part(part: Part, advance: Advance, folder: Path, config: DataConfig) -
             fragments = fragment.grid(piece.ids, config.seq_length)
             for fate, writer in writers.items():
                 chosen = np.flatnonzero(fates == fate)
-                turned = strand.turn(fragments[chosen], reverse[chosen])
+                if len(chosen) == 0:
+                    continue
+                # Most pieces go to one split whole, and need not be copied for it.
+                kept = fragments if len(chosen) == len(fragments) else fragments[chosen]
+                turned = strand.turn(kept, reverse[chosen])
                 starts = piece.start + chosen * config.seq_length
                 writer.add(turned, part.first_row + row, starts, reverse[chosen])
             advance(len(piece.ids))

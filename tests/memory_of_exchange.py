@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     )
     facts = Facts(format=FORMAT, step=1, samples=1, seed=1, layout={})
     common = {"config": config.model_dump(), "step": 1}
-    store, grown = CheckpointStore(folder / "checkpoints", None), {}
+    store, grown = CheckpointStore(folder / "checkpoints"), {}
     for name, action in {
         "write": lambda: weights_only.write(store, source, common, facts),
         "export": lambda: export(store.path(1), folder / "out", FILE),

@@ -165,7 +165,7 @@ def test_import_of_another_model_is_refused(exported, tmp_path, words, expected)
     config = load(tmp_path, "imported", *words)
     with pytest.raises(UserError, match=re.escape(expected)):
         import_model(exported / "moe_memory", config)
-    assert not CheckpointStore(tmp_path / "imported" / "checkpoints", None).newest()
+    assert not CheckpointStore(tmp_path / "imported" / "checkpoints").newest()
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -93,7 +93,7 @@ def refused(source: Path, tmp_path: Path, expected: str, *words: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)) as error:
         import_model(source, config)
     assert len(str(error.value).splitlines()) == 1
-    assert not CheckpointStore(tmp_path / "run" / "checkpoints", None).newest()
+    assert not CheckpointStore(tmp_path / "run" / "checkpoints").newest()
 
 
 @pytest.mark.parametrize(

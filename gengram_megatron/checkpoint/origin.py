@@ -1,12 +1,11 @@
 """Whose weights a run takes over: another run's (checkpoint.load) or its own, of the same model."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from gengram_megatron.checkpoint.store import FACTS, CheckpointStore
+from gengram_megatron.checkpoint.store import checkpoints_at
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import LARGEST_DIRECT
-from gengram_megatron.config.tree import inline_yaml
+from gengram_megatron.config.tree import flattened, inline_yaml
 from gengram_megatron.errors import UserError
 
 FREE = {
@@ -29,11 +28,8 @@ def origins(config: Config) -> list[Path]:
     """The checkpoints that checkpoint.load means, in the order of their steps: the one that it
     names, or all of a run's folder."""
     given = Path(config.checkpoint.load)
-    if (given / FACTS).is_file():
-        return [given]
-    for folder in (given / "checkpoints", given):
-        if found := CheckpointStore(folder).checkpoints():
-            return found
+    if found := checkpoints_at(given):
+        return found
     raise UserError(
         f"checkpoint.load is {given}, which is neither a checkpoint nor the folder of a run that "
         "has one: give a folder such as runs/mine or runs/mine/checkpoints/step_00001000"
@@ -47,8 +43,8 @@ def check_same_model(checkpoint: Path, stored: dict, config: Config, new_run: bo
     """
     free = FREE | FREE_TO_A_NEW_RUN if new_run else FREE
     otherwise = "load another checkpoint" if new_run else "start in another run.dir"
-    theirs = dict(_settings(stored))
-    for key, own in _settings(config.model.model_dump()):
+    theirs = _settings(stored)
+    for key, own in _settings(config.model.model_dump()).items():
         other = theirs.get(key, own)  # one that the checkpoint does not know is new
         if key not in free and other != own:
             raise UserError(
@@ -57,7 +53,7 @@ def check_same_model(checkpoint: Path, stored: dict, config: Config, new_run: bo
             )
 
 
-def _settings(model: dict) -> Iterator[tuple[str, object]]:
+def _settings(model: dict) -> dict[str, object]:
     """All keys of a `model` section that are read, dotted."""
     model = {**model, "gengram": {**model["gengram"]}}
     gengram = model["gengram"]
@@ -67,12 +63,4 @@ def _settings(model: dict) -> Iterator[tuple[str, object]]:
         del gengram["hashing"]
     if model["attention"] != "mla":
         del model["mla"]
-    yield from _flat("model", model)
-
-
-def _flat(prefix: str, section: dict) -> Iterator[tuple[str, object]]:
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{prefix}.{name}", value)
-        else:
-            yield f"{prefix}.{name}", value
+    return flattened({"model": model})

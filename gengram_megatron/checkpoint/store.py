@@ -129,6 +129,16 @@ class CheckpointStore:
                 shutil.rmtree(removed, ignore_errors=True)
 
 
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints that a path of the user's means, in the order of their steps: itself, or all
+    of a run's folder or of its folder `checkpoints`."""
+    if (path / FACTS).is_file():
+        return [path]
+    return (
+        CheckpointStore(path / "checkpoints").checkpoints() or CheckpointStore(path).checkpoints()
+    )
+
+
 def size(checkpoint: Path) -> int:
     """Bytes of all files."""
     return sum(path.stat().st_size for path in checkpoint.iterdir())

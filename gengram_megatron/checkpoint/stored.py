@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from gengram_megatron.checkpoint.store import FACTS, CheckpointStore
+from gengram_megatron.checkpoint.store import checkpoints_at
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 
@@ -31,11 +31,8 @@ COMMON = "common.pt"
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest of a run's folder."""
-    if (path / FACTS).is_file():
-        return path
-    for folder in (path / "checkpoints", path):
-        if newest := CheckpointStore(folder, None).newest():
-            return newest
+    if found := checkpoints_at(path):
+        return found[-1]
     raise UserError(
         f"{path} is neither a checkpoint of gengram nor the folder of a run that has one: "
         "give a folder such as runs/mine or runs/mine/checkpoints/step_00001000"

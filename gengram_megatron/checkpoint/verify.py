@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gengram_megatron.checkpoint.checksums import damage, read_manifest
-from gengram_megatron.checkpoint.store import FACTS, CheckpointStore
+from gengram_megatron.checkpoint.store import checkpoints_at
 from gengram_megatron.errors import UserError
 
 DAMAGED = 1
@@ -27,19 +27,14 @@ def verify(
     Names what is wrong, and exits with code 1 if anything is. Training does the same with the
     checkpoint that it goes on from, and takes the one before if it is damaged.
     """
-    found = {checkpoint: damage(checkpoint) for checkpoint in _checkpoints(path)}
-    for checkpoint, problems in found.items():
+    found = checkpoints_at(path)
+    if not found:
+        raise UserError(f"{path} is no checkpoint, and no folder of a run that has any")
+    damaged = {checkpoint: damage(checkpoint) for checkpoint in found}
+    for checkpoint, problems in damaged.items():
         for problem in problems:
             print(f"{checkpoint}: {problem}")
         if not problems:
             print(f"{checkpoint}: whole, {len(read_manifest(checkpoint))} files")
-    if any(found.values()):
+    if any(damaged.values()):
         raise typer.Exit(DAMAGED)
-
-
-def _checkpoints(path: Path) -> list[Path]:
-    store = CheckpointStore(path / "checkpoints")
-    found = [path] if (path / FACTS).exists() else [store.path(step) for step in store.steps()]
-    if not found:
-        raise UserError(f"{path} is no checkpoint, and no folder of a run that has any")
-    return found

@@ -49,7 +49,7 @@ def strip(checkpoint: Path, out: Path) -> Path:
         stored.read,
     )
     kept = {name: common[name] for name in KEPT}
-    return write(CheckpointStore(out, None), source, kept, read_facts(checkpoint))
+    return write(CheckpointStore(out), source, kept, read_facts(checkpoint))
 
 
 def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) -> Path:

@@ -211,6 +211,15 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: the file cannot be read: {error.strerror}") from None
 
 
+def flattened(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as one, keys written with dots."""
+    flat = {}
+    for name, value in group.items():
+        inner = isinstance(value, dict)
+        flat |= flattened(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
+
+
 def inline_yaml(value: Any) -> str:
     """A scalar or a list of scalars as it is written in a file."""
     return dump_yaml(value).removesuffix("...\n").strip()

@@ -6,6 +6,7 @@ from pathlib import Path
 from gengram_megatron.checkpoint.store import CheckpointStore, read_facts
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tree import flattened
 from gengram_megatron.errors import UserError
 from gengram_megatron.training.metrics import FILE, read_metrics
 
@@ -95,7 +96,7 @@ def read_state(config: Config, steps: int) -> State:
 
 def _saved(folder: Path) -> int:
     """The step of the newest checkpoint."""
-    newest = CheckpointStore(folder / "checkpoints", None).newest()
+    newest = CheckpointStore(folder / "checkpoints").newest()
     return read_facts(newest).step if newest else 0
 
 
@@ -109,15 +110,5 @@ def _changed(folder: Path, config: Config) -> list[str]:
 
 
 def _decisive(config: Config) -> dict:
-    flat = _flat(config.model_dump(), "")
+    flat = flattened(config.model_dump())
     return {k: v for k, v in flat.items() if k.startswith(DECISIVE) and k not in INDIFFERENT}
-
-
-def _flat(group: dict, prefix: str) -> dict:
-    """Nested groups as one, keys written with dots."""
-    flat = {}
-    for name, value in group.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat

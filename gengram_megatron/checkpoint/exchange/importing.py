@@ -50,7 +50,7 @@ def import_model(path: Path, config: Config) -> Path:
 
     UserError: what is there is another model than the config's.
     """
-    store = CheckpointStore(Path(config.run.dir) / "checkpoints", None)
+    store = CheckpointStore(Path(config.run.dir) / "checkpoints")
     if store.newest():
         raise UserError(f"{store.folder} holds checkpoints already; give another run.dir")
     foreign = _open(path, config)
