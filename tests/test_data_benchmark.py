@@ -89,11 +89,12 @@ def test_medians_and_projection():
         }
         for ours, theirs in ((4, 40), (3, 90), (8, 40))
     ]
-    found = benchmark.medians(runs, 1000)["plain"]
+    found = benchmark.medians(runs, 1000, 500)["plain"]
     assert found["build_bases_per_second"] == 250
     assert found["build_without_start"] == 500
-    assert found["times_the_pipeline"] == 10  # of 10, 30 and 5
-    assert found["times_tokenize_alone"] == 5
+    assert found["pipeline_bases_per_second"] == 12.5
+    assert found["times_the_pipeline"] == 20  # of 20, 60 and 10: it had half the bases
+    assert found["times_tokenize_alone"] == 10
     assert (found["build_memory"], found["pipeline_memory"]) == (80, 7)
     # 449.5 Gbp at 100 Mbp/s on two cores: 4,495 s; on 16 an eighth
     assert benchmark.hours(100e6, 2, 16) == pytest.approx(4495 / 8 / 3600)
