@@ -1,12 +1,9 @@
 """Many `gengram train` commands, one after the other, in one group of processes: they share the
-start of Python and the imports, and nothing else.
-
-Started by launch.py: commands.py JOBS OUT. JOBS is a JSON object, name to the words after
-`gengram`. Each rank writes OUT/<name>.<rank>.json: the exit code and what the command printed.
-"""
+start of Python and the imports, and nothing else."""
 
 import io
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -16,13 +13,33 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from gengram_megatron.cli import main
 
-INIT_PROCESS_GROUP = dist.init_process_group
+def run_all(jobs: dict[str, list[str]], folder: Path) -> None:
+    """What each rank does. JOBS: name to the words after `gengram`; each rank writes
+    FOLDER/<name>.<rank>.json, the exit code and what the command printed."""
+    from gengram_megatron.training import processes
+
+    multiprocessing.set_start_method("fork", force=True)  # the default where nothing was forked
+    os.environ["COLUMNS"] = "400"
+    rank, ranks = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    for name, words in jobs.items():
+        if ranks > 1:
+            processes._store = partial(_meet, folder / f"{name}.store")
+        result = _run(words)
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
+        if result["code"] not in (0, 2):  # the other ranks may be waiting
+            sys.exit(f"job {name}: {result['err']}")
 
 
-def run(words: list[str]) -> dict:
+def _meet(file: Path, world_size: int, rank: int) -> dist.Store:
+    """Each group of processes finds each other through a file of its own."""
+    return dist.FileStore(str(file), world_size)
+
+
+def _run(words: list[str]) -> dict:
     """One command: its exit code and output."""
+    from gengram_megatron.cli import main
+
     out, err, code = io.StringIO(), io.StringIO(), 0
     sys.argv = ["gengram", *words]
     with redirect_stdout(out), redirect_stderr(err):
@@ -34,23 +51,3 @@ def run(words: list[str]) -> dict:
             code = 1
             traceback.print_exc()
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
-
-
-def meet_by(file: Path, world: int) -> None:
-    """Let the next group of processes find each other through a file: torchrun's store still has
-    the addresses of the last one."""
-    own = partial(INIT_PROCESS_GROUP, store=dist.FileStore(str(file), world))
-    dist.init_process_group = lambda store, **settings: own(**settings)
-
-
-if __name__ == "__main__":
-    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    rank, ranks = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
-    for name, words in jobs.items():
-        if ranks > 1:
-            meet_by(folder / f"{name}.store", ranks)
-        result = run(words)
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
-        if result["code"] not in (0, 2):
-            print(f"job {name}, rank {rank}: {result['err']}", file=sys.stderr)
-            sys.exit(1)  # the other ranks may be waiting

@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.layouts.launch import ROOT
+from tests.layouts.launch import ROOT, launch
+from tests.training.commands import run_all
 from tests.training.tiny import environment
 
 
@@ -32,16 +33,9 @@ def python(processes: int) -> list[str]:
 
 
 def run_jobs(processes: int, jobs: dict[str, list[str]], folder: Path) -> dict[str, list[Ended]]:
-    """Run jobs (name: words after `gengram`) in one launch; what each rank said, by job."""
+    """Run jobs (name: words after `gengram`), one after the other; what each rank said, by job."""
     folder.mkdir()
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    script = str(ROOT / "tests/training/commands.py")
-    command = [*python(processes), script, str(file), str(folder)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-8000:]}"
+    launch(processes, run_all, jobs, folder, seconds=2000)
     return {
         name: [
             Ended(**json.loads((folder / f"{name}.{rank}.json").read_text()))
