@@ -49,7 +49,7 @@ def _missing(software: dict) -> Iterator[str]:
 
 def _measured(measured: dict | None, devices: dict, config: Config | None) -> Iterator[str]:
     product = measured and measured["matrix_product"]
-    if not product or config is None or config.train.precision != "bf16":
+    if not product or config is None or config.train.dtype != "bf16":
         return
     bf16, fp32 = product["tflops"]["bf16"], product["tflops"]["fp32"]
     if fp32 > bf16 and not devices["gpus"]:
