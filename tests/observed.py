@@ -32,7 +32,17 @@ RECOMPUTED = {
 }
 FP8 = ("model.mla.qk_pos_emb_head_dim=16",)
 """Sides of matrices that fp8 can use."""
-RESUMED = ("gqa_dense", "mla_moe")
+LAYOUTS = {
+    "tensor, dense": ("gqa_dense", "parallel.tensor=2"),
+    "tensor, latent": ("mla_moe", "parallel.tensor=2"),
+    "expert": ("gqa_moe", "parallel.expert=2"),
+    "whole experts": ("mha_moe", "parallel.tensor=2", "parallel.expert_tensor=1"),
+    "pipeline": ("mla_dense", "parallel.pipeline=2"),
+    "context": ("mha_dense", "parallel.context=2", "train.precision=bf16"),
+}
+"""Of two processes: a kind, and how it is split."""
+SOME = ("gqa_dense", "mla_moe")
+"""Kinds that together have all modules."""
 
 
 def observe(config: Config) -> dict:
@@ -63,6 +73,19 @@ def observe(config: Config) -> dict:
         "parts": parts_of(chunks, optimizer),
         "passes_in_fp8": counted,
     }
+
+
+def built(config: Config) -> list[tuple[str, tuple, Tensor]]:
+    """This rank's initial weights: name; its first element in the whole, and the shape of that; the
+    weight."""
+    from gengram_megatron.model.build import build_model
+    from gengram_megatron.model.initialize import parts
+
+    [chunk] = build_model(config, check_layout(config, 2))
+    return [
+        (piece.key, (piece.global_offset, piece.global_shape), piece.data.detach().clone())
+        for piece, _, _ in parts(chunk)
+    ]
 
 
 @torch.no_grad()

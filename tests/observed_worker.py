@@ -3,8 +3,10 @@ is imported.
 
     python -m tests.observed_worker transformer_engine FOLDER
     python -m tests.observed_worker apex FOLDER
+    python -m tests.observed_worker layouts FOLDER      # as one of two ranks, with torchrun's variables
 
-The folder gets observed.pt. Whoever starts it has put a stand-in on the path.
+FOLDER/observed.pt is what it found. Whoever starts it has put a stand-in on the path, and given it
+a folder of its own.
 """
 
 import sys
@@ -12,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.layout import check_layout, world_size_from_environment
+from gengram_megatron.config.schema import Config
 from gengram_megatron.training.processes import end_processes, start_processes
 from tests.exchange_models import load
-from tests.observed import KINDS, RESUMED, configs, diagnosed, go_on, observe
+from tests.observed import KINDS, LAYOUTS, SOME, built, configs, diagnosed, go_on, observe
 
 
 def transformer_engine(folder: Path) -> dict:
@@ -23,10 +26,11 @@ def transformer_engine(folder: Path) -> dict:
     found = {name: observe(config) for name, config in configs(folder, "transformer_engine")}
     own = "model.implementation=transformer_engine"
     found["diagnosis"] = diagnosed(load(folder, "diagnosed", own))
-    for kind in RESUMED:
+    for kind in SOME:
         begun, own_run = f"{kind}_of_torch", f"{kind}_of_engine"
         found[begun] = go_on(load(folder, begun, own, *KINDS[kind]), steps=2, save=False)
         found[own_run] = go_on(load(folder, own_run, own, *KINDS[kind]), steps=2)
+    found["torch"] = observe(load(folder, "torch", "train.recompute=selective"))
     fp8 = (own, "train.precision=fp8", "train.recompute=selective")
     found["fp8"] = go_on(load(folder, "fp8", *fp8), steps=4, save=False)
     found["fp8, cut"] = [
@@ -43,15 +47,35 @@ def apex(folder: Path) -> dict:
     return {
         name: observe(config)
         for name, config in configs(folder, "torch")
-        if not name.endswith("recomputed")
+        if name.startswith(SOME) and not name.endswith("recomputed")
     }
+
+
+def layouts(folder: Path) -> dict:
+    """What one of two ranks builds of Transformer Engine's layers; they compute nothing."""
+    from megatron.core import parallel_state
+
+    found = {}
+    for name, (kind, *split) in LAYOUTS.items():
+        words = (*KINDS[kind], *split, "model.implementation=transformer_engine")
+        config = load(folder, "unused", *words)
+        parallel_state.destroy_model_parallel()
+        start(config)
+        found[name] = built(config)
+    return found
+
+
+def start(config: Config) -> None:
+    """The groups of its layout."""
+    size, rank = world_size_from_environment()
+    start_processes(check_layout(config, size), seed=1, rank=rank)
 
 
 if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])
-    start_processes(check_layout(load(folder, "unused"), 1), seed=1, rank=0)
-    torch.save(
-        {"transformer_engine": transformer_engine, "apex": apex}[what](folder),
-        folder / "observed.pt",
+    start(load(folder, "unused"))
+    found = {"transformer_engine": transformer_engine, "apex": apex, "layouts": layouts}[what](
+        folder
     )
+    torch.save(found, folder / "observed.pt")
     end_processes()

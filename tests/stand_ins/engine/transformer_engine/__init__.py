@@ -3,7 +3,8 @@
 The names and arguments of modules and functions are those of its public documentation (2.9 to
 2.11, the versions that megatron-core 0.16.1 asks for), so that a call with an argument that does
 not exist there fails here as well. What a module computes is the plain formula in torch, on one
-process; fp8 rounds nothing and only checks the sides of matrices. Two habits of the real modules
+process (on several it can only be built); fp8 rounds nothing and only checks the sides of matrices.
+Two habits of the real modules
 are kept because callers trip over them: parameters are wrapped anew after their init method was
 called, and the state of a module has notes (`_extra_state`) besides its tensors. Optimizers and
 fused functions are left out, as a version may lack them, too.

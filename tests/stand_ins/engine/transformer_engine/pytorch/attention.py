@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from transformer_engine.pytorch.base import TransformerEngineBaseModule, one_process
+from transformer_engine.pytorch.base import TransformerEngineBaseModule, compute_alone, ranks
 
 
 class DotProductAttention(TransformerEngineBaseModule):
@@ -32,7 +32,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         return_max_logit=False,
     ):
         super().__init__()
-        one_process(tp_size)
+        self.ranks = ranks(tp_group, tp_size) * ranks(cp_group)
         width = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.softmax_scale = softmax_scale or width**-0.5
         self.register_load_state_dict_post_hook(_without_notes)
@@ -65,6 +65,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         """[s, b, heads, d] and [s, b, groups, d]; returns [s, b, heads * d]."""
         if attn_mask_type != "causal" or core_attention_bias is not None:
             raise NotImplementedError("the stand-in knows causal attention only")
+        compute_alone(self.ranks)
         self.init_fp8_metadata(num_gemms=3)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
         out = F.scaled_dot_product_attention(

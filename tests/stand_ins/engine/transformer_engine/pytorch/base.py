@@ -47,8 +47,12 @@ class TransformerEngineBaseModule(nn.Module):
             self.fp8_meta.update(pickle.loads(state.numpy().tobytes()))
 
 
-def one_process(tp_size: int) -> int:
-    """Of tensor-parallel ranks the stand-in knows one."""
-    if tp_size != 1:
+def ranks(group, size: int = 1) -> int:
+    """Of a group; `size` stands for one that is not made yet."""
+    return size if group is None else group.size()
+
+
+def compute_alone(group_size: int) -> None:
+    """On several ranks modules can be built, which is all that the stand-in can do there."""
+    if group_size > 1:
         raise NotImplementedError("the stand-in computes on one process")
-    return tp_size

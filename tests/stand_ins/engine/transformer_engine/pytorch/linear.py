@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transformer_engine.pytorch.base import TransformerEngineBaseModule, one_process
+from transformer_engine.pytorch.base import TransformerEngineBaseModule, compute_alone, ranks
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
 
@@ -41,6 +41,15 @@ def product(x, weight, fuse, first):
     return _Product.apply(x, weight, fuse, first)
 
 
+def shape_on_a_rank(out_features, in_features, parallel_mode, tp_size) -> tuple[int, int]:
+    """Of a weight whose rows (column parallel) or columns (row parallel) ranks share."""
+    if parallel_mode == "column":
+        out_features //= tp_size
+    elif parallel_mode == "row":
+        in_features //= tp_size
+    return out_features, in_features
+
+
 class Linear(TransformerEngineBaseModule):
     """y = x w^T."""
 
@@ -72,15 +81,16 @@ class Linear(TransformerEngineBaseModule):
         save_original_input=False,
     ):
         super().__init__()
-        self.tp_size = one_process(tp_size)
+        self.tp_size = ranks(tp_group, tp_size)
         self.in_features, self.out_features = in_features, out_features
         self.parallel_mode, self.use_bias = parallel_mode, bias
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.save_original_input = save_original_input
-        shape = (out_features, in_features)
+        shape = shape_on_a_rank(out_features, in_features, parallel_mode, self.tp_size)
         self.make_parameter("weight", shape, params_dtype, device, init_method)
 
     def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+        compute_alone(self.tp_size)
         self.init_fp8_metadata()
         return product(inp, self.weight, self.fuse_wgrad_accumulation, is_first_microbatch)
 
@@ -120,18 +130,19 @@ class LayerNormLinear(TransformerEngineBaseModule):
         name=None,
     ):
         super().__init__()
-        self.tp_size = one_process(tp_size)
+        self.tp_size = ranks(tp_group, tp_size)
         if normalization != "RMSNorm":
             raise NotImplementedError("the stand-in knows RMSNorm only")
         self.in_features, self.out_features, self.eps = in_features, out_features, eps
         self.parallel_mode, self.use_bias = parallel_mode, bias
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
-        shape = (out_features, in_features)
+        shape = shape_on_a_rank(out_features, in_features, parallel_mode, self.tp_size)
         self.make_parameter("weight", shape, params_dtype, device, init_method)
         self.make_parameter("layer_norm_weight", in_features, params_dtype, device, nn.init.ones_)
         self.layer_norm_weight.sequence_parallel = sequence_parallel
 
     def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+        compute_alone(self.tp_size)
         self.init_fp8_metadata()
         normed = F.rms_norm(inp, (self.in_features,), self.layer_norm_weight, self.eps)
         return product(normed, self.weight, self.fuse_wgrad_accumulation, is_first_microbatch)
@@ -164,15 +175,16 @@ class GroupedLinear(TransformerEngineBaseModule):
         save_original_input=False,
     ):
         super().__init__()
-        one_process(tp_size)
+        self.tp_size = ranks(tp_group, tp_size)
         self.num_gemms, self.use_bias = num_gemms, bias
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.save_original_input = save_original_input
+        shape = shape_on_a_rank(out_features, in_features, parallel_mode, self.tp_size)
         for number in range(num_gemms):
-            shape = (out_features, in_features)
             self.make_parameter(f"weight{number}", shape, params_dtype, device, init_method)
 
     def forward(self, inp, m_splits, is_first_microbatch=None):
+        compute_alone(self.tp_size)
         self.init_fp8_metadata(num_gemms=self.num_gemms)
         fuse = self.fuse_wgrad_accumulation
         return torch.cat(
