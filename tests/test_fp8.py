@@ -6,6 +6,7 @@ from gengram_megatron.config.load import load_config
 from gengram_megatron.config.problems.transformer_engine import gpu_problems, precision_problems
 from gengram_megatron.config.schema import Config
 from gengram_megatron.doctor import parts
+from gengram_megatron.doctor.advice import advice
 from gengram_megatron.doctor.examine import _Examination
 from gengram_megatron.errors import UserError
 from gengram_megatron.training.run import train
@@ -120,3 +121,20 @@ def test_why_gradients_are_added_up_as_they_are(config):
     )
     torch = config("model.implementation=torch")
     assert parts._fusion(gpu, torch, "fused_x") == "megatron-core found apex's fused_x"
+
+
+def advised(*there: str) -> list[str]:
+    """To a machine with a GPU and these packages."""
+    names = ("transformer-engine", "apex", "triton")
+    versions = {name: "1.0" if name in there else None for name in names}
+    software = {name: {"version": found, "error": None} for name, found in versions.items()}
+    found = {"software": software, "devices": {"gpus": [{}], "cuda": "13.0"}, "measured": None}
+    return list(advice(found, None))
+
+
+def test_which_libraries_are_advised():
+    assert advised("transformer-engine", "apex", "triton") == []
+    [apex] = advised("transformer-engine", "triton")
+    assert apex.startswith("apex is missing") and "Adam" not in apex
+    [apex, engine] = advised("triton")
+    assert "Adam" in apex and "'gengram-megatron[te]'" in engine

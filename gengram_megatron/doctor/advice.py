@@ -36,12 +36,16 @@ def _missing(software: dict) -> Iterator[str]:
     def lacks(name: str) -> bool:
         return software[name]["version"] is None
 
-    if lacks("transformer-engine") and lacks("apex"):
-        yield "apex is missing, whose fused Adam megatron-core takes where it is installed"
+    if lacks("apex"):
+        adam = ", and whose fused Adam megatron-core takes" if lacks("transformer-engine") else ""
+        yield (
+            "apex is missing, whose matrix products add gradients of weights to their sums"
+            f"{adam}: build it with --cpp_ext and --cuda_ext"
+        )
     if lacks("transformer-engine"):
         yield (
-            "Transformer Engine is missing, with fused norms, attention and Adam: pip install "
-            "'gengram-megatron[te]'"
+            "Transformer Engine is missing, with fused norms, attention, fp8 and Adam: pip install "
+            "--no-build-isolation 'gengram-megatron[te]'"
         )
     if lacks("triton"):
         yield "Triton is missing, without which torch compiles nothing for GPUs: pip install triton"
