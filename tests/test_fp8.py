@@ -1,7 +1,9 @@
 """What is asked of GPUs and sizes before a run with Transformer Engine starts."""
 
 import pytest
+import torch
 
+from gengram_megatron.checkpoint.store import estimated_size
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.problems.transformer_engine import gpu_problems, precision_problems
 from gengram_megatron.config.schema import Config
@@ -75,6 +77,30 @@ REFUSED = {
 @pytest.mark.parametrize("words, says", REFUSED.values(), ids=REFUSED)
 def test_sizes_that_fp8_cannot_use(config, words, says):
     assert any(says in sentence for sentence in precision_problems(config(*words)))
+
+
+RECIPES = {
+    "a scale a tensor": ((), ("hybrid", "tensorwise")),
+    "blocks": (("train.fp8.recipe=blockwise",), ("e4m3", "blockwise")),
+    "smaller blocks": ((BLACKWELL,), ("e4m3", "mxfp8")),
+    "given": ((BLACKWELL, "train.fp8.format=hybrid"), ("hybrid", "mxfp8")),
+    "none": (("train.precision=bf16",), (None, "delayed")),  # of megatron-core, and not read
+}
+
+
+@pytest.mark.parametrize("words, expected", RECIPES.values(), ids=RECIPES)
+def test_what_megatron_is_told(config, one_process, words, expected):
+    from gengram_megatron.model.build import transformer_config
+
+    told = transformer_config(config(*DENSE, *words), one_process)
+    assert (told.fp8, told.fp8_recipe) == expected
+    assert told.bf16 and told.params_dtype == torch.bfloat16
+
+
+def test_weights_stay_in_bf16(config):
+    in_bf16 = config("train.precision=bf16")
+    assert estimated_size(config()) == estimated_size(in_bf16)
+    assert estimated_size(config("train.precision=fp32")) > estimated_size(in_bf16)
 
 
 HOPPER = (9, 0)

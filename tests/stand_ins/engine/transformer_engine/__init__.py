@@ -4,10 +4,10 @@ The names and arguments of modules and functions are those of its public documen
 2.11, the versions that megatron-core 0.16.1 asks for), so that a call with an argument that does
 not exist there fails here as well. What a module computes is the plain formula in torch, on one
 process (on several it can only be built); fp8 rounds nothing and only checks the sides of matrices.
-Two habits of the real modules
-are kept because callers trip over them: parameters are wrapped anew after their init method was
-called, and the state of a module has notes (`_extra_state`) besides its tensors. Optimizers and
-fused functions are left out, as a version may lack them, too.
+Habits of the real modules are kept that callers may trip over: parameters are wrapped anew after
+their init method was called, a gradient that was added to its sum leaves only room behind and
+replaces the sum in the first microbatch, and the state of a module has notes (`_extra_state`).
+Optimizers and fused functions are left out, as a version may lack them, too.
 """
 
 from transformer_engine import common as common
