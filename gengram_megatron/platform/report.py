@@ -8,11 +8,9 @@ OFF = "off"
 
 
 def implementations(chunks: list, optimizer) -> str:
-    """One line for people; a part that a rank does not have, and what is off, is left out."""
+    """One line for people; a part that a rank does not have is left out."""
     found = {**parts(chunks, optimizer), "device": _device()}
-    return "using " + ", ".join(
-        f"{part}: {text}" for part, text in found.items() if text not in (None, OFF)
-    )
+    return "using " + ", ".join(f"{part}: {text}" for part, text in found.items() if text)
 
 
 def parts(chunks: list, optimizer) -> dict[str, str | None]:
