@@ -48,9 +48,9 @@ setup(
         "tensorboard>=2.16",  # event files in the run's folder
     ],
     extras_require={
-        # model.implementation: transformer_engine, and its fused Adam wherever it is installed. It
-        # is compiled against torch and CUDA: install those first, and add --no-build-isolation.
-        # The range is the one that megatron-core 0.16.1 is developed with.
+        # model.implementation: transformer_engine, with it train.precision: fp8, and its fused Adam
+        # wherever it is installed. It is compiled against torch and CUDA: install those first, and
+        # add --no-build-isolation. The range is the one that megatron-core 0.16.1 is developed with.
         "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12"],
         "wandb": ["wandb>=0.17"],  # logging.wandb
         "hf": HUGGING_FACE,  # gengram checkpoint export, and import of what it wrote

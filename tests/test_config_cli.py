@@ -32,7 +32,7 @@ MISTAKES = {
     "no file": (["none.yaml"], "there is no config file none.yaml"),
     "wrong key": ([ONE_GPU, "train.lr=1"], "did you mean optimizer.lr?"),
     "wrong value": ([ONE_GPU, "train.steps=many"], "train.steps is the text 'many'"),
-    "wrong choice": ([ONE_GPU, "train.precision=fp8"], "it must be bf16 or fp32"),
+    "wrong choice": ([ONE_GPU, "train.precision=fp16"], "it must be bf16, fp32 or fp8"),
     "wrong word": ([ONE_GPU, "train.steps"], "is not of the form key=value"),
     "wrong YAML": ([ONE_GPU, "run.dir={"], "this is not valid YAML"),
     "world size": ([SMOKE / "cpu.yaml"], "the world size is 1, which is not a multiple of"),

@@ -63,6 +63,7 @@ REFUSED = {
     "mla without sequence": (4, [*MLA, *DENSE, "parallel.sequence=false"], "model.attention mla on more than one tensor-parallel rank needs parallel.sequence: true"),
     "rows of experts": (4, ["model.hidden_size=72", "model.num_attention_heads=4", "model.ffn_hidden_size=260"], "model.ffn_hidden_size / parallel.expert_tensor is 130, which experts in bf16 cannot use: make it a multiple of 8"),
     "transformer engine": (4, ["model.implementation=transformer_engine"], "model.implementation is transformer_engine, which is not installed here"),
+    "fp8 of torch": (4, ["train.precision=fp8"], "train.precision is fp8, which Transformer Engine computes, but model.implementation is auto: set it to transformer_engine, or precision to bf16"),
     "dense ffn": (4, [*DENSE, "model.ffn_hidden_size=255"], "model.ffn_hidden_size is 255, which is not a multiple of parallel.tensor = 2"),
     "expert ffn": (4, ["model.ffn_hidden_size=255"], "model.ffn_hidden_size is 255, which is not a multiple of parallel.expert_tensor (null: parallel.tensor) = 2"),
     "expert ffn of its own split": (8, ["parallel.expert_tensor=4", "model.ffn_hidden_size=254"], "model.ffn_hidden_size is 254, which is not a multiple of parallel.expert_tensor = 4"),

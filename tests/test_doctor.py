@@ -20,7 +20,8 @@ from tests.layouts.launch import ROOT
 from tests.training.tiny import DENSE, MLA, environment, write_config
 
 PARTS = {
-    "attention", "norm", "experts", "memory", "optimizer", "gradient accumulation fusion", "fp8",
+    "attention", "norm", "linear", "experts", "memory", "optimizer", "gradient accumulation fusion",
+    "fp8",
 }  # fmt: skip
 
 

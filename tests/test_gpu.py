@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.exchange_models import load
+from tests.observed import KINDS, observe, same_model
 from tests.test_attention import SHAPES, make_attention, make_inputs
 from tests.test_experts import COUNTS, HIDDEN, close, make_experts, one_after_the_other
 from tests.test_flops import make_config
@@ -189,6 +192,18 @@ def test_experts_against_a_loop(one_process, counts, recompute):
     for mine, right in zip(ours, exact):
         right = torch.zeros_like(right) if right.grad is None else right.grad
         assert close(mine.grad.cpu(), right, 2 * ROUNDING)
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformer_engine_computes_what_torch_computes(one_process, tmp_path, kind, recompute):
+    """The library itself; on the CPU there is only a stand-in of it."""
+    words = (*KINDS[kind], "train.precision=bf16", f"train.recompute={recompute}")
+    own = "model.implementation=transformer_engine"
+    found, expected = (observe(load(tmp_path, "run", *words, *more)) for more in ((own,), ()))
+    assert found["parts"]["attention"] == "Transformer Engine (DotProductAttention)"
+    same_model(found, expected, tolerance=0.1)
 
 
 def train(folder: Path, data: Path) -> list[dict]:

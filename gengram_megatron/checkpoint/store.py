@@ -146,7 +146,7 @@ def size(checkpoint: Path) -> int:
 
 def estimated_size(config: Config) -> int:
     """Bytes of a run's checkpoint: weights, and three float32 numbers each for the optimizer."""
-    weight = 2 if config.train.precision == "bf16" else 4
+    weight = 2 if config.train.dtype == "bf16" else 4
     return count_parameters(config).total * (weight + 12)
 
 

@@ -7,7 +7,6 @@ from gengram_megatron.config.problems.gengram import gengram_problems
 from gengram_megatron.config.problems.model import (
     attention_problems,
     expert_problems,
-    installation_problems,
 )
 from gengram_megatron.config.problems.parallel import (
     pipeline_problems,
@@ -25,6 +24,10 @@ from gengram_megatron.config.problems.training import (
     batch_problems,
     checkpoint_problems,
     optimizer_problems,
+)
+from gengram_megatron.config.problems.transformer_engine import (
+    installation_problems,
+    precision_problems,
 )
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
@@ -89,6 +92,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
         *batch_problems(config, world_size),
         *optimizer_problems(config),
         *checkpoint_problems(config),
+        *precision_problems(config),
     ]
     if problems:
         raise UserError("\n".join(problems))

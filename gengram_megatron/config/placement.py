@@ -63,7 +63,7 @@ def _place(table: KmerTable, config: Config, world_size: int) -> Placement:
 def bytes_by_columns(table: KmerTable, config: Config, world_size: int) -> int:
     """Weights, float32 gradients and Adam's states of a rank, were the table split by columns."""
     parameters = table.rows * table.columns // config.parallel.tensor
-    bf16 = config.train.precision == "bf16"
+    bf16 = config.train.dtype == "bf16"
     states = 12 if bf16 else 8  # two moments, and the float32 weights of bf16 ones
     copies = group_sizes(config, world_size)["data"] if config.optimizer.distributed else 1
     return parameters * ((2 if bf16 else 4) + 4) + parameters * states // copies

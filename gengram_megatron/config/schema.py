@@ -243,6 +243,23 @@ class Optimizer(Section):
     tables: Tables = Tables()
 
 
+class Fp8(Section):
+    """How Transformer Engine computes in fp8, read when train.precision is fp8. Recipes that scale
+    by the numbers of earlier steps (delayed) are not offered: a run could not go on from a
+    checkpoint with the same losses."""
+
+    recipe: Literal["tensorwise", "blockwise", "mxfp8"] = Field(
+        "tensorwise",
+        description="numbers that share a scale: a tensor's (Ada and later), a block's (Hopper "
+        "and later, CUDA 12.9), or 32 (Blackwell of data centres)",
+    )
+    format: Literal["hybrid", "e4m3"] | None = Field(
+        None,
+        description="hybrid: e4m3, and e5m2 for the gradients of activations; null: hybrid with a "
+        "scale a tensor, e4m3 with smaller blocks",
+    )
+
+
 class Train(Section):
     """How long, in which precision, with which batches."""
 
@@ -255,9 +272,12 @@ class Train(Section):
         description="step after which this job ends with a checkpoint; the schedule and a later "
         "job go on to the last step",
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of weights and activations; gradients add up in fp32"
+    precision: Literal["bf16", "fp32", "fp8"] = Field(
+        "bf16",
+        description="of weights and activations; gradients add up in fp32; fp8: bf16, but for the "
+        "products of attention, feed-forward and experts, by Transformer Engine",
     )
+    fp8: Fp8 = Fp8()
     deterministic: bool = Field(
         True,
         description="the same bits every time, without which a resumed run drifts by rounding; "
@@ -284,6 +304,11 @@ class Train(Section):
         description="samples of each validation, at most all, and of a blend's sets in its "
         "shares; null: all",
     )
+
+    @property
+    def dtype(self) -> Literal["bf16", "fp32"]:
+        """Of weights and activations, which fp8 leaves in bf16."""
+        return "fp32" if self.precision == "fp32" else "bf16"
 
 
 class Checkpoint(Section):

@@ -36,12 +36,16 @@ def _missing(software: dict) -> Iterator[str]:
     def lacks(name: str) -> bool:
         return software[name]["version"] is None
 
-    if lacks("transformer-engine") and lacks("apex"):
-        yield "apex is missing, whose fused Adam megatron-core takes where it is installed"
+    if lacks("apex"):
+        adam = ", and whose fused Adam megatron-core takes" if lacks("transformer-engine") else ""
+        yield (
+            "apex is missing, whose matrix products add gradients of weights to their sums"
+            f"{adam}: build it with --cpp_ext and --cuda_ext"
+        )
     if lacks("transformer-engine"):
         yield (
-            "Transformer Engine is missing, with fused norms, attention and Adam: pip install "
-            "'gengram-megatron[te]'"
+            "Transformer Engine is missing, with fused norms, attention, fp8 and Adam: pip install "
+            "--no-build-isolation 'gengram-megatron[te]'"
         )
     if lacks("triton"):
         yield "Triton is missing, without which torch compiles nothing for GPUs: pip install triton"
@@ -49,7 +53,7 @@ def _missing(software: dict) -> Iterator[str]:
 
 def _measured(measured: dict | None, devices: dict, config: Config | None) -> Iterator[str]:
     product = measured and measured["matrix_product"]
-    if not product or config is None or config.train.precision != "bf16":
+    if not product or config is None or config.train.dtype != "bf16":
         return
     bf16, fp32 = product["tflops"]["bf16"], product["tflops"]["fp32"]
     if fp32 > bf16 and not devices["gpus"]:

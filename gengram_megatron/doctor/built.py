@@ -16,8 +16,7 @@ from gengram_megatron.platform import prepare
 
 
 def parts(config: Config) -> dict[str, str | None]:
-    """As platform/report.py reads them off the model and optimizer, and switches of megatron-core's
-    config of it."""
+    """As platform/report.py reads them off the model and optimizer."""
     from gengram_megatron.training.processes import end_processes, start_processes
 
     layout = check_layout(config, 1)
@@ -29,15 +28,12 @@ def parts(config: Config) -> dict[str, str | None]:
     from gengram_megatron.training.step import forward_backward
 
     chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
-    settings = chunks[0].config
     optimizer = build_optimizer(config, chunks)
     bases = torch.tensor(config.model.gengram.token_ids[:4]).repeat(config.model.seq_length)
     batch = bases[None, : config.model.seq_length + 1]
     forward_backward(chunks, iter([batch]), config, layout, forward_only=False)
     optimizer.step_if(lambda norm: True)
     found = report.parts(chunks, optimizer)
-    found["gradient accumulation fusion"] = "on" if settings.gradient_accumulation_fusion else "off"
-    found["fp8"] = settings.fp8 or "off"
     end_processes()
     return found
 

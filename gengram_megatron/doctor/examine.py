@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gengram_megatron.checkpoint.store import estimated_size
 from gengram_megatron.config.layout import Layout, check_layout
+from gengram_megatron.config.problems.transformer_engine import gpu_problems
 from gengram_megatron.config.projection import projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.doctor import disk, fit
@@ -59,9 +60,19 @@ class _Examination:
             return None  # one for each GPU, and nobody knows how many there are
         processes = processes_of_a_node(launch, len(devices["gpus"]) if devices else 0)
         try:
-            return check_layout(self.config, launch.nodes * processes)
+            layout = check_layout(self.config, launch.nodes * processes)
         except UserError as error:
             self.problems += str(error).splitlines()
+            return None
+        if devices is None or self._fits_gpus(devices["gpus"]):
+            return layout
+
+    def _fits_gpus(self, gpus: list[dict]) -> bool:
+        capabilities = (gpu["compute_capability"].split(".") for gpu in gpus)
+        oldest = min((tuple(map(int, one)) for one in capabilities), default=None)
+        problems = list(gpu_problems(self.config, oldest))
+        self.problems += problems
+        return not problems
 
     def _look_at_parts(self, layout: Layout | None) -> None:
         """What megatron-core found; and of a layout that works, what the parts will be."""

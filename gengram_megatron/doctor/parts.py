@@ -1,10 +1,9 @@
 """Why each part of a model gets the implementation that it gets, and not a faster one."""
 
-from gengram_megatron.config.keys import Keys
+from gengram_megatron.config.problems.transformer_engine import TRANSFORMER_ENGINE
 from gengram_megatron.config.projection import Projection
 from gengram_megatron.config.schema import Config
 
-TRANSFORMER_ENGINE = "transformer_engine"
 WITHOUT = {
     "experts": "model.num_experts is null: a dense model",
     "memory": "model.gengram.enabled is false",
@@ -25,10 +24,13 @@ def explained(
     why = {
         "attention": layers,
         "norm": layers + _norm(extensions["layer norm"]),
+        "linear": layers,
         "experts": layers,
         "memory": projection and projection.reason,
         "optimizer": _optimizer(gpus, extensions["Adam"]["found"]),
-        "gradient accumulation fusion": _fusion(extensions["gradient accumulation fusion"]),
+        "gradient accumulation fusion": _fusion(
+            gpus, config, extensions["gradient accumulation fusion"]["found"]
+        ),
         "fp8": _fp8(config),
     }
     return {
@@ -64,13 +66,14 @@ def _optimizer(gpus: list, found: str) -> str:
     return missing if gpus else f"{missing}; both need a GPU"
 
 
-def _fusion(looked: dict) -> str:
-    off = "gengram does not switch it on, as it has not been tested with apex"
-    if looked["found"] is None:
-        return f"megatron-core did not find apex's fused_weight_gradient_mlp_cuda; besides, {off}"
-    return f"megatron-core found {looked['found']}, but {off}"
+def _fusion(gpus: list, config: Config, apex: str | None) -> str:
+    if not gpus:
+        return "apex and Transformer Engine add up gradients inside matrix products, on GPUs"
+    found = f"megatron-core found apex's {apex}" if apex else "megatron-core found none of apex"
+    if config.model.implementation == TRANSFORMER_ENGINE:
+        return f"{found}; Transformer Engine's layers have their own"
+    return found
 
 
 def _fp8(config: Config) -> str:
-    allowed = Keys(Config).allowed(("train", "precision"))
-    return f"train.precision is {config.train.precision}, and must be {allowed}"
+    return f"train.precision is {config.train.precision}"

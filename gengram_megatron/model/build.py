@@ -13,9 +13,10 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.placement import placements
 from gengram_megatron.config.projection import projection
 from gengram_megatron.config.schema import Config
+from gengram_megatron.model.accumulation import apex_adds_up, fuse_accumulation
 from gengram_megatron.model.data_parallel import DataParallel
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import initialize, marker
+from gengram_megatron.model.initialize import initialize, mark_again, marker
 from gengram_megatron.model.specs import block_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -45,6 +46,8 @@ def build_model(config: Config, layout: Layout) -> list[GPTModel]:
             vp_stage=vp_stage,
         )
         chunk.model_type = ModelType.encoder_or_decoder
+        if config.model.implementation == "transformer_engine":
+            mark_again(chunk, transformer)
         chunks.append(chunk)
     initialize(chunks, config.run.seed)
     return chunks
@@ -62,7 +65,8 @@ def wrap_for_data_parallelism(
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
-        module = Float16Module(chunk.config, chunk) if config.train.precision == "bf16" else chunk
+        fuse_accumulation(chunk, apex_adds_up())
+        module = Float16Module(chunk.config, chunk) if config.train.dtype == "bf16" else chunk
         wrapped.append(
             DataParallel(
                 chunk.config,
@@ -104,8 +108,8 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
 
 def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
     """megatron-core's description of the decoder."""
-    model, bf16 = config.model, config.train.precision == "bf16"
-    dtype = DTYPES[config.train.precision]
+    model, bf16 = config.model, config.train.dtype == "bf16"
+    dtype = DTYPES[config.train.dtype]
     output_std = model.init_std / (2 * model.num_layers) ** 0.5  # megatron-core's scaled init
     settings = {
         "num_layers": model.num_layers,
@@ -126,7 +130,6 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "pipeline_dtype": dtype,
         "bf16": bf16,
         "bias_activation_fusion": torch.cuda.is_available(),
-        "gradient_accumulation_fusion": False,
         "deallocate_pipeline_outputs": True,
         "cuda_graph_scope": [],
         "batch_p2p_comm": torch.cuda.is_available(),
@@ -137,6 +140,7 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "num_layers_in_last_pipeline_stage": config.parallel.last_stage_layers,
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence,
+        **_fp8(config),
         **_experts(config, layout),
         **_recompute(config),
     }
@@ -154,6 +158,15 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         # The norms of the compressed keys and queries, part of MLA's own definition.
         qk_layernorm=True,
     )
+
+
+def _fp8(config: Config) -> dict:
+    """Weights stay in bf16; what is multiplied is rounded to fp8."""
+    if config.train.precision != "fp8":
+        return {}
+    recipe = config.train.fp8.recipe
+    usual = "hybrid" if recipe == "tensorwise" else "e4m3"
+    return {"fp8": config.train.fp8.format or usual, "fp8_recipe": recipe}
 
 
 def _experts(config: Config, layout: Layout) -> dict:

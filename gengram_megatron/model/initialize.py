@@ -41,6 +41,23 @@ def marker(std: float) -> Callable[[nn.Parameter], nn.Parameter]:
     return init_method
 
 
+def mark_again(chunk: nn.Module, config) -> None:
+    """Transformer Engine makes new parameters of those that were marked when its layers were built,
+    in the same memory and without the marks.
+
+    config: megatron-core's, whose init methods mark.
+    """
+    for name, parameter in chunk.named_parameters():
+        if hasattr(parameter, "initial_law"):
+            continue
+        if parameter.dim() == 1:  # of a norm
+            mark(parameter, constant=1.0)
+        elif ".linear_proj." in name or ".linear_fc2." in name:
+            config.output_layer_init_method(parameter)
+        else:
+            config.init_method(parameter)
+
+
 @torch.no_grad()
 def initialize(chunks: list[nn.Module], seed: int) -> None:
     """Draw the initial weights of a rank's model chunks, in place."""

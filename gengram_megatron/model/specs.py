@@ -2,10 +2,7 @@
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_with_transformer_engine_spec,
-    get_mlp_module_spec_for_backend,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,6 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from gengram_megatron.config.schema import Model
+from gengram_megatron.model import transformer_engine
 from gengram_megatron.model.attention import CoreAttention
 from gengram_megatron.model.experts import GroupedExperts
 from gengram_megatron.model.gengram.memory import GengramMemory
@@ -49,7 +47,7 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers that this pipeline stage builds, memory in those that have it."""
     if model.implementation == "transformer_engine":
-        layer, norm = _transformer_engine_layer(config)
+        layer, norm = transformer_engine.layer_spec(config), transformer_engine.NORM
     else:
         layer, norm = _torch_layer(config), RMSNorm
     if memory is not None:
@@ -115,15 +113,3 @@ def _latent_attention(backend: LocalSpecProvider) -> ModuleSpec:
             kv_layernorm=backend.layer_norm(for_qk=True),
         ),
     )
-
-
-def _transformer_engine_layer(config) -> tuple[ModuleSpec, type]:
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    layer = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-        qk_layernorm=config.qk_layernorm,
-        multi_latent_attention=config.multi_latent_attention,
-    )
-    return layer, TENorm

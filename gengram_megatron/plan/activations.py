@@ -47,7 +47,7 @@ class Activations:
     def __init__(self, split: Split):
         self.split, self.model = split, split.config.model
         self.tokens = Tokens.of(split)
-        self.size = BYTES[split.config.train.precision]
+        self.size = BYTES[split.config.train.dtype]
         self.recompute = split.config.train.recompute
         self.tensor = split.layout.tensor
         self.stream = self.tokens.shard * self.model.hidden_size * self.size
@@ -146,6 +146,6 @@ class Activations:
             rows, widths = self.tokens.part, 6 if again else 3
         else:
             rows = self.tokens.routed
-            widths = EXPERTS_AT_WORK[self.split.config.train.precision][again]
+            widths = EXPERTS_AT_WORK[self.split.config.train.dtype][again]
         width = widths * self.model.ffn_hidden_size // self.split.feed_forward_ranks
         return rows * width * self.size + 4 * self.stream

@@ -45,10 +45,9 @@ def complete_without_transformer_engine() -> None:
     # Its default fp8=False means True (`fp8 is not None`), which needs Transformer Engine.
     random = importlib.import_module(core + "tensor_parallel.random")
     random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-    _keep_step_of_torch_adam()
 
 
-def _keep_step_of_torch_adam() -> None:
+def keep_step_of_torch_adam() -> None:
     """DistributedOptimizer saves Adam's step with the parameter groups, has it set by
     load_state_dict, and then looks for it among the loaded tensors, where it is not, if the Adam
     is torch's (which keeps its step as a tensor of the state). All states share the tensor that

@@ -2,6 +2,9 @@
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+OFF = "off"
 
 
 def implementations(chunks: list, optimizer) -> str:
@@ -15,36 +18,59 @@ def parts(chunks: list, optimizer) -> dict[str, str | None]:
 
     chunks: this rank's wrapped model chunks; a rank without a layer has nothing to say of them.
     """
-    names = {type(m).__name__: m for chunk in chunks for m in chunk.modules()}
+    # megatron-core may be imported only after platform.prepare.
+    from gengram_megatron.model.accumulation import fused_by
+
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    names = {_name(module) for module in modules}
     return {
-        "attention": _first(names, "CoreAttention", "TEDotProductAttention"),
-        "norm": _first(names, "RMSNorm", "TENorm", "TELayerNormColumnParallelLinear"),
-        "memory": _memory(chunks),
-        "experts": _first(names, "GroupedExperts", "TEGroupedMLP"),
+        "attention": _first(names, "TEDotProductAttention", "CoreAttention"),
+        # The memory's norms are torch's in any case.
+        "norm": _first(names, "TELayerNormColumnParallelLinear", "TERMSNorm", "RMSNorm"),
+        "linear": _first(names, "TERowParallelLinear", "RowParallelLinear"),
+        "memory": _memory(modules),
+        "experts": _first(names, "TransformerEngineExperts", "GroupedExperts"),
         "optimizer": _optimizer(optimizer),
+        "gradient accumulation fusion": fused_by(modules) or OFF,
+        "fp8": _fp8(chunks[0].config),
     }
 
 
 _WORDS = {
     "CoreAttention": "torch scaled_dot_product_attention",
     "RMSNorm": "torch rms_norm",
+    "RowParallelLinear": "torch matmul",
     "GroupedExperts": "torch grouped_mm",
+    "TEDotProductAttention": "Transformer Engine (DotProductAttention)",
+    "TELayerNormColumnParallelLinear": "Transformer Engine (LayerNormLinear)",
+    "TERMSNorm": "Transformer Engine (RMSNorm)",
+    "TERowParallelLinear": "Transformer Engine (Linear)",
+    "TransformerEngineExperts": "Transformer Engine (GroupedLinear)",
 }
 
 
-def _first(names: dict, *candidates: str) -> str | None:
-    """The part that was built, in words; Transformer Engine's parts under their own names."""
-    for name in candidates:
-        if name in names:
-            return _WORDS.get(name, f"Transformer Engine ({name})")
-    return None
+def _name(module: nn.Module) -> str:
+    """Of its class; in front of it TE where it is Transformer Engine's own, which calls its norm
+    as we call ours."""
+    kind = type(module)
+    own = kind.__module__.startswith("transformer_engine.")
+    return f"TE{kind.__name__}" if own else kind.__name__
 
 
-def _memory(chunks: list) -> str | None:
-    # megatron-core may be imported only after platform.prepare.
+def _first(names: set[str], *candidates: str) -> str | None:
+    """The part that was built, in words."""
+    return next((_WORDS[name] for name in candidates if name in names), None)
+
+
+def _fp8(settings) -> str:
+    """settings: megatron-core's config of the model."""
+    return f"{settings.fp8_recipe}, {settings.fp8}" if settings.fp8 else OFF
+
+
+def _memory(modules: list[nn.Module]) -> str | None:
     from gengram_megatron.model.gengram.memory import GengramMemory
 
-    for module in (module for chunk in chunks for module in chunk.modules()):
+    for module in modules:
         if isinstance(module, GengramMemory):
             return "Gengram, " + (
                 "features projected" if module.projected is None else "tables projected once a step"

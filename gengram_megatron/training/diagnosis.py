@@ -58,7 +58,7 @@ class _Search:
         for number, (name, parameter) in enumerate(names(chunk.named_parameters())):
             if not parameter.isfinite().all():
                 self._note(0, number, f"the weight {name}")
-            handle = parameter.register_hook(self._on_gradient(name))
+            handle = parameter.register_hook(self._on_gradient(name, parameter))
             stack.callback(handle.remove)
         for name, module in names(chunk.named_modules()):
             handle = module.register_forward_hook(self._on_output(name))
@@ -77,8 +77,10 @@ class _Search:
 
         return look
 
-    def _on_gradient(self, name: str):
+    def _on_gradient(self, name: str, parameter: nn.Parameter):
         def look(gradient: Tensor) -> None:
+            if getattr(parameter, "grad_added_to_main_grad", False):
+                gradient = parameter.main_grad  # what comes is only room for a gradient
             if not _finite(gradient):
                 self._note(2, len(self.found), f"the gradient of {name}")
 

@@ -47,7 +47,7 @@ def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
     """megatron-core's optimizer over a rank's chunks. Gengram tables may have their own learning
     rate and weight decay; norm weights are not decayed."""
     settings = config.optimizer
-    bf16 = config.train.precision == "bf16"
+    bf16 = config.train.dtype == "bf16"
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,

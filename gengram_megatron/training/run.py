@@ -17,6 +17,7 @@ from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
 from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
+from gengram_megatron.training.devices import check_gpu
 from gengram_megatron.training.folder import locked, make_folder, write_config
 from gengram_megatron.training.processes import end_processes, start_processes
 from gengram_megatron.training.waiting import Waiting
@@ -35,6 +36,7 @@ def train(config: Config, layout: Layout) -> int:
 
     Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
     """
+    check_gpu(config)
     data, folder = RunData(config), Path(config.run.dir)
     make_folder(folder)
     _, rank = world_size_from_environment()

@@ -48,7 +48,7 @@ def model_config(config: Config) -> dict:
     settings = {
         "architectures": [_class(model, "ForCausalLM")],
         "model_type": _model_type(model),
-        "dtype": DTYPES[config.train.precision],
+        "dtype": DTYPES[config.train.dtype],
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,

@@ -55,7 +55,7 @@ def import_model(path: Path, config: Config) -> Path:
         raise UserError(f"{store.folder} holds checkpoints already; give another run.dir")
     foreign = _open(path, config)
     _check_names(path, foreign)
-    dtype = getattr(torch, DTYPES[config.train.precision])
+    dtype = getattr(torch, DTYPES[config.train.dtype])
     weights = {weight.key: weight for weight in foreign.weights}
     source = weights_only.Source(
         {key: weight.shape for key, weight in weights.items()},

@@ -1,6 +1,5 @@
-"""What attention, experts and the implementation ask for."""
+"""What attention and experts ask for."""
 
-import importlib.util
 from collections.abc import Iterator
 
 from gengram_megatron.config.problems.sizes import expert_tensor, multiple, sequence_parallel
@@ -82,7 +81,7 @@ def expert_problems(config: Config) -> Iterator[str]:
 
 def _grouped_product_problems(config: Config) -> Iterator[str]:
     """The grouped matrix product reads rows of whole 16 bytes."""
-    precision, parts = config.train.precision, expert_tensor(config)
+    precision, parts = config.train.dtype, expert_tensor(config)
     multiple = {"bf16": 8, "fp32": 4}[precision]
     if config.model.ffn_hidden_size % parts:
         return  # told elsewhere
@@ -96,12 +95,3 @@ def _grouped_product_problems(config: Config) -> Iterator[str]:
                 f"{name} is {width}, which experts in {precision} cannot use: "
                 f"make it a multiple of {multiple}"
             )
-
-
-def installation_problems(config: Config) -> Iterator[str]:
-    asked = config.model.implementation == "transformer_engine"
-    if asked and importlib.util.find_spec("transformer_engine") is None:
-        yield (
-            "model.implementation is transformer_engine, which is not installed here: install "
-            "transformer-engine[pytorch], or set model.implementation to torch"
-        )

@@ -50,12 +50,12 @@ def optimizer_problems(config: Config) -> Iterator[str]:
             "before the decay does"
         )
     pipeline, gengram = config.parallel.pipeline, config.model.gengram.enabled
-    if not optimizer.distributed and config.train.precision == "bf16" and pipeline > 1 and gengram:
+    if not optimizer.distributed and config.train.dtype == "bf16" and pipeline > 1 and gengram:
         # A stage without memory has no tables, and megatron-core 0.16.1 cannot read the empty
         # parameter group back that it writes for them.
         yield (
-            f"optimizer.distributed is false with train.precision bf16, parallel.pipeline = "
-            f"{pipeline} and Gengram, whose checkpoints megatron-core might not read back: set "
+            f"optimizer.distributed is false with train.precision {config.train.precision}, "
+            f"parallel.pipeline = {pipeline} and Gengram, whose checkpoints megatron-core might not read back: set "
             "distributed to true"
         )
     if optimizer.overlap_param_gather:

@@ -1,0 +1,84 @@
+"""Decoder layers of Transformer Engine: megatron-core's spec, which checkpoints name as they name
+layers of torch."""
+
+from dataclasses import replace
+from functools import partial
+
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+NORM = TENorm
+JOINED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Norms that are one module with the linear map behind them, and their names in checkpoints."""
+
+
+def layer_spec(config) -> ModuleSpec:
+    """A layer without memory. config: megatron-core's."""
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+    layer.submodules.sharded_state_dict_keys_map = JOINED_NORMS
+    if config.num_moe_experts is not None:
+        experts = layer.submodules.mlp.submodules
+        experts.experts = replace(experts.experts, module=TransformerEngineExperts)
+    return layer
+
+
+class TransformerEngineExperts(TEGroupedMLP):
+    """Transformer Engine's grouped products, a weight an expert; in checkpoints under the names and
+    in the shapes of GroupedExperts."""
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        """Of what megatron-core describes, only Transformer Engine's own notes stay."""
+        described = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = {key: part for key, part in described.items() if isinstance(part, ShardedObject)}
+        for expert in range(self.num_local_experts):
+            for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+                state[f"{prefix}{name}.weight{expert}"] = ShardedTensorFactory(
+                    f"{prefix}{name}.weight",
+                    getattr(module, f"weight{expert}"),
+                    partial(self._as_stored, expert, name == "linear_fc1", sharded_offsets),
+                    _as_held,
+                    (0, 0, module._pg_collection.expt_dp.rank()),
+                )
+        return state
+
+    def _as_stored(
+        self, expert: int, gated: bool, sharded_offsets: tuple, key: str, weight: Tensor, replica, _
+    ) -> list[ShardedTensor]:
+        """One of all experts, [1, ...]; gate and up are an axis of linear_fc1, [1, 2, f, h]."""
+        before, experts = len(sharded_offsets), self.num_local_experts
+        if gated:
+            weight = weight.unflatten(0, (2, -1))
+        return [
+            ShardedTensor.from_rank_offsets(
+                key,
+                weight.unsqueeze(0),
+                *sharded_offsets,
+                (before, self.ep_group.rank() * experts + expert, self.ep_group.size() * experts),
+                (before + 2, self.tp_group.rank(), self.tp_group.size()),
+                replica_id=replica,
+                prepend_axis_num=before,
+            )
+        ]
+
+
+def _as_held(stored: list[Tensor]) -> Tensor:
+    """[1, 2, f, h] as [2 f, h], and [1, h, f] as [h, f]."""
+    return stored[0].flatten(0, -2)
