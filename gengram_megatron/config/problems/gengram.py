@@ -9,6 +9,7 @@ from gengram_megatron.config.tables import LARGEST_DIRECT, kmer_tables
 
 
 def gengram_problems(config: Config) -> Iterator[str]:
+    """A sentence for each setting of the memory that cannot work."""
     gengram, model = config.model.gengram, config.model
     if not gengram.enabled:
         return

@@ -7,6 +7,7 @@ from gengram_megatron.config.schema import Config
 
 
 def attention_problems(config: Config) -> Iterator[str]:
+    """A sentence for each setting of attention that cannot work."""
     model = config.model
     heads, groups = model.num_attention_heads, model.num_query_groups
     if model.attention == "gqa":
@@ -49,6 +50,7 @@ def attention_problems(config: Config) -> Iterator[str]:
 
 
 def expert_problems(config: Config) -> Iterator[str]:
+    """A sentence for each setting of the experts that cannot work."""
     model, parallel = config.model, config.parallel
     if model.num_experts is None:
         if parallel.expert > 1:

@@ -40,6 +40,7 @@ def split_problems(config: Config) -> Iterator[str]:
 
 
 def pipeline_problems(config: Config) -> Iterator[str]:
+    """A sentence for each reason why the layers cannot be cut so."""
     parallel = config.parallel
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
     if virtual == 1:
@@ -112,6 +113,7 @@ def _uneven_problems(config: Config, own: dict[str, int]) -> Iterator[str]:
 
 
 def sequence_problems(config: Config) -> Iterator[str]:
+    """A sentence for each reason why the sequence cannot be cut so."""
     parallel, length = config.parallel, config.model.seq_length
     if parallel.sequence and parallel.tensor == 1:
         yield (
@@ -130,6 +132,7 @@ def sequence_problems(config: Config) -> Iterator[str]:
 
 
 def world_problems(config: Config, world_size: int) -> Iterator[str]:
+    """A sentence for each reason why so many processes cannot be laid out so."""
     parallel = config.parallel
     copy, experts = ranks_of_a_copy(config), ranks_of_the_experts(config)
     if world_size % copy:

@@ -7,6 +7,7 @@ from gengram_megatron.config.schema import Config
 
 
 def batch_problems(config: Config, world_size: int) -> Iterator[str]:
+    """A sentence for each reason why the batches do not come out even."""
     train, parallel = config.train, config.parallel
     if (train.steps is None) == (train.samples is None):
         what = "neither is given" if train.steps is None else "both are given"
@@ -37,6 +38,7 @@ def batch_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def optimizer_problems(config: Config) -> Iterator[str]:
+    """A sentence for each setting of the optimizer that cannot work."""
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         yield (
@@ -68,6 +70,7 @@ def optimizer_problems(config: Config) -> Iterator[str]:
 
 
 def checkpoint_problems(config: Config) -> Iterator[str]:
+    """A sentence for each setting of checkpoints that cannot work."""
     interval, keep_every = config.checkpoint.interval, config.checkpoint.keep_every
     if keep_every and (interval is None or keep_every % interval):
         yield (

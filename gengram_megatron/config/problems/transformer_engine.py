@@ -19,6 +19,7 @@ BLOCK = 128
 
 
 def installation_problems(config: Config) -> Iterator[str]:
+    """A sentence if what the config asks for is not installed, or fp8 without it."""
     if config.model.implementation != TRANSFORMER_ENGINE:
         if config.train.precision == "fp8":
             yield (

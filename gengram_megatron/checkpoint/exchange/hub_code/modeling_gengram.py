@@ -250,10 +250,14 @@ class ModelWithMemory:
 
 
 class GengramLlamaLayer(LayerWithMemory, LlamaDecoderLayer):
+    """A dense layer that may have memory."""
+
     pass
 
 
 class GengramLlamaModel(ModelWithMemory, LlamaModel):
+    """Dense layers with memory, without the head."""
+
     config_class = GengramLlamaConfig
     _no_split_modules = ("GengramLlamaLayer",)
 
@@ -266,6 +270,8 @@ class GengramLlamaModel(ModelWithMemory, LlamaModel):
 
 
 class GengramLlamaForCausalLM(LlamaForCausalLM):
+    """A dense model with memory."""
+
     config_class = GengramLlamaConfig
     _no_split_modules = ("GengramLlamaLayer",)
 
@@ -276,10 +282,14 @@ class GengramLlamaForCausalLM(LlamaForCausalLM):
 
 
 class GengramMixtralLayer(LayerWithMemory, MixtralDecoderLayer):
+    """A layer of experts that may have memory."""
+
     pass
 
 
 class GengramMixtralModel(ModelWithMemory, MixtralModel):
+    """Layers of experts with memory, without the head."""
+
     config_class = GengramMixtralConfig
     _no_split_modules = ("GengramMixtralLayer",)
 
@@ -292,6 +302,8 @@ class GengramMixtralModel(ModelWithMemory, MixtralModel):
 
 
 class GengramMixtralForCausalLM(MixtralForCausalLM):
+    """A mixture of experts with memory."""
+
     config_class = GengramMixtralConfig
     _no_split_modules = ("GengramMixtralLayer",)
 
