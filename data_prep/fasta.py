@@ -14,6 +14,7 @@ from gengram_megatron.tokenizer import PIECES, DnaTokenizer
 N = PIECES.index("N")
 
 LONGEST_HEADER = 1 << 20
+BYTE_ORDER_MARK = "\ufeff"
 
 BLANKS = b" \t\r\n\v\f"
 """What may stand between bases, or in an empty line."""
@@ -89,10 +90,18 @@ class _Record:
     def rest(self) -> Iterator[Piece]:
         """The piece of all that wait, if any do."""
         if self._start + self._count == 0:
-            raise UserError(f"{self._path}: record {self._name} has no bases")
+            raise UserError(self._empty())
         if self._count:
             waiting, self._waiting, self._count = self._waiting, [], 0
             yield self._piece(np.concatenate(waiting))
+
+    def _empty(self) -> str:
+        if "\r" in self._header:
+            return (
+                f"{self._path}: lines end with a carriage return alone, as on old Macs; write them "
+                "anew, with tr '\\r' '\\n'"
+            )
+        return f"{self._path}: record {self._name} has no bases; take it away, or download the file anew"
 
     def _wait_for(self, ids: np.ndarray) -> None:
         if len(ids):
@@ -143,6 +152,11 @@ def _parts(path: Path, file: Hashed | None) -> Iterator[tuple[bytes | None, byte
                 yield None, lines
             elif lines.strip(BLANKS):
                 start = lines.strip(BLANKS)[:20].decode()
+                if start.startswith(BYTE_ORDER_MARK):
+                    raise UserError(
+                        f"{path} begins with a byte-order mark, which is no part of FASTA: take it "
+                        "away, for instance with sed -i '1s/^\\xEF\\xBB\\xBF//'"
+                    )
                 raise UserError(f"{path} is not a FASTA file: it begins with {start!r}, not '>'")
             for record in records:
                 header, _, first_lines = record.partition(b"\n")

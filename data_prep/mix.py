@@ -93,11 +93,17 @@ def _has(group: str, have: int, need: int) -> str:
 
 
 def _too_few(split: Fate, group: str, weight: int, fate: np.ndarray) -> str:
-    """Say why a group has nothing to give."""
-    kinds = (split, Fate.TOO_MANY_N, Fate.FAR_FROM_GENES, Fate.STRADDLES)
-    have, n, far, straddle = (np.count_nonzero(fate == kind) for kind in kinds)
+    """Say where the fragments of a group have gone that has too few for a split."""
+    other = Fate.VALIDATION if split == Fate.TRAIN else Fate.TRAIN
+    elsewhere = {
+        f"are in the {other.name.lower()} split (keys validation...)": (other, LEFT_OUT[other]),
+        "cross the border between the splits": (Fate.STRADDLES,),
+        "were dropped for too many N (max_n_fraction)": (Fate.TOO_MANY_N,),
+        "were dropped for their distance from genes (gene_distance)": (Fate.FAR_FROM_GENES,),
+    }
+    counts = {words: int(np.isin(fate, fates).sum()) for words, fates in elsewhere.items()}
+    gone = ", ".join(f"{count:,} {words}" for words, count in counts.items() if count)
     return (
-        f"group {group} has {have} fragments for the {split.name.lower()} split and needs at least "
-        f"{weight}: of its {len(fate)} fragments {n} were dropped for too many N (max_n_fraction), "
-        f"{far} for their distance from genes (gene_distance), and {straddle} for crossing the border of the validation split (validation)"
+        f"group {group} has {np.count_nonzero(fate == split)} fragments for the "
+        f"{split.name.lower()} split and needs at least {weight}: of its {len(fate):,} fragments {gone}"
     )

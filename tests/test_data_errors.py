@@ -60,6 +60,8 @@ BAD = {
     "bases after a header that was cut": (b">r1", "record r1 has no bases"),
     "empty": (b"", "bad.fa is empty"),
     "empty when unpacked": (gzip.compress(b""), "bad.fa is empty"),
+    "lines of old Macs": (b">r1 one\rACGT\rACGT\r", "carriage return alone, as on old Macs"),
+    "byte-order mark": (b"\xef\xbb\xbf" + GOOD, "begins with a byte-order mark"),
     "record without bases": (GOOD + b">r3\n>r4\nACGT\n", "record r3 has no bases"),
     "record without a name": (b">\n" + GOOD, "record 1 has no name"),
     "only N": (b">r1\n" + b"N" * 500, "has no base but N"),
@@ -102,8 +104,20 @@ def test_an_error_of_one_worker_is_the_error_of_all(folder, monkeypatch, capsys)
     check_refused(capsys, run(monkeypatch, "--workers", "2"), "this is not DNA: in record p, 'L'")
 
 
+def test_nothing_left_for_a_split(folder, monkeypatch, capsys):
+    Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
+    records = re.findall(rb">(\S+)", GOOD)
+    names = ",".join(name.decode() for name in records)
+    code = run(monkeypatch, f"groups.apes.sources.b.validation_records=[{names}]")
+    check_refused(
+        capsys, code, r"apes has 0 fragments for the train split .* \d+ are in the validation split"
+    )
+
+
 def test_a_missing_source(folder, monkeypatch, capsys):
     check_refused(capsys, run(monkeypatch), r"bad\.fa: there is no such file \(source apes/b\)")
+    Path("bad.fa").mkdir()
+    check_refused(capsys, run(monkeypatch), r"bad\.fa: it is a folder \(source apes/b\)")
 
 
 def test_sources_are_relative_to_the_config(folder, monkeypatch, capsys):

@@ -168,9 +168,13 @@ def _length(node: dict) -> str:
     return f" of at least {low} entries" if low else ""
 
 
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
+
+
 def _bounds(node: dict) -> str:
     parts = [
-        f"{words} {node[name]:g}"
+        f"{words} {_number(node[name])}"
         for name, words in {
             "exclusiveMinimum": "greater than",
             "minimum": "at least",

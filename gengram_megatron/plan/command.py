@@ -46,7 +46,12 @@ def plan(
     utilisation: Utilisation = UTILISATION,
     gpu_tflops: Tflops = GPU_TFLOPS,
     suggest: Annotated[
-        bool, typer.Option("--suggest", help="Rank the layouts that fit, the fastest first.")
+        bool,
+        typer.Option(
+            "--suggest",
+            help="Rank the layouts that fit: the fastest first, of "
+            "those about as fast (5 %) the one with the fewest changes.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

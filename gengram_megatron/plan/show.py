@@ -86,7 +86,8 @@ def _tables(plan: dict) -> Table:
 def show_suggestions(found: list[Suggestion], gpus: int, gigabytes: float) -> None:
     """The fastest layouts, where their time goes, and the words that choose the first."""
     shown = Table(
-        title=f"Layouts on {gpus} GPUs that fit in {gigabytes:g} GB: {len(found)}, the fastest first",
+        title=f"Layouts on {gpus} GPUs that fit in {gigabytes:g} GB: {len(found)}, the fastest first; of "
+        "those about as fast, the one with the fewest changes",
         caption="seconds a step: arithmetic + waiting in the pipeline + communication",
     )
     for heading in ("change", "GB a rank", "seconds a step", "of which"):

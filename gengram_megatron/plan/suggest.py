@@ -1,4 +1,4 @@
-"""Layouts that fit, the fastest first."""
+"""Layouts that fit, the fastest first; of those about as fast, the one with the fewest changes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -96,7 +96,7 @@ def projection_obstacles(config: Config) -> Iterator[tuple[str, str]]:
     if gengram.kmer_sizes != list(range(1, largest + 1)) or largest > LARGEST_DIRECT:
         yield (
             f"model.gengram.kmer_sizes is {gengram.kmer_sizes}",
-            f"name every size from 1 to at most {LARGEST_DIRECT}",
+            f"give 1, 2, 3 and so on without a gap, up to {LARGEST_DIRECT} at most",
         )
     if gengram.share_reverse_complements:
         yield "model.gengram.share_reverse_complements is true", "set it to false"
