@@ -53,6 +53,8 @@ def _memory(chunks: list) -> str | None:
 
 
 def _optimizer(optimizer) -> str:
+    if hasattr(optimizer, "describe"):  # another engine's
+        return optimizer.describe()
     inner = (
         optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
     )
