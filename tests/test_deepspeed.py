@@ -1,56 +1,94 @@
-"""train.engine deepspeed trains as megatron-core's engine does, up to rounding, and each goes on from
-the other's checkpoints."""
+"""train.engine deepspeed trains as megatron-core's engine does, up to rounding; saves, and goes on
+bit for bit; and each engine goes on from the other's checkpoints."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.training.launch import Ended, run_jobs
-from tests.training.tiny import DENSE, build_data, entries, losses, write_config
+from tests.training import broken
+from tests.training.launch import Ended, gengram, run_jobs
+from tests.training.ranks import start_ranks
+from tests.training.tiny import DENSE, build_data, entries, losses, numbers, write_config
 
 # All runs are made in the fixture, which counts as part of the first test.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-TABLES = "optimizer.tables={lr_multiplier: 3, weight_decay: 0}"
-# Two validations, two microbatches a step, clipping (norms are above 1), a warm-up.
+# Two microbatches a step and rank, gradients that are clipped, rates that change, and settings of
+# their own for the tables.
 COMMON = (
-    TABLES,
-    "train.validation_interval=2",
-    "train.validation_samples=8",
-    "optimizer.clip_grad=0.5",
-    "optimizer.warmup_fraction=0.25",
     "model.num_layers=2",
     "model.gengram.layers=[1, 2]",
     "model.gengram.project=features",
+    "optimizer.tables={lr_multiplier: 3, weight_decay: 0}",
+    "optimizer.clip_grad=0.5",
+    "optimizer.warmup_fraction=0.25",
+    "train.validation_interval=2",
+    "train.validation_samples=8",
 )
 MODELS = {
     "moe_fp32": (),
     "dense_bf16": (*DENSE, "train.precision=bf16"),
 }
-# Else all weights of a model as small as this stay whole on every rank.
+ROUNDING = {"moe_fp32": 1e-5, "dense_bf16": 2e-3}
+# Else the weights of a model as small as this stay whole on every rank.
 CUT_ALL = "train.deepspeed.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}"
-STAGES = (1, 2, 3)
+OFFLOAD = ("train.deepspeed.offload_optimizer=true",)
+ENGINES = {
+    "megatron": (),
+    "zero1": ("train.engine=deepspeed", "train.deepspeed.zero_stage=1"),
+    "zero2": ("train.engine=deepspeed", "train.deepspeed.zero_stage=2"),
+    "zero3": ("train.engine=deepspeed", "train.deepspeed.zero_stage=3", CUT_ALL),
+}
+ENGINES |= {
+    "zero2_offload": (*ENGINES["zero2"], *OFFLOAD),
+    "zero3_offload": (*ENGINES["zero3"], *OFFLOAD, "train.deepspeed.offload_parameters=true"),
+}
+STAGES = ("zero1", "zero2", "zero3")
+CROSSINGS = (
+    ("moe_fp32", "megatron", "zero1"),
+    ("moe_fp32", "zero2", "megatron"),
+    ("moe_fp32", "zero3", "zero2"),
+    ("dense_bf16", "megatron", "zero3"),
+    ("dense_bf16", "zero1", "megatron"),
+)
+#   name: (settings, the same on one engine)
+FOUR = {
+    "dp4": (),
+    "tp2": ("parallel.tensor=2",),
+    "cp2": ("parallel.context=2",),
+}
+ON_FOUR = (("dp4", "zero1"), ("dp4", "zero3"), ("tp2", "zero1"), ("tp2", "zero2"), ("cp2", "zero2"))
 
 
-def zero(stage: int) -> tuple[str, ...]:
-    """Settings of a stage."""
-    words = ("train.engine=deepspeed", f"train.deepspeed.zero_stage={stage}")
-    return (*words, CUT_ALL) if stage == 3 else words
-
-
-def jobs() -> dict[str, tuple[str, ...]]:
-    """Run, and its settings; those of one run come after one another."""
-    found = {}
+def jobs_of_two() -> dict[str, tuple[str, ...]]:
+    """By job: the run and its settings. A run that is cut goes on in the job that follows."""
+    jobs = {}
     for model, settings in MODELS.items():
-        found[f"{model}_megatron"] = settings
-        for stage in STAGES:
-            found[f"{model}_zero{stage}"] = (*settings, *zero(stage))
-    return found
+        for engine, words in ENGINES.items():
+            jobs[f"{model}_{engine}"] = (*settings, *words)
+        for engine in STAGES:
+            words = (*settings, *ENGINES[engine], f"run.dir=FOLDER/{model}_{engine}_cut")
+            jobs[f"{model}_{engine}_cut"] = (*words, "train.stop_at=2")
+            jobs[f"{model}_{engine}_cut_on"] = words
+    for model, first, then in CROSSINGS:
+        name = f"{model}_{first}_then_{then}"
+        words = (*MODELS[model], f"run.dir=FOLDER/{name}")
+        jobs[name] = (*words, *ENGINES[first], "train.stop_at=2")
+        jobs[f"{name}_on"] = (*words, *ENGINES[then])
+    return jobs
+
+
+def jobs_of_four() -> dict[str, tuple[str, ...]]:
+    jobs = {f"{layout}_megatron": words for layout, words in FOUR.items()}
+    return jobs | {f"{layout}_{e}": (*FOUR[layout], *ENGINES[e]) for layout, e in ON_FOUR}
 
 
 @dataclass(frozen=True)
 class Runs:
+    """Where all the runs lie, and what each rank of each job said."""
+
     folder: Path
     config: Path
     said: dict[str, list[Ended]]
@@ -58,26 +96,111 @@ class Runs:
     def __getitem__(self, name: str) -> Path:
         return self.folder / name
 
+    def words(self, name: str, settings: tuple[str, ...]) -> list[str]:
+        settings = [word.replace("FOLDER", str(self.folder)) for word in settings]
+        return ["train", str(self.config), f"run.dir={self[name]}", *COMMON, *settings]
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
+    """All jobs, in one launch for each number of processes."""
     folder = tmp_path_factory.mktemp("deepspeed")
     data = build_data(tmp_path_factory.getbasetemp() / "dna_64")
-    config = write_config(folder / "tiny.yaml", data)
-    commands = {
-        name: ["train", str(config), f"run.dir={folder / name}", *COMMON, *settings]
-        for name, settings in jobs().items()
-    }
-    return Runs(folder, config, run_jobs(2, commands, folder / "jobs_2"))
+    this = Runs(folder, write_config(folder / "tiny.yaml", data), {})
+    for processes, jobs in ((2, jobs_of_two()), (4, jobs_of_four())):
+        commands = {name: this.words(name, settings) for name, settings in jobs.items()}
+        this.said.update(run_jobs(processes, commands, folder / f"jobs_{processes}"))
+    return this
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def assert_same(found: Path, expected: Path, rounding: float) -> None:
+    """Losses, norms, rates and what else is measured, up to rounding."""
+    lines = [numbers(found), numbers(expected)]
+    assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
+    for line, other in zip(*lines):
+        norms = line.pop("grad_norm", 0), other.pop("grad_norm", 0)
+        assert norms[0] == pytest.approx(norms[1], rel=10 * rounding)
+        assert line == pytest.approx(other, rel=rounding)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "megatron"])
 @pytest.mark.parametrize("model", MODELS)
-def test_losses_are_those_of_megatron_core(runs: Runs, model: str, stage: int) -> None:
-    expected, found = runs[f"{model}_megatron"], runs[f"{model}_zero{stage}"]
-    rel = 1e-5 if "fp32" in model else 2e-3
-    for kind in ("train", "validation"):
-        assert losses(found, kind) == pytest.approx(losses(expected, kind), rel=rel)
-    norms = [[line["grad_norm"] for line in entries(run, "train")] for run in (found, expected)]
-    assert min(norms[1]) > 0.5  # clipped in every step
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4 if "fp32" in model else 2e-2)
+def test_numbers_are_those_of_megatron_core(runs: Runs, model: str, engine: str) -> None:
+    expected = runs[f"{model}_megatron"]
+    assert min(line["grad_norm"] for line in entries(expected, "train")) > 0.5  # clipped
+    assert len(losses(expected)) == 4 and len(losses(expected, "validation")) == 2
+    assert_same(runs[f"{model}_{engine}"], expected, ROUNDING[model])
+
+
+@pytest.mark.parametrize(("layout", "engine"), ON_FOUR)
+def test_so_they_are_on_four_processes(runs: Runs, layout: str, engine: str) -> None:
+    assert_same(runs[f"{layout}_{engine}"], runs[f"{layout}_megatron"], ROUNDING["moe_fp32"])
+
+
+@pytest.mark.parametrize("engine", STAGES)
+@pytest.mark.parametrize("model", MODELS)
+def test_cut_run_goes_on_bit_for_bit(runs: Runs, model: str, engine: str) -> None:
+    name = f"{model}_{engine}"
+    assert "resuming after step 2, 4 steps" in runs.said[f"{name}_cut_on"][0].out
+    assert numbers(runs[f"{name}_cut"]) == numbers(runs[name])
+
+
+@pytest.mark.parametrize(("model", "first", "then"), CROSSINGS)
+def test_other_engine_goes_on(runs: Runs, model: str, first: str, then: str) -> None:
+    name = f"{model}_{first}_then_{then}"
+    assert "resuming after step 2, 4 steps" in runs.said[f"{name}_on"][0].out
+    assert_same(runs[name], runs[f"{model}_megatron"], ROUNDING[model])
+
+
+def test_run_says_what_runs_and_nothing_else(runs: Runs) -> None:
+    for engine in STAGES:
+        (using,) = runs.said[f"moe_fp32_{engine}"][0].out.splitlines()[:1]
+        assert "optimizer: DeepSpeed 0." in using
+        assert f" ZeRO {engine[-1]} with torch AdamW, device: 2 x CPU" in using
+        expected = len(runs.said["moe_fp32_megatron"][0].out.splitlines())
+        assert len(runs.said[f"moe_fp32_{engine}"][0].out.splitlines()) == expected
+        assert not runs.said[f"moe_fp32_{engine}"][0].err
+    assert "Adam in host memory" in runs.said["moe_fp32_zero2_offload"][0].out
+    assert "weights and Adam in host memory" in runs.said["moe_fp32_zero3_offload"][0].out
+
+
+def test_checkpoint_has_the_common_form(runs: Runs) -> None:
+    """The same tensors as megatron-core's, in bf16 and of every stage, and whole."""
+    from gengram_megatron.checkpoint.stored import StoredTensors
+
+    def tensors(name: str) -> dict:
+        stored = StoredTensors(runs[name] / "checkpoints" / "step_00000004")
+        return {key: (stored.shape(key), stored.dtype(key)) for key in stored.names}
+
+    expected = tensors("dense_bf16_megatron")
+    for engine in STAGES:
+        assert tensors(f"dense_bf16_{engine}") == expected
+        done = gengram("checkpoint", "verify", str(runs[f"dense_bf16_{engine}"]))
+        assert done.code == 0, done.err
+
+
+WEIGHT = "decoder.layers.1.mlp.router.weight"
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_nan_batch_is_left_out(runs: Runs, tmp_path, engine: str) -> None:
+    poison = partial(broken.poison_gradient, rank=1, step=2, name=WEIGHT, times=2)
+    words = runs.words(f"skip_{engine}", (*ENGINES[engine], "train.on_nan=skip"))
+    ended = start_ranks(2, words, tmp_path / "said", before=poison).wait()
+    assert [said.code for said in ended] == [0, 0], ended[0].err
+    lines, whole = (
+        entries(runs[name], "train") for name in (f"skip_{engine}", f"moe_fp32_{engine}")
+    )
+    assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
+    assert [line["loss"] for line in lines[:2]] == [line["loss"] for line in whole[:2]]
+    assert lines[2]["loss"] != whole[2]["loss"]
+    assert lines[3]["loss"] == pytest.approx(whole[3]["loss"], rel=0.1)
+
+
+def test_nan_stops_the_run_and_is_traced(runs: Runs, tmp_path) -> None:
+    poison = partial(broken.poison_gradient, rank=1, step=2, name=WEIGHT, times=1000)
+    words = runs.words("stopped", ENGINES["zero2"])
+    ended = start_ranks(2, words, tmp_path / "said", before=poison).wait()
+    assert [said.code for said in ended] == [2, 2], ended[0].err
+    found = "gradient norm nan: on rank 1, the gradient of layer 2.mlp.router.weight is not finite"
+    assert found in ended[0].err
