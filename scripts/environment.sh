@@ -21,7 +21,7 @@ find_python() {
 }
 
 make_environment() { # folder
-  local python options=() constraints=constraints.txt
+  local python pip options=() constraints=constraints.txt
   python=$(find_python)
   if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     options=(--system-site-packages)
@@ -30,8 +30,12 @@ make_environment() { # folder
   fi
   "$python" -m venv "${options[@]}" "$1"
   # torch first and pinned: a range would take the newest build, of several gigabytes.
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" torch numpy
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".[test]"
+  pip=("$1/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints")
+  "${pip[@]}" torch numpy
+  "${pip[@]}" -e ".[test]"
+  # Its set-up looks for torch, which an isolated build would lack.
+  "${pip[@]}" setuptools wheel
+  "${pip[@]}" --no-build-isolation deepspeed
 }
 
 enter_environment() {
