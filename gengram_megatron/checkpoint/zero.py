@@ -34,7 +34,7 @@ class ZeroContents:
     def __init__(self, config: Config, chunks: list, optimizer):
         (chunk,) = chunks
         self.bf16 = config.train.precision == "bf16"
-        self.zero, self.stage = optimizer.zero, optimizer.stage
+        self.optimizer = optimizer
         self.copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.weights: dict[nn.Parameter, Pieces] = {}
         for piece, weight, start in chunk.pieces:
@@ -55,8 +55,7 @@ class ZeroContents:
                     # Of the ranks that hold copies of it, this one writes it.
                     replica = (*part.replica_id[:2], 0)
                     parts[f"{part.key} {part.global_offset}"] = replace(part, replica_id=replica)
-        adam = next(iter(self.zero.state.values()))
-        return {"parts": parts, "optimizer": {"step": int(adam["step"])}}
+        return {"parts": parts, "optimizer": {"step": self.optimizer.steps}}
 
     def _tensors(self, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         """What there is of a weight, by what comes before its name."""
@@ -71,7 +70,7 @@ class ZeroContents:
     def load(self, path: Path, stored: set[str], steps: int) -> None:
         """All of it. stored: the names of what the checkpoint holds in parts; steps: that Adam has
         done."""
-        self._make_adam_states(steps)
+        self.optimizer.set_steps(steps)
         self._load_weights(path)
         utils, names = self.deepspeed.utils, [master_name(stored), *MOMENTS.values()]
         for weight, (master, *moments) in self._read(path, names, torch.float32):
@@ -124,22 +123,6 @@ class ZeroContents:
             batch.append(weight)
             elements += size
         yield batch
-
-    def _make_adam_states(self, steps: int) -> None:
-        """torch's Adam has no state before its first step."""
-        three = self.stage == 3
-        flat = (
-            self.zero.fp32_partitioned_groups_flat
-            if three
-            else self.zero.single_partition_of_fp32_groups
-        )
-        for tensor in flat:
-            self.zero.state[tensor] = {
-                "step": torch.tensor(float(steps)),
-                **{name: torch.zeros_like(tensor, requires_grad=False) for name in MOMENTS},
-            }
-        if not three:
-            self.zero._lazy_init_hp_params_optimizer_state()
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:

@@ -90,6 +90,32 @@ class ZeroOptimizer:
             self.zero._overflow_check_and_loss_scale_update = self._ask
         else:
             self.zero.check_grad_overflow, self.zero.check_overflow = True, self._ask
+        self._make_states()
+
+    def _make_states(self) -> None:
+        """What torch's Adam makes in its first step. ZeRO 1 and 2 look for the weights' parts of it
+        when the first of several groups has made that step, and find none in the others."""
+        if self.stage == 3:
+            self._flat = self.zero.fp32_partitioned_groups_flat
+        else:
+            self._flat = self.zero.single_partition_of_fp32_groups
+        for tensor in self._flat:
+            moments = {
+                name: torch.zeros_like(tensor, requires_grad=False)
+                for name in ("exp_avg", "exp_avg_sq")
+            }
+            self.zero.state[tensor] = {"step": torch.tensor(0.0), **moments}
+        if self.stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def steps(self) -> int:
+        """That Adam has done."""
+        return int(self.zero.state[self._flat[0]]["step"])
+
+    def set_steps(self, steps: int) -> None:
+        for tensor in self._flat:
+            self.zero.state[tensor]["step"].fill_(steps)
 
     @property
     def param_groups(self) -> list[dict]:
