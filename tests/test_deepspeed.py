@@ -1,6 +1,7 @@
 """train.engine deepspeed trains as megatron-core's engine does, up to rounding; saves, and goes on
 bit for bit; and each engine goes on from the other's checkpoints."""
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ COMMON = (
     "optimizer.warmup_fraction=0.25",
     "train.validation_interval=2",
     "train.validation_samples=8",
+    "checkpoint.interval=2",
 )
 MODELS = {
     "moe_fp32": (),
@@ -46,43 +48,28 @@ ENGINES |= {
     "zero3_offload": (*ENGINES["zero3"], *OFFLOAD, "train.deepspeed.offload_parameters=true"),
 }
 STAGES = ("zero1", "zero2", "zero3")
-CROSSINGS = (
-    ("moe_fp32", "megatron", "zero1"),
-    ("moe_fp32", "zero2", "megatron"),
-    ("moe_fp32", "zero3", "zero2"),
-    ("dense_bf16", "megatron", "zero3"),
-    ("dense_bf16", "zero1", "megatron"),
+RUNS = (
+    *(("moe_fp32", engine) for engine in ("megatron", *STAGES)),
+    *(("dense_bf16", engine) for engine in ENGINES),
 )
-#   name: (settings, the same on one engine)
+# Model, engine of the first half, engine that goes on from the checkpoint in the middle.
+HALVES = (
+    ("moe_fp32", "zero2", "zero2"),
+    ("dense_bf16", "zero1", "zero1"),
+    ("dense_bf16", "zero3", "zero3"),
+    ("moe_fp32", "megatron", "zero2"),
+    ("moe_fp32", "zero1", "megatron"),
+    ("dense_bf16", "megatron", "zero3"),
+    ("dense_bf16", "zero3_offload", "megatron"),
+)
+#   name: (engine, layout)
 FOUR = {
-    "dp4": (),
-    "tp2": ("parallel.tensor=2",),
-    "cp2": ("parallel.context=2",),
+    "dp4_megatron": ("megatron", ()),
+    "dp4_zero3": ("zero3", ()),
+    "tp2_dp2_zero1": ("zero1", ("parallel.tensor=2",)),
+    "tp2_dp2_zero2": ("zero2", ("parallel.tensor=2",)),
+    "cp2_dp2_zero2": ("zero2", ("parallel.context=2",)),
 }
-ON_FOUR = (("dp4", "zero1"), ("dp4", "zero3"), ("tp2", "zero1"), ("tp2", "zero2"), ("cp2", "zero2"))
-
-
-def jobs_of_two() -> dict[str, tuple[str, ...]]:
-    """By job: the run and its settings. A run that is cut goes on in the job that follows."""
-    jobs = {}
-    for model, settings in MODELS.items():
-        for engine, words in ENGINES.items():
-            jobs[f"{model}_{engine}"] = (*settings, *words)
-        for engine in STAGES:
-            words = (*settings, *ENGINES[engine], f"run.dir=FOLDER/{model}_{engine}_cut")
-            jobs[f"{model}_{engine}_cut"] = (*words, "train.stop_at=2")
-            jobs[f"{model}_{engine}_cut_on"] = words
-    for model, first, then in CROSSINGS:
-        name = f"{model}_{first}_then_{then}"
-        words = (*MODELS[model], f"run.dir=FOLDER/{name}")
-        jobs[name] = (*words, *ENGINES[first], "train.stop_at=2")
-        jobs[f"{name}_on"] = (*words, *ENGINES[then])
-    return jobs
-
-
-def jobs_of_four() -> dict[str, tuple[str, ...]]:
-    jobs = {f"{layout}_megatron": words for layout, words in FOUR.items()}
-    return jobs | {f"{layout}_{e}": (*FOUR[layout], *ENGINES[e]) for layout, e in ON_FOUR}
 
 
 @dataclass(frozen=True)
@@ -97,19 +84,30 @@ class Runs:
         return self.folder / name
 
     def words(self, name: str, settings: tuple[str, ...]) -> list[str]:
-        settings = [word.replace("FOLDER", str(self.folder)) for word in settings]
         return ["train", str(self.config), f"run.dir={self[name]}", *COMMON, *settings]
+
+    def launch(self, processes: int, jobs: dict[str, tuple[str, ...]]) -> None:
+        """Run jobs by name, with settings of their own."""
+        commands = {name: self.words(name, settings) for name, settings in jobs.items()}
+        self.said.update(run_jobs(processes, commands, self.folder / f"jobs_{len(self.said)}"))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
-    """All jobs, in one launch for each number of processes."""
+    """Whole runs, each of two steps and two more; the second half once more with the same engine or
+    another; and runs on four processes. One launch for each."""
     folder = tmp_path_factory.mktemp("deepspeed")
     data = build_data(tmp_path_factory.getbasetemp() / "dna_64")
     this = Runs(folder, write_config(folder / "tiny.yaml", data), {})
-    for processes, jobs in ((2, jobs_of_two()), (4, jobs_of_four())):
-        commands = {name: this.words(name, settings) for name, settings in jobs.items()}
-        this.said.update(run_jobs(processes, commands, folder / f"jobs_{processes}"))
+    this.launch(2, {f"{m}_{e}": (*MODELS[m], *ENGINES[e]) for m, e in RUNS})
+    second = {}
+    for model, first, then in HALVES:
+        name = f"{model}_{first}_{then}"
+        shutil.copytree(this[f"{model}_{first}"], this[name])
+        shutil.rmtree(this[name] / "checkpoints" / "step_00000004")
+        second[name] = (*MODELS[model], *ENGINES[then])
+    this.launch(2, second)
+    this.launch(4, {name: (*ENGINES[e], *layout) for name, (e, layout) in FOUR.items()})
     return this
 
 
@@ -123,8 +121,7 @@ def assert_same(found: Path, expected: Path, rounding: float) -> None:
         assert line == pytest.approx(other, rel=rounding)
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "megatron"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "engine"), [run for run in RUNS if run[1] != "megatron"])
 def test_numbers_are_those_of_megatron_core(runs: Runs, model: str, engine: str) -> None:
     expected = runs[f"{model}_megatron"]
     assert min(line["grad_norm"] for line in entries(expected, "train")) > 0.5  # clipped
@@ -132,24 +129,20 @@ def test_numbers_are_those_of_megatron_core(runs: Runs, model: str, engine: str)
     assert_same(runs[f"{model}_{engine}"], expected, ROUNDING[model])
 
 
-@pytest.mark.parametrize(("layout", "engine"), ON_FOUR)
-def test_so_they_are_on_four_processes(runs: Runs, layout: str, engine: str) -> None:
-    assert_same(runs[f"{layout}_{engine}"], runs[f"{layout}_megatron"], ROUNDING["moe_fp32"])
+@pytest.mark.parametrize("name", [name for name in FOUR if name != "dp4_megatron"])
+def test_so_they_are_on_four_processes(runs: Runs, name: str) -> None:
+    assert_same(runs[name], runs["dp4_megatron"], ROUNDING["moe_fp32"])
 
 
-@pytest.mark.parametrize("engine", STAGES)
-@pytest.mark.parametrize("model", MODELS)
-def test_cut_run_goes_on_bit_for_bit(runs: Runs, model: str, engine: str) -> None:
-    name = f"{model}_{engine}"
-    assert "resuming after step 2, 4 steps" in runs.said[f"{name}_cut_on"][0].out
-    assert numbers(runs[f"{name}_cut"]) == numbers(runs[name])
-
-
-@pytest.mark.parametrize(("model", "first", "then"), CROSSINGS)
-def test_other_engine_goes_on(runs: Runs, model: str, first: str, then: str) -> None:
-    name = f"{model}_{first}_then_{then}"
-    assert "resuming after step 2, 4 steps" in runs.said[f"{name}_on"][0].out
-    assert_same(runs[name], runs[f"{model}_megatron"], ROUNDING[model])
+@pytest.mark.parametrize(("model", "first", "then"), HALVES)
+def test_run_goes_on(runs: Runs, model: str, first: str, then: str) -> None:
+    """Bit for bit with the same engine, up to rounding with the other."""
+    name = f"{model}_{first}_{then}"
+    assert "resuming after step 2, 4 steps" in runs.said[name][0].out
+    if first == then:
+        assert numbers(runs[name]) == numbers(runs[f"{model}_{first}"])
+    else:
+        assert_same(runs[name], runs[f"{model}_megatron"], ROUNDING[model])
 
 
 def test_run_says_what_runs_and_nothing_else(runs: Runs) -> None:
@@ -160,8 +153,9 @@ def test_run_says_what_runs_and_nothing_else(runs: Runs) -> None:
         expected = len(runs.said["moe_fp32_megatron"][0].out.splitlines())
         assert len(runs.said[f"moe_fp32_{engine}"][0].out.splitlines()) == expected
         assert not runs.said[f"moe_fp32_{engine}"][0].err
-    assert "Adam in host memory" in runs.said["moe_fp32_zero2_offload"][0].out
-    assert "weights and Adam in host memory" in runs.said["moe_fp32_zero3_offload"][0].out
+    said = [runs.said[f"dense_bf16_{engine}_offload"][0].out for engine in ("zero2", "zero3")]
+    assert "AdamW, Adam in host memory, device" in said[0]
+    assert "AdamW, weights and Adam in host memory, device" in said[1]
 
 
 def test_checkpoint_has_the_common_form(runs: Runs) -> None:

@@ -76,29 +76,32 @@ class ZeroChunk(nn.Module):
 class ZeroOptimizer:
     """DeepSpeed's step, which asks before it changes a weight.
 
-    engine: DeepSpeed's; zero: its optimizer, of another class for ZeRO 3 than for 1 and 2.
+    engine: DeepSpeed's; zero: its optimizer, which is a BF16_Optimizer with ZeRO 1 and bf16, a
+    DeepSpeedZeroOptimizer_Stage3 with ZeRO 3, and else a DeepSpeedZeroOptimizer.
     """
 
     def __init__(self, engine):
-        self.engine, self.zero, self.stage = (
-            engine,
-            engine.optimizer,
-            engine.zero_optimization_stage(),
-        )
+        self.engine, self.zero = engine, engine.optimizer
+        self._utils = importlib.import_module("deepspeed.runtime.utils")
+        self.stage = engine.zero_optimization_stage()
+        zero = self.zero
         # A step that is not accepted is to DeepSpeed one whose gradients overflowed: left out.
         if self.stage == 3:
-            self.zero._overflow_check_and_loss_scale_update = self._ask
+            self._flat, zero._overflow_check_and_loss_scale_update = (
+                zero.fp32_partitioned_groups_flat,
+                self._ask,
+            )
+        elif hasattr(zero, "get_grads_for_norm"):
+            self._flat, self._gradients = zero.fp32_groups_flat_partition, zero.get_grads_for_norm
+            zero.get_grads_for_norm = self._gradients_if_accepted
         else:
-            self.zero.check_grad_overflow, self.zero.check_overflow = True, self._ask
+            self._flat = zero.single_partition_of_fp32_groups
+            zero.check_grad_overflow, zero.check_overflow = True, self._ask
         self._make_states()
 
     def _make_states(self) -> None:
         """What torch's Adam makes in its first step. ZeRO 1 and 2 look for the weights' parts of it
         when the first of several groups has made that step, and find none in the others."""
-        if self.stage == 3:
-            self._flat = self.zero.fp32_partitioned_groups_flat
-        else:
-            self._flat = self.zero.single_partition_of_fp32_groups
         for tensor in self._flat:
             moments = {
                 name: torch.zeros_like(tensor, requires_grad=False)
@@ -137,13 +140,21 @@ class ZeroOptimizer:
         self.zero.overflow = not self._accept(self._norm)
         return self.zero.overflow
 
+    def _gradients_if_accepted(self, for_clipping: bool = False):
+        """In the place of BF16_Optimizer's, which leaves a step out if this has no finite norm."""
+        if not for_clipping and self._ask():
+            return [torch.tensor(math.nan, device=torch.cuda.current_device())], {}
+        return self._gradients(for_clipping)
+
     def _grad_norm(self) -> float:
         """Over all ranks; DeepSpeed has -1 for one that is not finite."""
-        utils = importlib.import_module("deepspeed.runtime.utils")
+        zero, utils = self.zero, self._utils
         if self.stage == 3:
-            norm = utils.combine_grad_norm_groups(self.zero._get_norm_groups())
+            norm = utils.combine_grad_norm_groups(zero._get_norm_groups())
+        elif hasattr(zero, "get_grads_for_norm"):
+            norm = utils.get_global_norm_of_tensors(self._gradients()[0], mpu=zero.mpu)
         else:
-            norm = self.zero.scaled_global_norm()
+            norm = zero.scaled_global_norm()
         return math.nan if utils.is_invalid_grad_norm(norm) else float(norm)
 
     def describe(self) -> str:
