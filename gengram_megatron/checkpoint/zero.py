@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from gengram_megatron.checkpoint.restore import MASTERS, load_tensors, master_name
 from gengram_megatron.config.schema import Config
+from gengram_megatron.training.engines.zero import MOMENTS
 
-MOMENTS = {"exp_avg": "optimizer.state.exp_avg.", "exp_avg_sq": "optimizer.state.exp_avg_sq."}
-"""Of Adam: their names in its state, and what comes before a weight's name in a checkpoint."""
+MOMENT_NAMES = [f"optimizer.state.{name}." for name in MOMENTS]
+"""What comes before a weight's name in those of Adam's moments of it."""
 TOGETHER = 2**28
 """Elements of tensors that are read at once; more if one weight has more."""
 
@@ -64,19 +65,19 @@ class ZeroContents:
         yield "", master.to(weight.dtype)
         if self.bf16:
             yield MASTERS[0], master
-        for state, name in MOMENTS.items():
-            yield name, utils.safe_get_full_optimizer_state(weight, state)
+        for moment, name in zip(MOMENTS, MOMENT_NAMES):
+            yield name, utils.safe_get_full_optimizer_state(weight, moment)
 
     def load(self, path: Path, stored: set[str], steps: int) -> None:
         """All of it. stored: the names of what the checkpoint holds in parts; steps: that Adam has
         done."""
-        self.optimizer.set_steps(steps)
+        self.optimizer.steps = steps
         self._load_weights(path)
-        utils, names = self.deepspeed.utils, [master_name(stored), *MOMENTS.values()]
+        utils, names = self.deepspeed.utils, [master_name(stored), *MOMENT_NAMES]
         for weight, (master, *moments) in self._read(path, names, torch.float32):
             utils.safe_set_full_fp32_param(weight, master)
-            for state, moment in zip(MOMENTS, moments):
-                utils.safe_set_full_optimizer_state(weight, moment, state)
+            for moment, value in zip(MOMENTS, moments):
+                utils.safe_set_full_optimizer_state(weight, value, moment)
 
     def start_from_weights(self, path: Path) -> None:
         """Weights in the place of drawn ones, before the first step."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.model.initialize import parts
+from gengram_megatron.training.engines.zero import KINDS, MOMENTS
 from gengram_megatron.training.optimizer import adam_settings
 
 
@@ -74,59 +75,35 @@ class ZeroChunk(nn.Module):
 
 
 class ZeroOptimizer:
-    """DeepSpeed's step, which asks before it changes a weight.
-
-    engine: DeepSpeed's; zero: its optimizer, which is a BF16_Optimizer with ZeRO 1 and bf16, a
-    DeepSpeedZeroOptimizer_Stage3 with ZeRO 3, and else a DeepSpeedZeroOptimizer.
-    """
+    """DeepSpeed's step, which asks before it changes a weight. engine: DeepSpeed's."""
 
     def __init__(self, engine):
-        self.engine, self.zero = engine, engine.optimizer
-        self._utils = importlib.import_module("deepspeed.runtime.utils")
-        self.stage = engine.zero_optimization_stage()
-        zero = self.zero
-        # A step that is not accepted is to DeepSpeed one whose gradients overflowed: left out.
-        if self.stage == 3:
-            self._flat, zero._overflow_check_and_loss_scale_update = (
-                zero.fp32_partitioned_groups_flat,
-                self._ask,
-            )
-        elif hasattr(zero, "get_grads_for_norm"):
-            self._flat, self._gradients = zero.fp32_groups_flat_partition, zero.get_grads_for_norm
-            zero.get_grads_for_norm = self._gradients_if_accepted
-        else:
-            self._flat = zero.single_partition_of_fp32_groups
-            zero.check_grad_overflow, zero.check_overflow = True, self._ask
-        self._make_states()
-
-    def _make_states(self) -> None:
-        """What torch's Adam makes in its first step. ZeRO 1 and 2 look for the weights' parts of it
-        when the first of several groups has made that step, and find none in the others."""
-        for tensor in self._flat:
-            moments = {
-                name: torch.zeros_like(tensor, requires_grad=False)
-                for name in ("exp_avg", "exp_avg_sq")
-            }
-            self.zero.state[tensor] = {"step": torch.tensor(0.0), **moments}
-        if self.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
+        self.engine, self.zero = engine, KINDS[type(engine.optimizer).__name__](engine.optimizer)
+        self.adam = engine.optimizer.optimizer
+        self.zero.ask(self._refused)
+        # As torch's Adam makes them in its first step.
+        for tensor in self.zero.flat:
+            moments = {name: torch.zeros_like(tensor, requires_grad=False) for name in MOMENTS}
+            self.adam.state[tensor] = {"step": torch.tensor(0.0), **moments}
+        self.zero.link_states()
 
     @property
     def steps(self) -> int:
         """That Adam has done."""
-        return int(self.zero.state[self._flat[0]]["step"])
+        return int(self.adam.state[self.zero.flat[0]]["step"])
 
-    def set_steps(self, steps: int) -> None:
-        for tensor in self._flat:
-            self.zero.state[tensor]["step"].fill_(steps)
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        for tensor in self.zero.flat:
+            self.adam.state[tensor]["step"].fill_(steps)
 
     @property
     def param_groups(self) -> list[dict]:
         """Adam's, of whose learning rate and weight decay the schedule has charge."""
-        return self.zero.param_groups
+        return self.adam.param_groups
 
     def zero_grad(self) -> None:
-        self.zero.zero_grad()
+        self.engine.optimizer.zero_grad()
 
     def step_if(self, accept: Callable[[float], bool]) -> float:
         """A step, if `accept` agrees to the gradients' norm (before clipping), which is returned."""
@@ -135,32 +112,16 @@ class ZeroOptimizer:
         del self._accept
         return self._norm
 
-    def _ask(self, **_) -> bool:
-        self._norm = self._grad_norm()
-        self.zero.overflow = not self._accept(self._norm)
-        return self.zero.overflow
-
-    def _gradients_if_accepted(self, for_clipping: bool = False):
-        """In the place of BF16_Optimizer's, which leaves a step out if this has no finite norm."""
-        if not for_clipping and self._ask():
-            return [torch.tensor(math.nan, device=torch.cuda.current_device())], {}
-        return self._gradients(for_clipping)
-
-    def _grad_norm(self) -> float:
-        """Over all ranks; DeepSpeed has -1 for one that is not finite."""
-        zero, utils = self.zero, self._utils
-        if self.stage == 3:
-            norm = utils.combine_grad_norm_groups(zero._get_norm_groups())
-        elif hasattr(zero, "get_grads_for_norm"):
-            norm = utils.get_global_norm_of_tensors(self._gradients()[0], mpu=zero.mpu)
-        else:
-            norm = zero.scaled_global_norm()
-        return math.nan if utils.is_invalid_grad_norm(norm) else float(norm)
+    def _refused(self) -> bool:
+        norm = float(self.zero.norm())
+        self._norm = norm if norm >= 0 else math.nan
+        return not self._accept(self._norm)
 
     def describe(self) -> str:
         """For people, read off what was built."""
         version = importlib.import_module("deepspeed").__version__
-        adam = type(self.zero.optimizer)
+        stage = self.engine.zero_optimization_stage()
+        adam = type(self.adam)
         moved = {
             "weights": self.engine.zero_offload_param(),
             "Adam": self.engine.zero_offload_optimizer(),
@@ -168,7 +129,7 @@ class ZeroOptimizer:
         host = [what for what, settings in moved.items() if settings and settings.device == "cpu"]
         where = f", {' and '.join(host)} in host memory" if host else ""
         library = adam.__module__.split(".")[0]
-        return f"DeepSpeed {version} ZeRO {self.stage} with {library} {adam.__name__}{where}"
+        return f"DeepSpeed {version} ZeRO {stage} with {library} {adam.__name__}{where}"
 
 
 class _Groups:
