@@ -1,6 +1,7 @@
 """train.engine deepspeed trains as megatron-core's engine does, up to rounding; saves, and goes on
 bit for bit; and each engine goes on from the other's checkpoints."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -171,6 +172,15 @@ def test_checkpoint_has_the_common_form(runs: Runs) -> None:
         assert tensors(f"dense_bf16_{engine}") == expected
         done = gengram("checkpoint", "verify", str(runs[f"dense_bf16_{engine}"]))
         assert done.code == 0, done.err
+
+
+def test_doctor_says_so(runs: Runs) -> None:
+    words = [*COMMON, *ENGINES["zero2"], f"run.dir={runs['examined']}", "--quick", "--json"]
+    done = gengram("doctor", str(runs.config), *words)
+    found = json.loads(done.stdout)
+    assert (done.code, found["problems"]) == (0, [])
+    assert " ZeRO 2 with torch AdamW" in found["parts"]["optimizer"]["uses"]
+    assert found["parts"]["optimizer"]["why"].startswith("train.engine is deepspeed")
 
 
 WEIGHT = "decoder.layers.1.mlp.router.weight"

@@ -1,6 +1,8 @@
 """What train.engine deepspeed cannot be combined with is refused in a sentence; what it needs of a
 rank is planned."""
 
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -13,7 +15,7 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
 from gengram_megatron.plan.time import Speed
-from tests.training.tiny import DENSE, write_config
+from tests.training.tiny import DENSE, environment, write_config
 
 ENGINE = "train.engine=deepspeed"
 
@@ -111,3 +113,16 @@ def test_plan_of_each_stage(config, installed):
     assert stage(3) == pytest.approx({**one, "gradients": 2, "weights": 1})
     moved = ("train.deepspeed.offload_optimizer=true", "train.deepspeed.offload_parameters=true")
     assert stage(3, *moved) == pytest.approx({"weights": 0, "gradients": 2, "optimizer": 0})
+
+
+def test_it_is_imported_only_where_it_runs():
+    """Its import takes a second, and changes the environment."""
+    program = """
+import sys
+from gengram_megatron.platform import prepare
+prepare()
+import gengram_megatron.checkpoint.state, gengram_megatron.training.engines.deepspeed
+sys.exit("deepspeed" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=300)
+    assert done.returncode == 0

@@ -209,9 +209,9 @@ def _sum_over_tensor_parallel_ranks(model: nn.Module) -> None:
     group = parallel_state.get_tensor_model_parallel_group()
 
     def add_up(gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, group=group)
-        return gradient
+        total = gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.to(gradient.dtype)
 
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False):
