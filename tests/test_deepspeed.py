@@ -63,13 +63,18 @@ HALVES = (
     ("dense_bf16", "megatron", "zero3"),
     ("dense_bf16", "zero3_offload", "megatron"),
 )
-#   name: (engine, layout)
+DATA, TENSOR, CONTEXT = (), ("parallel.tensor=2",), ("parallel.context=2",)
+BF16 = MODELS["dense_bf16"]
+#   name: settings; each of DeepSpeed's follows the one that it is compared with
 FOUR = {
-    "dp4_megatron": ("megatron", ()),
-    "dp4_zero3": ("zero3", ()),
-    "tp2_dp2_zero1": ("zero1", ("parallel.tensor=2",)),
-    "tp2_dp2_zero2": ("zero2", ("parallel.tensor=2",)),
-    "cp2_dp2_zero2": ("zero2", ("parallel.context=2",)),
+    "dp4_megatron": DATA,
+    "dp4_zero3": (*DATA, *ENGINES["zero3"]),
+    "cp2_megatron": CONTEXT,
+    "cp2_zero2": (*CONTEXT, *ENGINES["zero2"]),
+    "tp2_megatron": TENSOR,
+    "tp2_zero2": (*TENSOR, *ENGINES["zero2"]),
+    "tp2_bf16_megatron": (*TENSOR, *BF16),
+    "tp2_bf16_zero1": (*TENSOR, *BF16, *ENGINES["zero1"]),
 }
 
 
@@ -108,7 +113,7 @@ def runs(tmp_path_factory) -> Runs:
         shutil.rmtree(this[name] / "checkpoints" / "step_00000004")
         second[name] = (*MODELS[model], *ENGINES[then])
     this.launch(2, second)
-    this.launch(4, {name: (*ENGINES[e], *layout) for name, (e, layout) in FOUR.items()})
+    this.launch(4, FOUR)
     return this
 
 
@@ -117,6 +122,7 @@ def assert_same(found: Path, expected: Path, rounding: float) -> None:
     lines = [numbers(found), numbers(expected)]
     assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
     for line, other in zip(*lines):
+        assert line.pop("kind") == other.pop("kind")
         norms = line.pop("grad_norm", 0), other.pop("grad_norm", 0)
         assert norms[0] == pytest.approx(norms[1], rel=10 * rounding)
         assert line == pytest.approx(other, rel=rounding)
@@ -130,9 +136,11 @@ def test_numbers_are_those_of_megatron_core(runs: Runs, model: str, engine: str)
     assert_same(runs[f"{model}_{engine}"], expected, ROUNDING[model])
 
 
-@pytest.mark.parametrize("name", [name for name in FOUR if name != "dp4_megatron"])
+@pytest.mark.parametrize("name", [name for name in FOUR if "zero" in name])
 def test_so_they_are_on_four_processes(runs: Runs, name: str) -> None:
-    assert_same(runs[name], runs["dp4_megatron"], ROUNDING["moe_fp32"])
+    layout = name.rpartition("_")[0]
+    rounding = ROUNDING["dense_bf16" if "bf16" in name else "moe_fp32"]
+    assert_same(runs[name], runs[f"{layout}_megatron"], rounding)
 
 
 @pytest.mark.parametrize(("model", "first", "then"), HALVES)
@@ -196,9 +204,10 @@ def test_nan_batch_is_left_out(runs: Runs, tmp_path, engine: str) -> None:
         entries(runs[name], "train") for name in (f"skip_{engine}", f"moe_fp32_{engine}")
     )
     assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
+    # The first step has a rate of 0, so the third is computed with the weights of the start.
     assert [line["loss"] for line in lines[:2]] == [line["loss"] for line in whole[:2]]
-    assert lines[2]["loss"] != whole[2]["loss"]
-    assert lines[3]["loss"] == pytest.approx(whole[3]["loss"], rel=0.1)
+    assert lines[2]["loss"] > 1.2 * whole[2]["loss"]
+    assert lines[3]["loss"] < 0.9 * lines[2]["loss"]
 
 
 def test_nan_stops_the_run_and_is_traced(runs: Runs, tmp_path) -> None:
@@ -206,5 +215,5 @@ def test_nan_stops_the_run_and_is_traced(runs: Runs, tmp_path) -> None:
     words = runs.words("stopped", ENGINES["zero2"])
     ended = start_ranks(2, words, tmp_path / "said", before=poison).wait()
     assert [said.code for said in ended] == [2, 2], ended[0].err
-    found = "gradient norm nan: on rank 1, the gradient of layer 2.mlp.router.weight is not finite"
-    assert found in ended[0].err
+    found = "on rank 1, the gradient of layer 2.mlp.router.weight is not finite"
+    assert "step 2: loss" in ended[0].err and found in ended[0].err
