@@ -194,15 +194,21 @@ def test_doctor_says_so(runs: Runs) -> None:
 WEIGHT = "decoder.layers.1.mlp.router.weight"
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero3"])
-def test_nan_batch_is_left_out(runs: Runs, tmp_path, engine: str) -> None:
-    poison = partial(broken.poison_gradient, rank=1, step=2, name=WEIGHT, times=2)
-    words = runs.words(f"skip_{engine}", (*ENGINES[engine], "train.on_nan=skip"))
+@pytest.mark.parametrize(
+    ("model", "engine", "weight"),
+    [
+        ("dense_bf16", "zero1", "module.decoder.layers.1.mlp.linear_fc2.weight"),
+        ("moe_fp32", "zero3", WEIGHT),
+    ],
+)
+def test_nan_batch_is_left_out(runs: Runs, tmp_path, model: str, engine: str, weight: str) -> None:
+    poison = partial(broken.poison_gradient, rank=1, step=2, name=weight, times=2)
+    settings = (*MODELS[model], *ENGINES[engine], "train.on_nan=skip")
+    words = runs.words(f"skip_{engine}", settings)
     ended = start_ranks(2, words, tmp_path / "said", before=poison).wait()
     assert [said.code for said in ended] == [0, 0], ended[0].err
-    lines, whole = (
-        entries(runs[name], "train") for name in (f"skip_{engine}", f"moe_fp32_{engine}")
-    )
+    names = (f"skip_{engine}", f"{model}_{engine}")
+    lines, whole = (entries(runs[name], "train") for name in names)
     assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
     # The first step has a rate of 0, so the third is computed with the weights of the start.
     assert [line["loss"] for line in lines[:2]] == [line["loss"] for line in whole[:2]]
