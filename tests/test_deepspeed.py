@@ -182,10 +182,18 @@ def test_checkpoint_has_the_common_form(runs: Runs) -> None:
         assert done.code == 0, done.err
 
 
+def test_what_deepspeed_does_not_take_is_told_in_a_sentence(runs: Runs) -> None:
+    extra = "train.deepspeed.extra={zero_optimization: {nonsense: 1}}"
+    done = gengram(*runs.words("nonsense", (*ENGINES["zero1"], extra)))
+    assert done.code == 2
+    (sentence,) = done.err.splitlines()
+    assert "DeepSpeed does not take this config" in sentence and "nonsense" in sentence
+
+
 def test_doctor_says_so(runs: Runs) -> None:
     words = [*COMMON, *ENGINES["zero2"], f"run.dir={runs['examined']}", "--quick", "--json"]
     done = gengram("doctor", str(runs.config), *words)
-    found = json.loads(done.stdout)
+    found = json.loads(done.out)
     assert (done.code, found["problems"]) == (0, [])
     assert " ZeRO 2 with torch AdamW" in found["parts"]["optimizer"]["uses"]
     assert found["parts"]["optimizer"]["why"].startswith("train.engine is deepspeed")

@@ -48,7 +48,7 @@ def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimiz
         except (AssertionError, TypeError, ValueError) as error:
             if not config.train.deepspeed.extra:
                 raise
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"DeepSpeed does not take this config ({reason}): change train.deepspeed.extra"
             ) from error
