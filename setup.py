@@ -52,6 +52,9 @@ setup(
         # wherever it is installed. It is compiled against torch and CUDA: install those first, and
         # add --no-build-isolation. The range is the one that megatron-core 0.16.1 is developed with.
         "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12"],
+        # train.engine: deepspeed. Its set-up looks for torch: install that first, and add
+        # --no-build-isolation. The range is the version whose private parts the engine uses.
+        "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         "wandb": ["wandb>=0.17"],  # logging.wandb
         "hf": HUGGING_FACE,  # gengram checkpoint export, and import of what it wrote
         "test": [

@@ -3,6 +3,14 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
+if ! python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("deepspeed"))'; then
+  say "DeepSpeed, for its tests"
+  # Its set-up looks for torch, which an isolated build would lack.
+  pip=(python -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+  "${pip[@]}" setuptools wheel
+  "${pip[@]}" --no-build-isolation deepspeed
+fi
+
 say "style"
 ruff format --check .
 ruff check .

@@ -78,7 +78,7 @@ def make(kind: str, folder: Path, step: int = 3) -> Trained:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     optimizer.reload_model_params()
     state = TrainingState(config, layout, chunks, optimizer, schedule, [])
-    state._make_optimizer_states()
+    state.contents.make_optimizer_states()
     state.save(step)
     tokens = torch.tensor(BASE_IDS)[torch.randint(5, (2, LENGTH), generator=generator)]
     tokens[:, 30] = EOD

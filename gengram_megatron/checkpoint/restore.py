@@ -59,10 +59,16 @@ def names(path: Path) -> set[str]:
     return set(FileSystemReader(path).read_metadata().state_dict_metadata)
 
 
+def master_name(stored: set[str]) -> str:
+    """What comes before a weight's name in that of its master weight, given the names of all that a
+    checkpoint holds: nothing in float32 without the distributed optimizer."""
+    return next((m for m in MASTERS if any(name.startswith(m) for name in stored)), "")
+
+
 def name_masters(state: dict, stored: set[str]) -> None:
     """Have an optimizer's sharded state look for master weights under the name that they have in
-    the checkpoint: in float32 without the distributed optimizer, that of the weights."""
-    found = next((m for m in MASTERS if any(name.startswith(m) for name in stored)), "")
+    the checkpoint."""
+    found = master_name(stored)
     for container, key, value in list(nested_items_iter(state)):
         for prefix in MASTERS:
             if isinstance(value, ShardedBase) and value.key.startswith(prefix):

@@ -3,29 +3,24 @@
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.utils import unwrap_model
+from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from gengram_megatron.checkpoint.checksums import damage
+from gengram_megatron.checkpoint.contents import CONTENT, MegatronContents
 from gengram_megatron.checkpoint.origin import check_same_model, origins
 from gengram_megatron.checkpoint.restore import (
     adam_steps,
     draw_anew,
     load_tensors,
-    name_masters,
     names,
     random_states,
     same_ranks,
-    set_adam_steps,
     set_random_states,
-    without_extra_states,
 )
 from gengram_megatron.checkpoint.store import (
     FORMAT,
@@ -35,19 +30,11 @@ from gengram_megatron.checkpoint.store import (
     read_facts,
 )
 from gengram_megatron.checkpoint.writer import Writer
+from gengram_megatron.checkpoint.zero import ZeroContents
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
-
-# Tensors are described by the model, not by the layout that wrote them, and layers may differ
-# (memory in some), so each layer has names of its own.
-CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "non_homogeneous_layers": True,
-}
 
 
 class TrainingState:
@@ -57,7 +44,9 @@ class TrainingState:
         self, config: Config, layout: Layout, chunks: list, optimizer, schedule, data: list[dict]
     ):
         self.config, self.layout = config, layout
-        self.chunks, self.optimizer, self.schedule = chunks, optimizer, schedule
+        self.schedule = schedule
+        kind = ZeroContents if config.train.engine == "deepspeed" else MegatronContents
+        self.contents = kind(config, chunks, optimizer)
         self.data = data  # as Facts has it
         settings = config.checkpoint
         self.store = CheckpointStore(
@@ -90,7 +79,7 @@ class TrainingState:
 
     def _start(self, step: int, partial: Path, must: bool) -> "_Save":
         writer = Writer()
-        with self._whole_parameters():
+        with self.contents.whole():
             request = dist_checkpointing.save(
                 self._state(step),
                 str(partial),
@@ -215,9 +204,7 @@ class TrainingState:
         check_same_model(path, common["config"]["model"], self.config, new_run=False)
         if "optimizer" not in common:
             return self._start_from_own_weights(path, facts)
-        self._make_optimizer_states()
-        self._load_weights(path)
-        self._load_optimizer(path, stored, adam_steps(common["optimizer"]))
+        self.contents.load(path, stored, adam_steps(common["optimizer"]))
         self.schedule.load_state_dict(common["schedule"])
         own = random_states()
         if same_ranks(facts.layout, asdict(self.layout)) and own.unique_key in stored:
@@ -228,24 +215,6 @@ class TrainingState:
             draw_anew(self.config.run.seed, facts.step)
         return facts.step
 
-    def _load_weights(self, path: Path) -> None:
-        state = without_extra_states(self._model_state())
-        load_tensors(state, path)
-        for index, chunk in enumerate(unwrap_model(self.chunks)):
-            chunk.load_state_dict(state[f"model{index}"])
-
-    def _load_optimizer(self, path: Path, stored: set[str], steps: int) -> None:
-        """Apart from the weights, of which a master weight may have the name."""
-        state = self.optimizer.sharded_state_dict(
-            self._model_state(), is_loading=True, metadata=self._metadata()
-        )
-        name_masters(state, stored)
-        load_tensors(state, path)
-        one = len(self.optimizer.chained_optimizers) == 1
-        for index, optimizer in enumerate(self.optimizer.chained_optimizers):
-            set_adam_steps(optimizer, state if one else state[index], steps)
-        self.optimizer.load_state_dict(state)
-
     def _start_from_own_weights(self, path: Path, facts: Facts) -> int:
         """Begin a run with imported weights, which lie in its folder, in the place of drawn ones."""
         if facts.step:
@@ -254,8 +223,7 @@ class TrainingState:
                 "needs: put the whole checkpoint in its place, or name it in checkpoint.load of a "
                 "run with another run.dir"
             )
-        self._load_weights(path)
-        self.optimizer.reload_model_params()
+        self.contents.start_from_weights(path)
         return 0
 
     def _start_from_another(self) -> "Beginning":
@@ -266,8 +234,7 @@ class TrainingState:
         common = dist_checkpointing.load_common_state_dict(str(path))
         check_same_model(path, common["config"]["model"], self.config, new_run=True)
         self._check_tables(path, read_facts(path))
-        self._load_weights(path)
-        self.optimizer.reload_model_params()
+        self.contents.start_from_weights(path)
         warning = f"checkpoint.load: damaged, {', '.join(damaged.values())}" if damaged else None
         return Beginning(0, warning, origin=path)
 
@@ -309,44 +276,14 @@ class TrainingState:
             return {}
         return {table.name: asdict(table) for table in kmer_tables(gengram)}
 
-    def _metadata(self) -> dict:
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return {**CONTENT, "dp_cp_group": group}
-
-    def _model_state(self) -> dict:
-        return {
-            f"model{index}": chunk.sharded_state_dict(metadata=self._metadata())
-            for index, chunk in enumerate(unwrap_model(self.chunks))
-        }
-
     def _state(self, step: int) -> dict:
-        model = self._model_state()
         return {
-            **model,
-            "optimizer": self.optimizer.sharded_state_dict(model, metadata=self._metadata()),
+            **self.contents.state(),
             "schedule": self.schedule.state_dict(),
             "random": random_states(),
             "config": self.config.model_dump(),
             "step": step,
         }
-
-    def _make_optimizer_states(self) -> None:
-        """torch's Adam has no state before its first step, and what is not there is not loaded.
-        megatron-core's own way: a step with gradients of zero, undone by the loading."""
-        for optimizer in self.optimizer.chained_optimizers:
-            if isinstance(optimizer, DistributedOptimizer) and not optimizer.is_stub_optimizer:
-                optimizer._init_optimizer_states_with_dummy_values()
-
-    @contextmanager
-    def _whole_parameters(self):
-        """With overlap_param_gather a rank's parameters are gathered in the next forward pass;
-        a checkpoint wants them now."""
-        overlap = self.config.optimizer.overlap_param_gather
-        for chunk in self.chunks if overlap else []:
-            chunk.disable_forward_pre_hook()
-        yield
-        for chunk in self.chunks if overlap else []:
-            chunk.enable_forward_pre_hook()
 
     def _on_first_rank(self, action: Callable):
         """What rank 0's action returned, or its error on every rank."""

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from gengram_megatron.config.problems.engine import engine_problems
 from gengram_megatron.config.problems.gengram import gengram_problems
 from gengram_megatron.config.problems.model import (
     attention_problems,
@@ -91,6 +92,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
         *world_problems(config, world_size),
         *batch_problems(config, world_size),
         *optimizer_problems(config),
+        *engine_problems(config),
         *checkpoint_problems(config),
         *precision_problems(config),
     ]

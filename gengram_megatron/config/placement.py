@@ -45,6 +45,8 @@ def _place(table: KmerTable, config: Config, world_size: int) -> Placement:
     ranks = group_sizes(config, world_size)[over]
     if gengram.split == "columns":
         return Placement(table, None, "gengram.split is columns")
+    if config.train.engine == "deepspeed":
+        return Placement(table, None, "DeepSpeed shares tables as it does all weights")
     if gengram.split == "auto" and table.k <= SMALL_K:
         return Placement(table, None, f"k is at most {SMALL_K}")
     if ranks == 1:

@@ -6,7 +6,7 @@ value stand beside it; checks between keys (layouts, divisibility) are in `probl
 
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -260,6 +260,26 @@ class Fp8(Section):
     )
 
 
+class DeepSpeed(Section):
+    """What DeepSpeed shares or moves out of the way; read when train.engine is deepspeed."""
+
+    zero_stage: Annotated[int, Field(ge=1, le=3)] = Field(
+        1,
+        description="data-parallel ranks share Adam's states (1), gradients too (2), weights too (3)",
+    )
+    offload_optimizer: bool = Field(
+        False, description="master weights and Adam's states lie in the memory of the host"
+    )
+    offload_parameters: bool = Field(
+        False, description="weights lie in the memory of the host between uses; zero_stage 3"
+    )
+    extra: dict[str, Any] = Field(
+        {},
+        description="more of DeepSpeed's own config, such as zero_optimization: {overlap_comm: "
+        "true}; nothing that other keys decide",
+    )
+
+
 class Train(Section):
     """How long, in which precision, with which batches."""
 
@@ -278,6 +298,11 @@ class Train(Section):
         "products of attention, feed-forward and experts, by Transformer Engine",
     )
     fp8: Fp8 = Fp8()
+    engine: Literal["megatron", "deepspeed"] = Field(
+        "megatron",
+        description="who adds up gradients and steps: megatron-core or DeepSpeed's ZeRO",
+    )
+    deepspeed: DeepSpeed = DeepSpeed()
     deterministic: bool = Field(
         True,
         description="the same bits every time, without which a resumed run drifts by rounding; "

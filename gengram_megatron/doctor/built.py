@@ -22,13 +22,12 @@ def parts(config: Config) -> dict[str, str | None]:
     layout = check_layout(config, 1)
     start_processes(layout, config.run.seed, 0, config.train.deterministic)
     # megatron-core may be imported only now (see platform.prepare).
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.model.build import build_model
     from gengram_megatron.platform import report
-    from gengram_megatron.training.optimizer import build_optimizer
+    from gengram_megatron.training.engines import build_engine
     from gengram_megatron.training.step import forward_backward
 
-    chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
-    optimizer = build_optimizer(config, chunks)
+    chunks, optimizer = build_engine(config, layout, build_model(config, layout))
     bases = torch.tensor(config.model.gengram.token_ids[:4]).repeat(config.model.seq_length)
     batch = bases[None, : config.model.seq_length + 1]
     forward_backward(chunks, iter([batch]), config, layout, forward_only=False)

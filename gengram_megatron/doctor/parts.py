@@ -27,7 +27,7 @@ def explained(
         "linear": layers,
         "experts": layers,
         "memory": projection and projection.reason,
-        "optimizer": _optimizer(gpus, extensions["Adam"]["found"]),
+        "optimizer": _optimizer(config, gpus, extensions["Adam"]["found"]),
         "gradient accumulation fusion": _fusion(
             gpus, config, extensions["gradient accumulation fusion"]["found"]
         ),
@@ -59,7 +59,9 @@ def _norm(looked: dict) -> str:
     return f"; the fused norm of {looked['found']} is not used: it is no RMSNorm"
 
 
-def _optimizer(gpus: list, found: str) -> str:
+def _optimizer(config: Config, gpus: list, found: str) -> str:
+    if config.train.engine == "deepspeed":
+        return "train.engine is deepspeed, which shares what torch's Adam works on"
     if found != "torch":
         return f"megatron-core takes the fused Adam of {found} where it is installed"
     missing = "megatron-core found no fused Adam, of Transformer Engine or apex"

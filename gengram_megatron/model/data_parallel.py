@@ -52,6 +52,16 @@ class DataParallel(DistributedDataParallel):
             self.row_tables.finish_grad_sync()
 
 
+def unwrapped(chunks: list[nn.Module]) -> list[nn.Module]:
+    """The model chunks inside what an engine and bf16 wrap around them."""
+    found = []
+    for chunk in chunks:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        found.append(chunk)
+    return found
+
+
 @contextmanager
 def frozen(parameters: list[nn.Parameter]):
     """While what is made from a module's parameters is to leave these out."""

@@ -3,14 +3,16 @@
 Against all tensors of a training step of small models on the CPU (tests/test_plan_memory.py: dense
 and mixtures of experts, all kinds of attention and recomputation, tensor, pipeline and data
 parallelism) the sum is between 1 % too low and 5 % too high. Activations under context and expert
-parallelism are worked out and not measured, and nothing is measured on a GPU yet. Left out is what
-CUDA, NCCL and torch's allocator take for themselves, and what fp8 changes: Transformer Engine keeps
-copies of weights, one or two bytes each, and smaller activations.
+parallelism are worked out and not measured, nothing is measured on a GPU yet, nor with DeepSpeed.
+Left out is what CUDA, NCCL and torch's allocator take for themselves, the weights that ZeRO 3
+gathers for the layers at work, and what fp8 changes: Transformer Engine keeps copies of weights, one
+or two bytes each, and smaller activations.
 """
 
 from dataclasses import dataclass
 
 from gengram_megatron.config.projection import bytes_held
+from gengram_megatron.config.schema import DeepSpeed
 from gengram_megatron.plan.activations import BYTES, Activations
 from gengram_megatron.plan.stages import Split
 
@@ -66,16 +68,24 @@ def of_stage(split: Split, stage: int) -> Memory:
     working = max(_working(split, stage, activations) - logits, 0)
     # Adam takes the square root of all second moments at once, when no activations are left.
     step = states // MOMENTS[precision] * 4
+    # On CPUs it is the same memory.
+    host = split.config.train.deepspeed if split.on_gpu else DeepSpeed()
     return Memory(
         stage=stage,
-        weights=BYTES[precision] * held.total,
-        gradients=GRADIENT * held.total,
-        optimizer=states,
+        weights=0 if host.offload_parameters else BYTES[precision] * _cut(split, held.total, 3),
+        gradients=GRADIENT * _cut(split, held.total, 2),
+        optimizer=0 if host.offload_optimizer else states,
         activations=kept,
         logits=logits,
         buffers=max(working + len(flying) * activations.ids(), step - kept - logits)
         + _projected(split, stage),
     )
+
+
+def _cut(split: Split, elements: int, zero_stage: int) -> int:
+    """What a rank holds of so many elements, which data-parallel ranks share from a stage of ZeRO
+    on."""
+    return -(-elements // split.copies) if split.zero_stage >= zero_stage else elements
 
 
 def _states(split: Split, stage: int) -> int:

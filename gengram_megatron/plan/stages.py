@@ -68,6 +68,12 @@ class Split:
         return self.layout.data * self.layout.context
 
     @property
+    def zero_stage(self) -> int:
+        """Of DeepSpeed; 0 with megatron-core."""
+        train = self.config.train
+        return train.deepspeed.zero_stage if train.engine == "deepspeed" else 0
+
+    @property
     def experts_a_rank(self) -> int:
         """Of each layer; a dense layer counts as one, which tensor-parallel ranks share."""
         return weights.experts(self.config.model)[0] // self.layout.expert

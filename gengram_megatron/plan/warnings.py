@@ -25,6 +25,11 @@ def warnings(split: Split, memory: Memory, gigabytes: float) -> Iterator[str]:
             f"parallel.tensor is {layout.tensor}: its ranks talk inside every layer, and a node "
             f"mostly has {GPUS_A_NODE} GPUs"
         )
+    if split.zero_stage:
+        yield (
+            "what ranks send is counted as with megatron-core's optimizer; DeepSpeed sends more: "
+            "gradients twice, from ZeRO 2 on after each microbatch, and with ZeRO 3 weights"
+        )
 
 
 def _pipeline(split: Split) -> Iterator[str]:

@@ -79,6 +79,8 @@ def _memory(modules: list[nn.Module]) -> str | None:
 
 
 def _optimizer(optimizer) -> str:
+    if hasattr(optimizer, "describe"):  # another engine's
+        return optimizer.describe()
     inner = (
         optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
     )

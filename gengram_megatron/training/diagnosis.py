@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerLayer
-from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
+
+from gengram_megatron.model.data_parallel import unwrapped
 
 
 @dataclass(frozen=True, order=True)
@@ -34,7 +35,7 @@ def diagnose(chunks: list, compute: Callable[[], object]) -> str:
     """
     search = _Search()
     with ExitStack() as stack:
-        for chunk in unwrap_model(chunks):
+        for chunk in unwrapped(chunks):
             search.watch(stack, chunk)
         compute()
     found = [None] * dist.get_world_size()

@@ -43,9 +43,9 @@ class Optimizer(ChainedOptimizer):
         return self._accept(self._norm) and super().step_with_ready_grads()
 
 
-def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
-    """megatron-core's optimizer over a rank's chunks. Gengram tables may have their own learning
-    rate and weight decay; norm weights are not decayed."""
+def adam_settings(config: Config) -> tuple[OptimizerConfig, dict[ParamKey, ParamGroupOverride]]:
+    """For all weights, and what some have instead: Gengram tables may have their own learning rate
+    and weight decay; norm weights are not decayed."""
     settings = config.optimizer
     bf16 = config.train.dtype == "bf16"
     optimizer_config = OptimizerConfig(
@@ -65,6 +65,12 @@ def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
     overrides = get_standard_config_overrides(optimizer_config)
     if config.model.gengram.enabled:
         overrides[ParamKey(attr="is_gengram_table")] = _tables(config)
+    return optimizer_config, overrides
+
+
+def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
+    """megatron-core's optimizer over a rank's chunks."""
+    optimizer_config, overrides = adam_settings(config)
     with frozen([parameter for chunk in chunks for parameter in chunk.table_parameters]):
         optimizer = get_megatron_optimizer(
             optimizer_config, chunks, config_overrides=overrides, use_gloo_process_groups=False

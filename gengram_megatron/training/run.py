@@ -68,15 +68,17 @@ class _Run:
         from megatron.core import parallel_state
 
         from gengram_megatron.checkpoint.state import TrainingState
-        from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
+        from gengram_megatron.model.build import build_model
         from gengram_megatron.model.gengram.touched import RowsTouched
         from gengram_megatron.platform.report import implementations
-        from gengram_megatron.training.optimizer import build_optimizer, build_schedule
+        from gengram_megatron.training.engines import build_engine
+        from gengram_megatron.training.optimizer import build_schedule
 
         self.config, self.layout, self.data, self.signals = config, layout, data, signals
         self.data_rank = parallel_state.get_data_parallel_rank()
-        self.chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
-        self.optimizer = build_optimizer(config, self.chunks)
+        models = build_model(config, layout)
+        self.parameters = _count_parameters(models)
+        self.chunks, self.optimizer = build_engine(config, layout, models)
         self.schedule = build_schedule(config, layout, self.optimizer)
         self.state = TrainingState(
             config, layout, self.chunks, self.optimizer, self.schedule, data.facts
@@ -299,7 +301,7 @@ class _Run:
         )
 
     def _place(self, beginning: "Beginning") -> str:
-        parameters, load = self._count_parameters(), self.config.checkpoint.load
+        load = self.config.checkpoint.load
         start, steps, last = beginning.step, self.layout.steps, self._last_step()
         if start >= last:
             return f"{self.folder}: done, {start} of {steps} steps; nothing is left to do"
@@ -309,23 +311,7 @@ class _Run:
         elif load:
             begin += f", not from checkpoint.load = {load}"
         until = f"until step {last} of {steps}" if last < steps else f"{steps} steps"
-        return f"{self.folder}: {begin}, {until}, {parameters:,} parameters"
-
-    def _count_parameters(self) -> int:
-        """Of the whole model: this rank's, without copies, summed over all ranks."""
-        from megatron.core.utils import unwrap_model
-
-        from gengram_megatron.model.initialize import parts
-
-        own = sum(
-            part.data.numel()
-            for chunk in unwrap_model(self.chunks)
-            for part, _, _ in parts(chunk)
-            if part.replica_id in (0, (0, 0, 0))
-        )
-        total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
-        dist.all_reduce(total)
-        return int(total)
+        return f"{self.folder}: {begin}, {until}, {self.parameters:,} parameters"
 
     def _place_in_data(self, step: int) -> dict[str, int]:
         samples = step * self.config.train.global_batch_size
@@ -363,3 +349,18 @@ class _Run:
 
 def _due(step: int, interval: int | None, last: int | None) -> bool:
     return step == last or (interval is not None and step % interval == 0)
+
+
+def _count_parameters(models: list) -> int:
+    """Of the whole model: this rank's, without copies, summed over all ranks."""
+    from gengram_megatron.model.initialize import parts
+
+    own = sum(
+        part.data.numel()
+        for model in models
+        for part, _, _ in parts(model)
+        if part.replica_id in (0, (0, 0, 0))
+    )
+    total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(total)
+    return int(total)

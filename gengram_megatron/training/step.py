@@ -34,16 +34,17 @@ def forward_backward(
     touched: marks the table rows that the microbatches look up.
     """
     schedule = get_forward_backward_func()
-    reports = schedule(
-        forward_step_func=partial(forward_step, config=config, touched=touched),
-        # One iterator a chunk: each walks the microbatches on its own.
-        data_iterator=_iterators(batches, layout),
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=layout.num_microbatches,
-        seq_length=config.model.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        forward_only=forward_only,
-    )
+    with torch.set_grad_enabled(not forward_only):  # which the schedules leave as it is
+        reports = schedule(
+            forward_step_func=partial(forward_step, config=config, touched=touched),
+            # One iterator a chunk: each walks the microbatches on its own.
+            data_iterator=_iterators(batches, layout),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=layout.num_microbatches,
+            seq_length=config.model.seq_length,
+            micro_batch_size=config.train.micro_batch_size,
+            forward_only=forward_only,
+        )
     return torch.stack([r["loss"] for r in reports]).sum(0) if reports else None
 
 

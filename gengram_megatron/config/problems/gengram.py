@@ -106,3 +106,6 @@ def projection_obstacles(config: Config) -> Iterator[tuple[str, str]]:
         yield f"model.gengram.split is {gengram.split}", "set it to columns"
     if config.optimizer.overlap_grad_reduce:
         yield "optimizer.overlap_grad_reduce is true", "set it to false"
+    if config.train.engine == "deepspeed":
+        # It takes each gradient when the backward pass has made it; these come once a step.
+        yield "train.engine is deepspeed", "set it to megatron"
