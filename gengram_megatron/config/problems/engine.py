@@ -33,6 +33,7 @@ OWN_KEYS = {
 
 
 def engine_problems(config: Config) -> Iterator[str]:
+    """A sentence for each setting that DeepSpeed cannot do, or that only it could."""
     train = config.train
     if train.engine == "megatron":
         if train.deepspeed != DeepSpeed():
