@@ -158,7 +158,7 @@ def test_run_says_what_runs_and_nothing_else(runs: Runs) -> None:
     for engine in STAGES:
         (using,) = runs.said[f"moe_fp32_{engine}"][0].out.splitlines()[:1]
         assert "optimizer: DeepSpeed 0." in using
-        assert f" ZeRO {engine[-1]} with torch AdamW, device: 2 x CPU" in using
+        assert f" ZeRO {engine[-1]} with torch AdamW, " in using and "device: 2 x CPU" in using
         expected = len(runs.said["moe_fp32_megatron"][0].out.splitlines())
         assert len(runs.said[f"moe_fp32_{engine}"][0].out.splitlines()) == expected
         assert not runs.said[f"moe_fp32_{engine}"][0].err
