@@ -5,10 +5,11 @@ source "$(dirname "$0")/environment.sh"
 
 if ! python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("deepspeed"))'; then
   say "DeepSpeed, for its tests"
-  # Its set-up looks for torch, which an isolated build would lack.
-  pip=(python -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+  # Its set-up looks for torch, which an isolated build would lack. Without the other constraints:
+  # a GPU machine keeps its own torch.
+  pip=(python -m pip install --quiet --disable-pip-version-check)
   "${pip[@]}" setuptools wheel
-  "${pip[@]}" --no-build-isolation deepspeed
+  "${pip[@]}" --no-build-isolation "$(grep '^deepspeed==' constraints.txt)"
 fi
 
 say "style"
