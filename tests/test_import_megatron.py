@@ -3,13 +3,17 @@
 import os
 import pickle
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormat
+from torch.distributed.checkpoint.metadata import Metadata
 
 from gengram_megatron.checkpoint.exchange.importing import import_model
 from gengram_megatron.checkpoint.exchange.megatron import open_megatron
+from gengram_megatron.checkpoint.exchange.untrusted import read_untrusted
 from gengram_megatron.checkpoint.store import CheckpointStore
 from gengram_megatron.checkpoint.stored import StoredTensors
 from gengram_megatron.config.layout import check_layout
@@ -139,6 +143,34 @@ def test_distributed_description_that_would_run_code_is_refused(tmp_path) -> Non
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     refused(folder, tmp_path, "it would run posix.mkdir")
     assert not (tmp_path / "ran").exists()
+
+
+class Attribute:
+    """Pickled as early Pythons 3.11 pickle a member of an enumeration."""
+
+    def __init__(self, of: object, name: str):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_members_of_enumerations_are_read_however_python_wrote_them(tmp_path) -> None:
+    def write(value: object) -> None:
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": value})))
+
+    write(Attribute(MemoryFormat, "TORCH_PRESERVE_FORMAT"))
+    assert StoredTensors(tmp_path).names == []  # and not refused
+    for wrong in (Attribute(MemoryFormat, "mro"), Attribute(Metadata, "__init__")):
+        write(wrong)
+        with pytest.raises(UserError, match=r"it would run builtins\.getattr"):
+            StoredTensors(tmp_path)
+
+
+def test_plain_values_beside_members_of_enumerations_are_read(tmp_path) -> None:
+    content = {"args": Attribute(signal.Signals, "SIGTERM"), "iteration": 3}
+    torch.save(content, tmp_path / "a.pt")
+    assert read_untrusted(tmp_path / "a.pt")["iteration"] == 3
 
 
 def _change(file: Path, change) -> None:

@@ -6,6 +6,7 @@ classes that describe tensors are taken.
 """
 
 import pickle
+from enum import Enum, EnumType
 from pathlib import Path
 
 import torch
@@ -144,6 +145,15 @@ class _Ignored:
     """Stands for megatron-core's notes on how a checkpoint was written."""
 
 
+def _member(kind: type, name: str) -> Enum:
+    """The member of an enumeration, which early Pythons 3.11 (Debian 12's) pickle as a getattr."""
+    if isinstance(kind, EnumType) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(
+        f"it would run builtins.getattr for {name}, and only descriptions of tensors are read"
+    )
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows the classes that describe tensors, and no other name: not what their modules import."""
 
@@ -165,6 +175,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) in self._OTHERS:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module in self._DESCRIPTIONS and name.isidentifier():
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__ == module:

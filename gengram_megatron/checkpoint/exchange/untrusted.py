@@ -15,6 +15,7 @@ from gengram_megatron.errors import UserError
 _REPLACED = (
     "argparse.Namespace", "types.SimpleNamespace", "pathlib.", "signal.Signals", "_io.BytesIO",
     "collections.deque", "collections.defaultdict", "numpy.", "megatron.", "transformer_engine.",
+    "builtins.getattr",  # so early Pythons 3.11 pickle members of enumerations
 )  # fmt: skip
 
 
