@@ -17,6 +17,7 @@ from gengram_megatron.errors import UserError
 
 FILE = "metrics.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
+KINDS = ("train", "validation")
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -94,18 +95,27 @@ class RunLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order.
 
-    A last line that was cut off by a kill is left out; damage anywhere else is an error.
+    A last line that was cut off by a kill is left out; damage anywhere else is a UserError.
     """
-    lines = Path(path).read_text().split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     entries = []
     for number, line in enumerate(lines[:-1], start=1):  # the last: empty, or half a line
         try:
-            entries.append({name: _to_float(value) for name, value in json.loads(line).items()})
-        except (json.JSONDecodeError, AttributeError):
+            entries.append(_entry(line))
+        except (AttributeError, KeyError, ValueError):
             raise UserError(
-                f"{path}, line {number} is not a JSON object: {line[:80]!r}; remove it"
+                f"{path}, line {number} is not one that a run writes: "
+                f"{line[:80].decode(errors='replace')!r}; remove this line"
             ) from None
     return entries
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    entry = {name: _to_float(value) for name, value in json.loads(line).items()}
+    numbers = [entry[name] for name in ("step", "samples", "tokens", "loss")]
+    if entry["kind"] not in KINDS or not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError("another program's line")
+    return entry
 
 
 def _discard_after(run_dir: Path, resume_step: int) -> None:
