@@ -91,6 +91,13 @@ def test_a_resumed_run_sets_the_lines_it_will_write_again_aside(tmp_path):
     assert steps_of(discarded) == [("train", 4), ("validation", 4), ("train", 5)]
 
 
+def test_a_validation_that_is_left_is_known(tmp_path):
+    write(tmp_path, [1, 2, 3, 4])
+    with RunLog(tmp_path, config(), resume_step=3) as log:
+        log.train(step=4, samples=8, tokens=128, loss=LOSS)
+        assert [log.has_validation(step) for step in (1, 2, 3, 4)] == [False, True, False, False]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path):
     write(tmp_path, [1, 2])
     write(tmp_path, [1])

@@ -41,7 +41,8 @@ class RunLog:
         wandb = config.logging.wandb
         self._wandb = _start_wandb(run_dir, wandb, config) if wandb else None
         _discard_after(run_dir, resume_step)
-        self._file = (run_dir / FILE).open("a")
+        self._path = run_dir / FILE
+        self._file = self._path.open("a")
         # purge_step hides the events of steps that are done again.
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
@@ -64,6 +65,11 @@ class RunLog:
         """One validation: its loss, and how far training was (not what validation read). Of a
         blend also `loss/NAME`, the loss of each set."""
         self._write("validation", step, samples, tokens, loss, others)
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the run was validated after a step, in this job or in one before it."""
+        entries = read_metrics(self._path)
+        return any(e["kind"] == "validation" and e["step"] == step for e in entries)
 
     def close(self) -> None:
         """Flush and close everything."""
