@@ -7,13 +7,13 @@ word for numbers that are not finite, so they are written as the strings "NaN", 
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from gengram_megatron.config.schema import Config, WeightsAndBiases
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import flush, replacing
 
 FILE = "metrics.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
@@ -135,17 +135,9 @@ def _discard_after(run_dir: Path, resume_step: int) -> None:
     if discarded:
         with (run_dir / DISCARDED).open("a") as file:
             file.writelines(discarded)
-            _to_disk(file)
-    beside = path.with_name(FILE + ".new")
-    with beside.open("w") as file:
-        file.writelines(kept)
-        _to_disk(file)
-    beside.replace(path)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        flush(run_dir / DISCARDED)
+    with replacing(path) as beside:
+        beside.write_text("".join(kept))
 
 
 def _to_json(entry: dict[str, Any]) -> str:
