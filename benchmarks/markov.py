@@ -12,13 +12,14 @@ A, C, G or T.
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.manifest import read_manifest
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import EXIT_CODE, UserError, tell
 from gengram_megatron.tokenizer import BASE_IDS
 
 HIGHEST_ORDER = 12  # 4^13 counts of 8 bytes are half a gigabyte
@@ -96,7 +97,8 @@ def main() -> None:
     try:
         scores = markov_nats(arguments.folder, arguments.orders)
     except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+        tell(error)
+        sys.exit(EXIT_CODE)
     for order, nats in scores.items():
         print(f"order {order}: {nats:.4f} nats a base, {nats / math.log(2):.4f} bits a base")
 

@@ -8,7 +8,7 @@ from data_prep.build_command import build
 from data_prep.download.command import download
 from data_prep.inspect.command import inspect
 from data_prep.verify.command import verify
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import EXIT_CODE, UserError, tell
 
 app = typer.Typer(
     add_completion=False,
@@ -34,5 +34,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        tell(error)
+        sys.exit(EXIT_CODE)

@@ -9,13 +9,12 @@ Beside the output `NAME` it is called `NAME.building`, and holds
     replaced/    for a moment, the data set that stood there before
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from data_prep.sources import Input
 from data_prep.survey import Survey
 from gengram_megatron import __version__
 from gengram_megatron.errors import UserError
-from gengram_megatron.files import flush
+from gengram_megatron.files import Locked, flush, lock, replacing
 
 LOCK = "lock"
 
@@ -51,10 +50,8 @@ class Work:
         """Keep what was found out about a source."""
         self._surveys.mkdir(exist_ok=True)
         path = self._survey_path(source, settings)
-        partial = path.with_suffix(".partial")
-        survey.save(partial)
-        flush(partial)
-        partial.rename(path)
+        with replacing(path) as beside:
+            survey.save(beside)
 
     def _survey_path(self, source: Input, settings: Any) -> Path:
         own = [source.key, source.settings.model_dump(mode="json"), settings]
@@ -123,21 +120,19 @@ def work_on(output: Path) -> Iterator[Work]:
 
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel gives it back when the process ends, however it ends."""
+    """Hold the folder's lock."""
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("w")
-        except FileNotFoundError:  # a build has ended this moment, and removed its folder
-            continue
-        with file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                file = held.enter_context(lock(path))
+            except FileNotFoundError:  # a build has ended this moment, and removed its folder
+                continue
+            except Locked as holder:
                 raise UserError(
-                    f"{output} is being built by another process; wait for it, or give another "
-                    "output"
+                    f"{output} is being built by another process, {holder}; wait for it, or give "
+                    "another output"
                 ) from None
             if os.fstat(file.fileno()).st_nlink:  # else it went with the folder of such a build
                 yield

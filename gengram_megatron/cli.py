@@ -17,7 +17,7 @@ from gengram_megatron.config.layout import check_layout, world_size_from_environ
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.doctor.command import doctor
-from gengram_megatron.errors import EXIT_CODE, UserError
+from gengram_megatron.errors import EXIT_CODE, UserError, tell
 from gengram_megatron.launch.command import launch
 from gengram_megatron.plan.command import plan
 from gengram_megatron.sweep.command import sweep
@@ -41,8 +41,7 @@ def main(own_log: bool = False) -> None:
     try:
         app(obj=own_log)
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"gengram: {line}", file=sys.stderr)
+        tell(error)
         sys.exit(EXIT_CODE)
 
 

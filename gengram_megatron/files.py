@@ -1,12 +1,19 @@
 """What writers and readers of files share."""
 
+import errno
+import fcntl
 import hashlib
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:  # commands that draw nothing need not wait for it
     from matplotlib.figure import Figure
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def flush(path: Path) -> None:
@@ -18,6 +25,46 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of a file, or becomes one: it does so when the disk holds
+    it, and not after an error, so nobody ever reads half of it."""
+    beside = path.with_name(f".{path.stem}.new{path.suffix}")
+    try:
+        yield beside
+        flush(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class Locked(Exception):
+    """Another process holds the lock; the message says which."""
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[TextIO]:
+    """Hold a lock file, or raise Locked. It stays when it is given back, and then means nothing.
+
+    The lock is the kernel's, so it ends with its process however that ends; processes that this
+    one starts do not hold it. File systems without locks (some network ones) give none, and are
+    used without.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise Locked(file.read().strip()) from None
+            if error.errno not in NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield file
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
@@ -25,7 +72,6 @@ def checksum(path: Path) -> str:
 
 
 def save_figure(figure: "Figure", out: Path, dpi: int) -> None:
-    """Beside and renamed: nobody ever sees half a picture."""
-    beside = out.with_name(f".{out.stem}.new{out.suffix}")
-    figure.savefig(beside, dpi=dpi)
-    beside.replace(out)
+    """Draw a picture into a file, whose ending decides the format."""
+    with replacing(out) as beside:
+        figure.savefig(beside, dpi=dpi)

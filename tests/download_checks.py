@@ -15,7 +15,7 @@ def check_refused(result: tuple[int, str, str], message: str) -> None:
     code, _, shown = result
     assert code == 2, shown
     assert re.search(message, shown), shown
-    assert shown.count("error:") == 1 and "Traceback" not in shown
+    assert shown.count("gengram: ") == 1 and "Traceback" not in shown
 
 
 def left() -> list[str]:

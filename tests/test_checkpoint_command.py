@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_run_cannot_go_on_without_its_optimizer(trained, tmp_path, gengram, one_
         state.load_newest()
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_export_and_import_there_and_back(trained, tmp_path, gengram) -> None:
     out, config = tmp_path / "out", tmp_path / "tiny.yaml"
     code, _, err = gengram("checkpoint", "export", trained.run, out, "--largest-file", "0.0005")
@@ -147,6 +149,19 @@ def test_export_and_import_there_and_back(trained, tmp_path, gengram) -> None:
     assert all(torch.equal(stored.read(name), w) for name, w in trained.weights.items())
     again = gengram("checkpoint", "import", out, config, f"run.dir={tmp_path / 'back'}")
     assert again[0] == 2 and "holds checkpoints already; give another run.dir" in again[2]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:100], lambda data: bytes(len(data))], ids=["cut", "overwritten"]
+)
+def test_damaged_tensors_are_a_sentence(trained, tmp_path, gengram, change) -> None:
+    checkpoint = tmp_path / "step_00000003"
+    shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
+    for file in checkpoint.glob("*.distcp"):
+        file.write_bytes(change(file.read_bytes()))
+    code, _, err = gengram("checkpoint", "export", checkpoint, tmp_path / "out")
+    assert code == 2 and " cannot be read: its file is damaged" in err
+    assert len(err.splitlines()) == 1, err
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["strip", "light"], ["export", "out"]])
@@ -177,8 +192,9 @@ def test_no_command_holds_the_whole_model(tmp_path) -> None:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["model"] > 130_000_000
+    assert found["write"] > 0  # the others may do with the memory that it has used
     for what in ("write", "export", "import"):
-        assert 0 < found[what] < 60_000_000, found
+        assert found[what] < 60_000_000, found

@@ -99,6 +99,9 @@ REFUSED = {
     "two lengths": (4, ["train.samples=32"], "train.steps or train.samples, but both are given"),
     "less than a step": (4, ["train.steps=null", "train.samples=15"], "train.samples is 15, less than one step of train.global_batch_size = 16"),
     "window": (4, ["model.gengram.window=5"], "model.gengram.window is 5, too small for the 6-mers"),
+    "window beyond the sequence": (4, ["model.gengram.window=514"], "model.gengram.window is 514, more than model.seq_length = 512: make it 512 at most"),
+    "hashing without hashed tables": (4, ["model.gengram.hashing.seed=1"], "model.gengram.hashing is given, but no k of model.gengram.kmer_sizes is above 8"),
+    "kernel without a convolution": (4, ["model.gengram.output=norm", "model.gengram.conv_kernel=3"], "model.gengram.conv_kernel is 3, but model.gengram.output is norm"),
     "layer out of range": (4, ["model.gengram.layers=[3,13]"], "model.gengram.layers names [13], but model.num_layers is 12"),
     "layer repeated": (4, ["model.gengram.layers=[3,3]"], "model.gengram.layers is [3, 3]; name each layer once"),
     "no layers": (4, ["model.gengram.layers=[]"], "model.gengram.layers is empty"),
@@ -149,6 +152,8 @@ ALLOWED = {
     "context": (8, ["parallel.context=2"], {"context": 2, "data": 1, "expert_data": 2}),
     "samples": (4, ["train.steps=null", "train.samples=47"], {"steps": 2, "samples": 32}),
     "no window": (4, ["model.gengram.window=null"], {}),
+    "window of the whole sequence": (4, ["model.gengram.window=512"], {}),
+    "hashed tables of their own": (4, ["model.gengram.kmer_sizes=[6,9]", "model.gengram.hashing.rows=5000"], {}),
     "memory off": (4, ["model.gengram.enabled=false", "model.gengram.layers=[99]"], {}),
 }  # fmt: skip
 

@@ -14,9 +14,9 @@ from data_prep.annotation import read_annotation
 from data_prep.build import build
 from data_prep.fragment import Fate, Record
 from data_prep.genes import drop_far, near
-from data_prep.origins import Origins
 from data_prep.schema import DataConfig, Source
 from gengram_megatron.errors import UserError
+from tests.origins import Origins
 
 ROOT = Path(__file__).parent.parent
 GTF = b"""#!genome-build made up
@@ -182,7 +182,7 @@ def test_an_annotation_that_changes_is_another_source(tmp_path):
 def test_what_becomes_of_a_source_without_annotation(tmp_path):
     with pytest.raises(ValueError, match=r"sources\.chr20 has no annotation; .* keep or drop"):
         sample(tmp_path)
-    with pytest.raises(UserError, match="7811 for their distance from genes"):
+    with pytest.raises(UserError, match="7,811 were dropped for their distance from genes"):
         config = sample(tmp_path / "out", without_annotation="drop")
         build(config, ROOT, False, lambda doing, bases: None)
     kept = sample(tmp_path / "out", without_annotation="keep")

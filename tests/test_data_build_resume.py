@@ -329,6 +329,6 @@ def test_a_limit_on_the_size_of_files(genomes, expected, tmp_path):
     )
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
-        f"error: {tmp_path / 'out'} could not be written: File too large"
+        f"gengram: {tmp_path / 'out'} could not be written: File too large"
     ]
     assert not (tmp_path / "out").exists()

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.build import build
-from data_prep.origins import Origins
 from data_prep.schema import DataConfig
 from data_prep.strand import draw
 from gengram_megatron.errors import UserError
+from tests.origins import Origins
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """A folder in memory, because a build waits for the disk to have all that it wrote."""

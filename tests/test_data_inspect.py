@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep import cli
-from data_prep.origins import Origins
+from tests.origins import Origins
 
 LENGTH = 16
 CONFIG = f"""\

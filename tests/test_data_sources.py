@@ -14,12 +14,12 @@ from data_prep.build import build
 from data_prep.chromosomes import with_chromosomes
 from data_prep.download.schema import DownloadConfig
 from data_prep.fragment import Record
-from data_prep.origins import Origins
 from data_prep.schema import DataConfig, Source
 from data_prep.sources import inputs
 from data_prep.split import held_out
 from gengram_megatron.config.load import load_config
 from gengram_megatron.errors import UserError
+from tests.origins import Origins
 
 CONFIGS = Path(__file__).parent.parent / "configs/data"
 SETS = {1: "set1_50b_8k.yaml", 2: "set2_200b_8k.yaml", 3: "set3_100b_32k.yaml"}

@@ -12,10 +12,12 @@ import pytest
 from gengram_megatron.checkpoint.store import estimated_size
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
+from gengram_megatron.config.projection import Projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.doctor import examine
 from gengram_megatron.doctor.ask import NoAnswer, ask
 from gengram_megatron.doctor.fit import memory_problems, room_problems
+from gengram_megatron.doctor.sample import sample
 from tests.layouts.launch import ROOT
 from tests.training.tiny import DENSE, MLA, environment, write_config
 
@@ -165,6 +167,16 @@ def test_room_that_does_not_suffice():
     assert list(room_problems(free=100, checkpoint=100)) == []
     [problem] = room_problems(free=2 * 10**9, checkpoint=5 * 10**9)
     assert problem.startswith("one checkpoint needs about 5.0 GB, and run.dir has 2.0 GB free")
+
+
+def test_the_sample_of_any_memory_can_be_built() -> None:
+    words = [
+        "model.gengram.kmer_sizes=[1,12]",
+        "model.gengram.hashing.rows=5000",
+        "model.gengram.window=64",
+    ]
+    config = load_config(ROOT / "configs/smoke/cpu.yaml", words, Config)
+    assert check_layout(sample(config, Projection("features", "")), 1)
 
 
 def put_package(folder: Path, name: str, version: str, source: str) -> None:

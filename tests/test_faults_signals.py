@@ -9,6 +9,20 @@ from gengram_megatron.signals import REQUEUE, StopSignals
 from tests.training.faults import STEPS, Lab
 from tests.training.tiny import numbers
 
+SETTINGS = (
+    "train.validation_interval=1",  # whenever a signal comes, a validation is due
+    "optimizer.overlap_grad_reduce=true",
+    "optimizer.overlap_param_gather=true",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(lab: Lab) -> list[dict]:
+    """The numbers of a run that nobody asks to stop."""
+    ended = lab.start("validated", *SETTINGS).wait()
+    assert [said.code for said in ended] == [0, 0], ended[0].err
+    return numbers(lab.run("validated"))
+
 
 @pytest.mark.parametrize(
     ("number", "rank", "helpers"),
@@ -18,10 +32,10 @@ from tests.training.tiny import numbers
     ],
 )
 def test_signal_saves_and_asks_to_be_started_again(
-    lab: Lab, number: signal.Signals, rank: int, helpers: bool
+    lab: Lab, whole: list[dict], number: signal.Signals, rank: int, helpers: bool
 ) -> None:
     name = number.name
-    ranks = lab.start(name)
+    ranks = lab.start(name, *SETTINGS)
     ranks.wait_for(lambda: lab.steps(name) >= 5)
     ranks.signal(rank, number, helpers)
     stopped = ranks.wait()
@@ -30,10 +44,12 @@ def test_signal_saves_and_asks_to_be_started_again(
     assert [said.code for said in stopped] == [REQUEUE, REQUEUE], stopped[0].err
     assert f"asked by a signal to stop; saved after step {done} of {STEPS}" in stopped[0].out
     assert lab.checkpoints(name)[-1] == done
-    ended = lab.start(name, attempt="second").wait()
+    validated = [line["step"] for line in numbers(lab.run(name), "validation")]
+    assert validated == [*range(1, done)]  # the last one is left for later
+    ended = lab.start(name, *SETTINGS, attempt="second").wait()
     assert [said.code for said in ended] == [0, 0], ended[0].err
     assert f"resuming after step {done}," in ended[0].out
-    assert numbers(lab.run(name)) == numbers(lab.run("whole"))
+    assert numbers(lab.run(name)) == whole
 
 
 def test_handlers_are_put_back_unless_a_signal_came() -> None:

@@ -91,6 +91,13 @@ def test_a_resumed_run_sets_the_lines_it_will_write_again_aside(tmp_path):
     assert steps_of(discarded) == [("train", 4), ("validation", 4), ("train", 5)]
 
 
+def test_a_validation_that_is_left_is_known(tmp_path):
+    write(tmp_path, [1, 2, 3, 4])
+    with RunLog(tmp_path, config(), resume_step=3) as log:
+        log.train(step=4, samples=8, tokens=128, loss=LOSS)
+        assert [log.has_validation(step) for step in (1, 2, 3, 4)] == [False, True, False, False]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path):
     write(tmp_path, [1, 2])
     write(tmp_path, [1])
@@ -105,8 +112,29 @@ def test_half_a_last_line_is_dropped_and_damage_elsewhere_is_named(tmp_path):
     assert len(read_metrics(path)) == 3
     write(tmp_path, [3], resume_step=2)
     assert steps_of(path) == [("train", 1), ("train", 2), ("validation", 2), ("train", 3)]
-    path.write_text("{}\nnot json\n")
-    with pytest.raises(UserError, match="line 2 is not a JSON object"):
+    path.write_bytes(path.read_bytes() + b'{"kind": "tr\xff\n')
+    with pytest.raises(UserError, match="line 5 is not one that a run writes"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('"kind"', '"kine"'),
+        ('"train"', '"trail"'),
+        ('"step": 2', '"step": "2"'),
+        ('"loss": 0', '"loss":\x100'),
+        ('{"', '\x80"'),
+        (', "samples"', '}{ "samples"'),
+    ],
+)
+def test_a_changed_line_is_named(tmp_path, old, new):
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, [1, 2, 3])
+    first, second, *rest = path.read_text().splitlines(keepends=True)
+    assert old in second
+    path.write_text(first + second.replace(old, new, 1) + "".join(rest), encoding="latin-1")
+    with pytest.raises(UserError, match=rf"^{path}, line 2 is not one that a run writes: "):
         read_metrics(path)
 
 

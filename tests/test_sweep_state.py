@@ -99,22 +99,50 @@ def test_results_do_not_need_the_machines_of_the_runs(trained) -> None:
         assert isinstance(invoke(file, "--launch", "--dry-run", launch).exception, UserError)
 
 
-@pytest.mark.parametrize(
-    "old, new", [("window:", "breadth:"), ("run:", "[")], ids=["of another version", "not YAML"]
-)
-def test_unreadable_config_of_one_run_stops_nothing_but_a_launch(
-    trained, tmp_path: Path, old: str, new: str
+DAMAGE = {
+    "of another version": ("config.yaml", "window:", "breadth:"),
+    "not YAML": ("config.yaml", "run:", "["),
+    "changed line": ("metrics.jsonl", '"kind"', '"kine"'),
+}
+
+
+@pytest.mark.parametrize("name, old, new", DAMAGE.values(), ids=DAMAGE)
+def test_damage_of_one_run_stops_nothing_but_a_launch(
+    trained, tmp_path: Path, name: str, old: str, new: str
 ) -> None:
     file, folder = trained
     shutil.copytree(folder, tmp_path / "runs")
-    place, config = f"run.dir={tmp_path / 'runs'}", tmp_path / "runs/steps-3/config.yaml"
-    config.write_text(config.read_text().replace(old, new))
+    place, damaged = f"run.dir={tmp_path / 'runs'}", tmp_path / "runs/steps-3" / name
+    damaged.write_text(damaged.read_text().replace(old, new))
     for option in ("--list", "--results"):
         done = invoke(file, option, place)
         assert done.exit_code == 0, done.exception
-        first, second = [line for line in done.output.splitlines() if " steps-" in line]
-        assert "unreadable config.yaml" in first and "1.2500" not in first
+        first, second, why = [line for line in done.output.splitlines() if "steps-" in line][:3]
+        assert "unreadable" in first and "1.2500" not in first
         assert "finished" in second and "1.1250" in second
+        assert why.startswith(f"{tmp_path / 'runs/steps-3'} cannot be read ({damaged}")
     refused = str(invoke(file, "--launch", place).exception)
-    assert f"steps-3 has a config.yaml that cannot be read ({config}:" in refused
+    assert f"steps-3 cannot be read ({damaged}" in refused
     assert "steps-4" not in refused
+
+
+def test_a_damaged_checkpoint_of_one_run_hides_no_other(trained, tmp_path: Path) -> None:
+    file, folder = trained
+    shutil.copytree(folder, tmp_path / "runs")
+    checkpoint = tmp_path / "runs/steps-3/checkpoints/step_00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "gengram.json").write_text("{")
+    done = invoke(file, f"run.dir={tmp_path / 'runs'}", "checkpoint.at_end=true")
+    assert done.exit_code == 0, done.exception
+    first, second, why = [line for line in done.output.splitlines() if "steps-" in line]
+    assert "unreadable" in first and "to do" in second
+    assert f"cannot be read ({checkpoint} is not a checkpoint" in why
+
+
+def test_a_line_that_a_kill_cut_counts_for_nothing(trained, tmp_path: Path) -> None:
+    file, folder = trained
+    shutil.copytree(folder, tmp_path / "runs")
+    with (tmp_path / "runs/steps-3/metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "train", "st')
+    done = invoke(file, f"run.dir={tmp_path / 'runs'}")
+    assert done.output.count("finished") == 2 and "cannot be read" not in done.output

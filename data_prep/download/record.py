@@ -6,7 +6,7 @@ from threading import Lock
 from typing import Any
 
 from gengram_megatron.errors import UserError
-from gengram_megatron.files import flush
+from gengram_megatron.files import replacing
 
 RECORD = "downloads.json"
 
@@ -34,9 +34,6 @@ class Record:
         """Add a file or replace what was known of it."""
         with self._lock:
             self._files[name] = {"url": url, "bytes": size, **checksums}
-            new = self._path.with_name(f"{RECORD}.new")
-            new.write_text(
-                json.dumps({"files": dict(sorted(self._files.items()))}, indent=2) + "\n"
-            )
-            flush(new)
-            new.replace(self._path)
+            files = {"files": dict(sorted(self._files.items()))}
+            with replacing(self._path) as beside:
+                beside.write_text(json.dumps(files, indent=2) + "\n")

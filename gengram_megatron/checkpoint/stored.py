@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -99,11 +98,16 @@ class StoredTensors:
             sizes=torch.Size([*[1] * leading, *shape[leading:]]),
         )
         tensor = torch.empty(part.sizes, dtype=self.dtype(name))
+        planner, metadata = _PartPlanner(part), self._reader.read_metadata()
         try:
-            planner = _PartPlanner(part)
-            dcp.load({name: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
-        except (CheckpointException, OSError) as error:
-            raise UserError(f"{self.folder}: {name} cannot be read: {error}") from None
+            # dcp.load's own steps. It warns in a process that is no part of a group.
+            planner.set_up_planner({name: tensor}, metadata, is_coordinator=True)
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            plan = planner.finish_plan(planner.create_local_plan())
+            self._reader.read_data(plan, planner).wait()
+        except Exception as error:  # each way in which a file is damaged has an error of its own
+            why = getattr(error, "strerror", None) or "its file is damaged"
+            raise UserError(f"{self.folder}: {name} cannot be read: {why}") from None
         return tensor.reshape(shape[leading:])
 
 

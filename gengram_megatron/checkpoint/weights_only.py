@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from gengram_megatron.checkpoint.store import CheckpointStore, Facts, read_facts
 from gengram_megatron.checkpoint.stored import COMMON, StoredTensors, read_common
@@ -64,16 +63,24 @@ def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) ->
     }
     # A file a tensor, because torch keeps what it wrote until a file is done.
     writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
-    planner = _OneByOne(source.read)
-    try:
-        dcp.save(described, storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as error:
-        [(cause, _)] = error.failures.values()  # of the one process that wrote
-        raise cause from None
+    _save(described, writer, _OneByOne(source.read))
     torch.save(common, partial / COMMON)
     (partial / "metadata.json").write_text(json.dumps(FILE_FORMAT))
     store.finish(partial, facts)
     return whole
+
+
+def _save(described: dict[str, Tensor], writer: dcp.StorageWriter, planner: "_OneByOne") -> None:
+    """dcp.save's own steps. It warns in a process that is no part of a group."""
+    planner.set_up_planner(described, writer.storage_meta(), is_coordinator=True)
+    writer.set_up_storage_writer(is_coordinator=True)
+    plans, metadata = planner.create_global_plan(
+        [writer.prepare_local_plan(planner.create_local_plan())]
+    )
+    (plan,) = writer.prepare_global_plan(plans)
+    written = writer.write_data(planner.finish_plan(plan), planner)
+    written.wait()
+    writer.finish(metadata, [written.value()])
 
 
 class _OneByOne(dcp.DefaultSavePlanner):

@@ -23,14 +23,6 @@ class Order(Protocol):
         ...
 
 
-class SequentialOrder:
-    """Samples as they lie in the data set, for validation."""
-
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        """Position i is sample i."""
-        return np.asarray(positions, dtype=np.int64)
-
-
 class SampleOrder:
     """Every sample once an epoch, each epoch in another order.
 

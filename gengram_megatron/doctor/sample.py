@@ -1,7 +1,7 @@
 """A small model with the same kinds of parts as a config's, to be built and looked at."""
 
 from gengram_megatron.config.projection import Projection
-from gengram_megatron.config.schema import Config, Gengram, Model, Parallel
+from gengram_megatron.config.schema import Config, Gengram, Hashing, Model, Parallel
 
 HIDDEN, HEADS, LENGTH, EXPERTS = 64, 4, 32, 2
 
@@ -46,6 +46,8 @@ def _memory(gengram: Gengram, projection: Projection | None) -> Gengram:
         update={
             "layers": [1],
             "kmer_sizes": [1, 2],
+            "hashing": Hashing(),
+            "window": gengram.window and min(gengram.window, LENGTH),
             "dim": HIDDEN,
             "project": projection.of,
             "split": "columns",

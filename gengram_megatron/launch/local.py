@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from gengram_megatron.errors import EXIT_CODE
+from gengram_megatron.errors import EXIT_CODE, PREFIX, tell
 from gengram_megatron.launch.job import RANK_MODULE, Job
 from gengram_megatron.launch.rank import log_file
 from gengram_megatron.signals import REQUEUE
@@ -89,7 +89,8 @@ def _explain(error, job: Job, told: bool) -> int:
     elif isinstance(failure.message, dict):  # as @record wrote it
         why = failure.message["message"]
     size = job.layout.world_size
-    print(f"gengram: rank {rank} of {size} failed first: {why}\nits log: {log}", file=sys.stderr)
+    tell(f"rank {rank} of {size} failed first: {why}")
+    print(f"its log: {log}", file=sys.stderr)
     return failure.exitcode if failure.exitcode > 0 else 1
 
 
@@ -158,7 +159,7 @@ def _show_what_only_it_says(log: Path) -> None:
     and the screen has shown the first one's log."""
     shown = _rank_logs(log.parent)[0].read_text(errors="replace")
     for line in log.read_text(errors="replace").splitlines():
-        if line.startswith("gengram: ") and line not in shown:
+        if line.startswith(PREFIX) and line not in shown:
             print(line, file=sys.stderr)
 
 

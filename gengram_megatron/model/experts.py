@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from gengram_megatron.model.initialize import new_weight
+from gengram_megatron.model.initialize import split_weight
 
 
 class GroupedExperts(MegatronModule):
@@ -80,9 +79,7 @@ class _Weight(nn.Module):
 
     def __init__(self, shape, partition_dim: int, init_method, config, separate: bool):
         super().__init__()
-        self.weight = new_weight(shape, config)
-        init_method(self.weight)
-        set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
+        self.weight = split_weight(shape, partition_dim, config, init_method)
         # megatron-core reduces the gradients of such parameters over the expert-data group.
         self.weight.allreduce = not separate
 

@@ -15,15 +15,32 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 LARGEST_DRAW = 2**27  # numbers at a time; 512 MiB
 
 
-def new_weight(shape, config) -> nn.Parameter:
-    """Room for a weight, on this rank's device and in the dtype of megatron-core's config."""
+def whole_weight(shape, config, init_method: Callable) -> nn.Parameter:
+    """A weight of which every tensor-parallel rank has all, and which it uses on its part of the
+    sequence: megatron-core sums its gradient. config: megatron-core's."""
+    weight = _new_weight(shape, config, init_method)
+    weight.sequence_parallel = config.sequence_parallel
+    return weight
+
+
+def split_weight(shape, axis: int, config, init_method: Callable) -> nn.Parameter:
+    """This rank's part, of a shape, of a weight that tensor-parallel ranks share along an axis."""
+    weight = _new_weight(shape, config, init_method)
+    set_tensor_model_parallel_attributes(weight, True, axis, 1)
+    return weight
+
+
+def _new_weight(shape, config, init_method: Callable) -> nn.Parameter:
     device = torch.cuda.current_device()
-    return nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+    weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+    init_method(weight)
+    return weight
 
 
 def mark(parameter: nn.Parameter, std: float | None = None, constant: float | None = None) -> None:
@@ -31,11 +48,13 @@ def mark(parameter: nn.Parameter, std: float | None = None, constant: float | No
     parameter.initial_law = (std, constant)
 
 
-def marker(std: float) -> Callable[[nn.Parameter], nn.Parameter]:
+def marker(
+    std: float | None = None, constant: float | None = None
+) -> Callable[[nn.Parameter], nn.Parameter]:
     """An init method for megatron-core's config that marks instead of drawing."""
 
     def init_method(parameter: nn.Parameter) -> nn.Parameter:
-        mark(parameter, std=std)
+        mark(parameter, std, constant)
         return parameter
 
     return init_method

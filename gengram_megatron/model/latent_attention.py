@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
-from gengram_megatron.model.initialize import new_weight
+from gengram_megatron.model.initialize import whole_weight
 
 
 class LatentAttention(MLASelfAttention):
@@ -32,9 +32,8 @@ class WholeLinear(nn.Module):
 
     def __init__(self, config, out_features: int):
         super().__init__()
-        self.weight = new_weight((out_features, config.hidden_size), config)
-        config.init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel
+        shape = (out_features, config.hidden_size)
+        self.weight = whole_weight(shape, config, config.init_method)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x: [s_local, b, h]; returns [s_local, b, out] and, as megatron-core expects, no bias."""

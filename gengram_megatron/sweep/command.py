@@ -71,7 +71,7 @@ def sweep(
     if collect:
         _collect(found, config)
     elif list_runs or not (launch or dry_run):
-        _show(found, results.rows(found.runs, _states(found)))
+        _show(found, _states(found))
     raise typer.Exit(code)
 
 
@@ -88,7 +88,7 @@ def _left(found: Runs, use_slurm: bool) -> list[Job]:
     jobs = [check_job(run.config, name, use_slurm) for run in found.runs]
     states = _states(found)
     problems = [
-        f"{job.run} {state.objection}; remove it, or give the sweep another run.dir"
+        f"{job.run} {state.objection}; remove the folder, or give the sweep another run.dir"
         for job, state in zip(jobs, states)
         if state.objection
     ]
@@ -124,10 +124,9 @@ def _say_what_would_start(found: Runs, jobs: list[Job], use_slurm: bool) -> None
 
 def _collect(found: Runs, path: Path) -> None:
     """Print the table, and write the files and the figure."""
-    rows = results.rows(found.runs, _states(found))
+    rows = _show(found, _states(found))
     if all(row["loss"] is None for row in rows):
         raise UserError(f"{path}: no run of this sweep is finished; start them with --launch")
-    _show(found, rows)
     files = results.write_files(rows, found.folder)
     from gengram_megatron.sweep.plot import plot_results
 
@@ -136,5 +135,11 @@ def _collect(found: Runs, path: Path) -> None:
     print("written:", *files)
 
 
-def _show(found: Runs, rows: list[results.Row]) -> None:
+def _show(found: Runs, states: list[State]) -> list[results.Row]:
+    """Print the table, and beneath it why a run could not be read; the rows."""
+    rows = results.rows(found.runs, states)
     Console().print(results.shown(rows, f"{len(rows)} runs, each in {found.folder}/<run>"))
+    for row, state in zip(rows, states):
+        if state.unreadable:
+            print(f"{row['folder']} {state.objection}")
+    return rows

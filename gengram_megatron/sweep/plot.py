@@ -1,6 +1,5 @@
 """results.png: the loss over what varies, as in figure 2 of the Gengram paper."""
 
-import math
 from pathlib import Path
 from statistics import mean
 
@@ -11,6 +10,7 @@ from gengram_megatron.config.tree import inline_yaml
 from gengram_megatron.files import save_figure
 from gengram_megatron.sweep.results import Row
 from gengram_megatron.sweep.runs import SEED
+from gengram_megatron.training.plot import decorate
 
 Losses = dict[str, list[float]]
 """Losses, in nats a base, of the runs at a place of the axis; more than one where seeds vary."""
@@ -39,7 +39,7 @@ def plot_results(found: list[Row], key: str | None, out: Path) -> None:
         axes.axhline(mean(losses), color=f"C{number}", linestyle=":", label=label)
     axes.set_xticks(range(len(places)), places)
     axes.set_xlabel(_leaf(key) if key else "run")
-    _decorate(axes)
+    decorate(axes, "validation loss")
     save_figure(figure, out, dpi=150)
 
 
@@ -77,15 +77,3 @@ def _tick(value: object) -> str:
 
 def _leaf(key: str) -> str:
     return key.rsplit(".", 1)[-1]
-
-
-def _decorate(axes: Axes) -> None:
-    axes.set_ylabel("validation loss, nats a base")
-    axes.grid(alpha=0.25)
-    axes.spines["top"].set_visible(False)
-    bits = axes.secondary_yaxis(
-        "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
-    )
-    bits.set_ylabel("bits a base")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gengram_megatron.config.tree import describe, inline_yaml
+from gengram_megatron.files import replacing
 from gengram_megatron.sweep.runs import SweepRun
 from gengram_megatron.sweep.state import State
 
@@ -72,7 +72,7 @@ def write_files(found: list[Row], folder: Path) -> list[Path]:
     """Write results.json and results.csv, in full precision."""
     keys, files = varied(found), [folder / "results.json", folder / "results.csv"]
     for file in files:
-        with (beside := file.with_name(f".{file.name}.new")).open("w", newline="") as out:
+        with replacing(file) as beside, beside.open("w", newline="") as out:
             if file.suffix == ".json":
                 json.dump(found, out, indent=1)
             else:
@@ -82,5 +82,4 @@ def write_files(found: list[Row], folder: Path) -> list[Path]:
                 for row in found:
                     settings = [row["settings"].get(key, "") for key in keys]
                     writer.writerow([*settings, *(row[name] for name in plain)])
-        os.replace(beside, file)
     return files

@@ -40,7 +40,8 @@ class State:
     loss: of the validation after the last step, in nats a base; None before.
     finished: nothing is left to do, the checkpoint at the end included.
     changed: keys that decide losses and have other values in the folder's config.yaml.
-    unreadable: what keeps that file from being read, such as a key of another version; else "".
+    unreadable: what keeps the folder's files from being read, such as a key of another version or a
+    damaged line; else "".
     """
 
     step: int
@@ -54,7 +55,7 @@ class State:
     def objection(self) -> str:
         """Why what is in the folder cannot be taken for this run; empty where it can."""
         if self.unreadable:
-            return f"has a config.yaml that cannot be read ({self.unreadable})"
+            return f"cannot be read ({self.unreadable})"
         if self.changed:
             return f"was trained with other values of {', '.join(self.changed)}"
         return ""
@@ -63,7 +64,7 @@ class State:
     def words(self) -> str:
         """For a table."""
         if self.unreadable:
-            return "unreadable config.yaml"
+            return "unreadable"
         if self.changed:
             return f"other {', '.join(self.changed[:3])}{', ...' if self.changed[3:] else ''}"
         if self.finished:
@@ -73,24 +74,26 @@ class State:
 
 def read_state(config: Config, steps: int) -> State:
     """steps: of the whole run."""
-    folder = Path(config.run.dir)
     last = min(steps, config.train.stop_at or steps)
+    try:
+        return _state(config, last)
+    except UserError as error:
+        return State(0, last, None, False, [], str(error).replace("\n", "; "))
+
+
+def _state(config: Config, last: int) -> State:
+    """UserError: a file of the folder cannot be read."""
+    folder = Path(config.run.dir)
     metrics = read_metrics(folder / FILE) if (folder / FILE).exists() else []
     done = [entry["step"] for entry in metrics if entry["kind"] == "train"]
     at_end = [e["loss"] for e in metrics if e["kind"] == "validation" and e["step"] == last]
-    finished = bool(at_end) and (not config.checkpoint.at_end or _saved(folder) >= last)
-    changed, unreadable = [], ""
-    try:
-        changed = _changed(folder, config)
-    except UserError as error:
-        unreadable = str(error).replace("\n", "; ")
     return State(
         step=max(done, default=0),
         last=last,
         loss=at_end[-1] if at_end else None,
-        finished=finished,
-        changed=changed,
-        unreadable=unreadable,
+        finished=bool(at_end) and (not config.checkpoint.at_end or _saved(folder) >= last),
+        changed=_changed(folder, config),
+        unreadable="",
     )
 
 

@@ -1,20 +1,16 @@
 """The run's folder: its config as resolved, and what it was before a run went on with another."""
 
-import errno
-import fcntl
 import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gengram_megatron.config.load import dump_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import Locked, lock, replacing
 
 LOCK = ".lock"
-"""Who holds the folder; it stays when the run ends, and then means nothing."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def make_folder(folder: Path) -> None:
@@ -31,26 +27,15 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; a second run that wants it is told who has it.
-
-    The lock is the kernel's, so it ends with its process however that ends. File systems without
-    locks (some network ones) give none, and are used without.
-    """
-    with (folder / LOCK).open("a+") as file:
+    """Hold a run's folder; a second run that wants it is told who has it."""
+    with ExitStack() as held:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                raise UserError(
-                    f"run.dir {folder} is in use by another run, {file.read().strip()}: wait for "
-                    "its end, or give another run.dir"
-                ) from None
-            if error.errno not in NO_LOCKS:
-                raise
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+            held.enter_context(lock(folder / LOCK))
+        except Locked as holder:
+            raise UserError(
+                f"run.dir {folder} is in use by another run, {holder}: wait for its end, or give "
+                "another run.dir"
+            ) from None
         yield
 
 
@@ -60,7 +45,6 @@ def write_config(folder: Path, config: Config, step: int) -> None:
     if path.exists():
         if path.read_text() == text:
             return
-        os.replace(path, folder / f"config.until-step-{step}.yaml")
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+        path.replace(folder / f"config.until-step-{step}.yaml")
+    with replacing(path) as beside:
+        beside.write_text(text)

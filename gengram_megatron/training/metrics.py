@@ -7,16 +7,17 @@ word for numbers that are not finite, so they are written as the strings "NaN", 
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from gengram_megatron.config.schema import Config, WeightsAndBiases
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import flush, replacing
 
 FILE = "metrics.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
+KINDS = ("train", "validation")
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -40,7 +41,8 @@ class RunLog:
         wandb = config.logging.wandb
         self._wandb = _start_wandb(run_dir, wandb, config) if wandb else None
         _discard_after(run_dir, resume_step)
-        self._file = (run_dir / FILE).open("a")
+        self._path = run_dir / FILE
+        self._file = self._path.open("a")
         # purge_step hides the events of steps that are done again.
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
@@ -63,6 +65,11 @@ class RunLog:
         """One validation: its loss, and how far training was (not what validation read). Of a
         blend also `loss/NAME`, the loss of each set."""
         self._write("validation", step, samples, tokens, loss, others)
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the run was validated after a step, in this job or in one before it."""
+        entries = read_metrics(self._path)
+        return any(e["kind"] == "validation" and e["step"] == step for e in entries)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -94,18 +101,27 @@ class RunLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order.
 
-    A last line that was cut off by a kill is left out; damage anywhere else is an error.
+    A last line that was cut off by a kill is left out; damage anywhere else is a UserError.
     """
-    lines = Path(path).read_text().split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     entries = []
     for number, line in enumerate(lines[:-1], start=1):  # the last: empty, or half a line
         try:
-            entries.append({name: _to_float(value) for name, value in json.loads(line).items()})
-        except (json.JSONDecodeError, AttributeError):
+            entries.append(_entry(line))
+        except (AttributeError, KeyError, ValueError):
             raise UserError(
-                f"{path}, line {number} is not a JSON object: {line[:80]!r}; remove it"
+                f"{path}, line {number} is not one that a run writes: "
+                f"{line[:80].decode(errors='replace')!r}; remove this line"
             ) from None
     return entries
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    entry = {name: _to_float(value) for name, value in json.loads(line).items()}
+    numbers = [entry[name] for name in ("step", "samples", "tokens", "loss")]
+    if entry["kind"] not in KINDS or not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError("another program's line")
+    return entry
 
 
 def _discard_after(run_dir: Path, resume_step: int) -> None:
@@ -119,17 +135,9 @@ def _discard_after(run_dir: Path, resume_step: int) -> None:
     if discarded:
         with (run_dir / DISCARDED).open("a") as file:
             file.writelines(discarded)
-            _to_disk(file)
-    beside = path.with_name(FILE + ".new")
-    with beside.open("w") as file:
-        file.writelines(kept)
-        _to_disk(file)
-    beside.replace(path)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        flush(run_dir / DISCARDED)
+    with replacing(path) as beside:
+        beside.write_text("".join(kept))
 
 
 def _to_json(entry: dict[str, Any]) -> str:

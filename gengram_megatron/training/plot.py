@@ -33,7 +33,10 @@ def plot_loss(
         _draw_run(axes, f"C{colour}", name if len(runs) > 1 else "", entries)
     _draw_references(axes, references or {})
     axes.set_ylim(*_limits(runs.values(), references or {}))
-    _decorate(axes)
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_xlim(left=0)
+    decorate(axes, "loss")
     save_figure(figure, Path(out), dpi=150)
 
 
@@ -105,12 +108,11 @@ def _draw_references(axes: Axes, references: dict[str, float]) -> None:
         )
 
 
-def _decorate(axes: Axes) -> None:
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats a base")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_xlim(left=0)
+def decorate(axes: Axes, loss: str) -> None:
+    """Grid, legend, and the axes of a loss: nats a base on the left, bits a base on the right."""
+    axes.set_ylabel(f"{loss}, nats a base")
     axes.grid(alpha=0.25)
+    axes.spines["top"].set_visible(False)
     axes.spines["top"].set_visible(False)
     bits = axes.secondary_yaxis(
         "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))

@@ -104,6 +104,8 @@ class _Run:
             for line in self.data.statement(self.layout.samples):
                 self._say(line)
             self._say(self._place(beginning))
+            if self._left_to_validate(start):
+                self._validate(start)
             batches = stack.enter_context(closing(self._batches_from(start)))
             code = self._train_from(start, Waiting(batches))
             if self.first_rank:
@@ -118,6 +120,13 @@ class _Run:
         consumed = start * self.config.train.global_batch_size
         yield from self.data.training(self.layout, self.data_rank, consumed)
 
+    def _left_to_validate(self, start: int) -> bool:
+        """Whether the job before this one was asked to stop in a step that ends in a validation."""
+        due = start > 0 and _due(start, self.config.train.validation_interval, self._last_step())
+        left = [due and self.first_rank and not self.log.has_validation(start)]
+        dist.broadcast_object_list(left)
+        return left[0]
+
     def _train_from(self, start: int, batches: Waiting) -> int:
         settings, last = self.config, self._last_step()
         for step in range(start + 1, last + 1):
@@ -128,13 +137,12 @@ class _Run:
             if not result.agreed.finite:
                 self._not_finite(step, result)
             self._warn(self.state.poll(result.agreed.writing))
-            stop = result.agreed.stop and step < last
-            if stop:  # the time left may be short: before anything else
+            if result.agreed.stop and step < last:
+                # The time left may be short: a validation is left to the job that goes on.
                 self._save_to_stop(step)
+                return REQUEUE
             if _due(step, settings.train.validation_interval, last):
                 self._validate(step)
-            if stop:
-                return REQUEUE
             # After the validation: a run cut between the two would not repeat it.
             at_end = last if settings.checkpoint.at_end else None
             if _due(step, settings.checkpoint.interval, at_end):

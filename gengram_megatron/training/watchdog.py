@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gengram_megatron.errors import PREFIX
+
 HUNG = 70
 """Exit code, on every rank."""
 GRACE_SECONDS = 5.0
@@ -75,7 +77,9 @@ class Watchdog:
                 time.sleep(GRACE_SECONDS)
                 reports = self.reports()
                 if self._rank == min(reports):
-                    print(f"gengram: {self.verdict(reports)}", file=sys.__stderr__, flush=True)
+                    # Not sys.stderr: the display of progress, which may hang, stands in its place.
+                    told = f"{PREFIX}{self.verdict(reports)}"
+                    print(told, file=sys.__stderr__, flush=True)
                 else:  # those that wait for this rank would end with an error of their own
                     time.sleep(GRACE_SECONDS)
                 os._exit(HUNG)

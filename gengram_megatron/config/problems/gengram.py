@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from gengram_megatron.config.placement import SMALL_K
 from gengram_megatron.config.problems.sizes import expert_tensor, multiple
-from gengram_megatron.config.schema import Config
+from gengram_megatron.config.schema import Config, Gengram, Hashing
 from gengram_megatron.config.tables import LARGEST_DIRECT, kmer_tables
 
 
@@ -33,6 +33,7 @@ def gengram_problems(config: Config) -> Iterator[str]:
             f"model.gengram.window is {gengram.window}, too small for the {max(sizes)}-mers of "
             f"model.gengram.kmer_sizes; make it at least {max(sizes)}, or null for no window"
         )
+    yield from _without_effect(config)
     yield from _table_problems(config)
     if gengram.project == "tables":
         for obstacle, remedy in projection_obstacles(config):
@@ -46,6 +47,27 @@ def gengram_problems(config: Config) -> Iterator[str]:
         yield (
             f"model.gengram.token_ids is {gengram.token_ids}, but model.vocab_size is "
             f"{model.vocab_size}; ids go from 0 to {model.vocab_size - 1}"
+        )
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """What is given and would change nothing."""
+    gengram, length = config.model.gengram, config.model.seq_length
+    if gengram.window is not None and gengram.window > length:
+        yield (
+            f"model.gengram.window is {gengram.window}, more than model.seq_length = {length}: "
+            f"make it {length} at most, or null for no window"
+        )
+    if gengram.hashing != Hashing() and max(gengram.kmer_sizes) <= LARGEST_DIRECT:
+        yield (
+            f"model.gengram.hashing is given, but no k of model.gengram.kmer_sizes is above "
+            f"{LARGEST_DIRECT}, so that no table is hashed: take hashing out, or add such a k"
+        )
+    kernel = Gengram.model_fields["conv_kernel"].default
+    if gengram.conv_kernel != kernel and gengram.output != "convolution":
+        yield (
+            f"model.gengram.conv_kernel is {gengram.conv_kernel}, but model.gengram.output is "
+            f"{gengram.output}: take conv_kernel out, or set output to convolution"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gengram_megatron.model.gengram.halo import Halo
 from gengram_megatron.model.gengram.ids import KmerIds
-from gengram_megatron.model.initialize import new_weight
+from gengram_megatron.model.initialize import whole_weight
 from gengram_megatron.model.norm import RMSNorm
 from gengram_megatron.model.zigzag import Piece
 
@@ -46,9 +46,7 @@ class ConvolutionOutput(nn.Module):
         super().__init__()
         self.kernel, self.dilation = kernel, dilation
         self.halo = Halo((kernel - 1) * dilation, config.sequence_parallel, tp_group, cp_group)
-        self.weight = new_weight((kernel, config.hidden_size), config)
-        config.init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight = whole_weight((kernel, config.hidden_size), config, config.init_method)
 
     def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
         """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""

@@ -17,10 +17,9 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from gengram_megatron.model.initialize import new_weight
+from gengram_megatron.model.initialize import split_weight
 
 
 class KeyValueProjection(nn.Module):
@@ -31,9 +30,7 @@ class KeyValueProjection(nn.Module):
         self.tp_group, self.dp_group = tp_group, dp_group
         self.sequence_parallel = config.sequence_parallel
         shape = (2, config.hidden_size, num_tables, dim // tp_group.size())
-        self.weight = new_weight(shape, config)
-        config.init_method(self.weight)
-        set_tensor_model_parallel_attributes(self.weight, True, 3, 1)
+        self.weight = split_weight(shape, 3, config, config.init_method)
 
     def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
         """pool: makes the features [s, b, number of k * d / tp] from the rows; returns key and

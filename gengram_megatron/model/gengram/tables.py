@@ -7,14 +7,13 @@ checkpoint holds whole tables.
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from gengram_megatron.config.placement import Placement
 from gengram_megatron.model.gengram.exchange import FetchRows, RowPlan, first_row
 from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import mark, new_weight
+from gengram_megatron.model.initialize import marker, split_weight
 from gengram_megatron.model.zigzag import Piece
 
 
@@ -104,10 +103,9 @@ class Tables(nn.Module):
         return (last - first, columns), (first, column)
 
     def _parameter(self, config, place: Placement) -> nn.Parameter:
-        table = new_weight(self._local(place)[0], config)
-        mark(table, std=self.shape.init_std)
         axis = 0 if place.over == "tensor" else 1
-        set_tensor_model_parallel_attributes(table, True, axis, 1)
+        drawn = marker(self.shape.init_std)
+        table = split_weight(self._local(place)[0], axis, config, drawn)
         table.is_gengram_table = True  # may have its own learning rate and weight decay
         # Data-parallel ranks hold different rows: their gradients are not to be added up
         # (model/data_parallel.py).
