@@ -26,6 +26,11 @@ class Followed:
         self._thread = ThreadPoolExecutor(1)
         self._stop = False
 
+    @property
+    def hashed(self) -> int:
+        """How many bytes have been gone through."""
+        return self._file.tell()
+
     def __enter__(self) -> "Followed":
         return self
 
@@ -48,5 +53,5 @@ class Followed:
         return {"bytes": size, "sha256": self._digest.hexdigest()}
 
     def _hash_to(self, end: int) -> None:
-        while (left := end - self._file.tell()) > 0 and not self._stop:
-            self._digest.update(self._file.read(min(left, AT_A_TIME)))
+        while not self._stop and (block := self._file.read(min(end - self.hashed, AT_A_TIME))):
+            self._digest.update(block)

@@ -90,7 +90,7 @@ def _keep_freed_memory() -> None:
     one anew, page by page: a sixth of the time of a build. Once it has freed a block as large as
     this one, it keeps up to twice as much (mallopt(3), on M_MMAP_THRESHOLD).
     """
-    bytearray(KEPT)
+    bytes(KEPT)
 
 
 _shared: dict[str, Any] = {}
