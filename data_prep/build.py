@@ -7,7 +7,8 @@ source is written to its own place, in any order and by any process.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from data_prep import manifest, mix
+from data_prep.followed import Followed
 from data_prep.fragment import Fate
 from data_prep.origins import ORIGIN, write_records
 from data_prep.schema import DataConfig
@@ -23,7 +25,7 @@ from data_prep.sources import Input, inputs
 from data_prep.survey import Survey, survey
 from data_prep.work import Work, work_on
 from data_prep.workers import Advance, Workers
-from data_prep.write import INDEX_BYTES, SPLITS, Part, prepare_split, write_part
+from data_prep.write import INDEX_BYTES, SPLITS, Part, prepare_split, tokens_path, write_part
 from gengram_megatron.errors import UserError
 
 Report = Callable[[str, int], None]
@@ -54,9 +56,9 @@ def build(
             _check_twins(surveys)
             _say_what_was_missing(sources, surveys, config, say)
             fates = _mix(sources, surveys, config, say)
-            _write(sources, surveys, fates, config, work, workers, report, say)
+            known = _write(sources, surveys, fates, config, work, workers, report, say)
             counts = _counts(sources, surveys, fates, config)
-            found = manifest.write_manifest(work.data, config, *counts)
+            found = manifest.write_manifest(work.data, config, *counts, known)
             work.publish(replace=overwrite)
             return found
 
@@ -185,9 +187,9 @@ def _write(
     workers: Workers,
     report: Report,
     say: Say,
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """Second reading: the fragments of each source go to their place, in the order of the
-    sources."""
+    sources. Returns sizes and checksums of the largest files."""
     parts = _parts(sources, surveys, fates)
     counts = {
         split: sum(int(np.count_nonzero(fate == kept)) for fate in fates.values())
@@ -200,14 +202,45 @@ def _write(
         say(f"{len(parts) - len(left)} of {len(parts)} sources were written")
     left.sort(key=lambda part: len(part.fates), reverse=True)
     write = partial(write_part, folder=work.data, config=config)
-    for part, _ in workers.run(write, left, partial(report, "writing")):
-        work.mark_written(part.source)
+    with _following(parts, counts, work.data, config.seq_length + 1) as files:
+        for part in parts:
+            if work.is_written(part.source):
+                _tell(files, part)
+        for part, _ in workers.run(write, left, partial(report, "writing")):
+            work.mark_written(part.source)
+            _tell(files, part)
+        _write_records(sources, surveys, work.data)
+        return {file.path.name: file.facts() for file in files}
+
+
+@contextmanager
+def _following(
+    parts: list[Part], counts: dict[str, int], folder: Path, tokens: int
+) -> Iterator[list[Followed]]:
+    """The files with the documents of the splits, each of so many tokens."""
+    with ExitStack() as stack:
+        files = []
+        for split, count in counts.items():
+            firsts = [*(part.first[split] for part in parts), count]
+            ends = [first * tokens for first in firsts[1:]]
+            files.append(stack.enter_context(Followed(tokens_path(folder, split), ends)))
+        yield files
+
+
+def _tell(files: list[Followed], part: Part) -> None:
+    """Say that a part is written."""
+    for file in files:
+        file.written(part.number)
+
+
+def _write_records(sources: list[Input], surveys: dict[str, Survey], folder: Path) -> None:
+    """Write records.tsv."""
     rows = [
         (source.key, name, length)
         for source in sources
         for name, length in zip(surveys[source.key].names, surveys[source.key].lengths.tolist())
     ]
-    write_records(work.data, rows)
+    write_records(folder, rows)
 
 
 def _parts(
@@ -215,9 +248,9 @@ def _parts(
 ) -> list[Part]:
     """What each source adds to the data set, and where."""
     parts, row, first = [], 0, dict.fromkeys(SPLITS, 0)
-    for source in sources:
+    for number, source in enumerate(sources):
         found, fate = surveys[source.key], fates[source.key]
-        parts.append(Part(source, found, fate, row, dict(first)))
+        parts.append(Part(number, source, found, fate, row, dict(first)))
         row += len(found.names)
         for split, kept in SPLITS.items():
             first[split] += int(np.count_nonzero(fate == kept))

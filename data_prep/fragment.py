@@ -42,9 +42,22 @@ def grid(ids: np.ndarray, seq_length: int) -> np.ndarray:
     return ids[: count * seq_length].reshape(count, seq_length)
 
 
-def count_n(ids: np.ndarray, seq_length: int) -> np.ndarray:
-    """The number of N in each whole fragment, [fragments] uint32."""
-    return np.count_nonzero(grid(ids, seq_length) == N, axis=1).astype(np.uint32)
+def count_n(start: int, ids: np.ndarray, seq_length: int) -> tuple[int, np.ndarray]:
+    """The number of N that the bases of a record from `start` on, one or more, bring to each
+    fragment in which they lie: the first such fragment, and from it on [fragments] uint32."""
+    borders = np.arange(-(start % seq_length), len(ids), seq_length)
+    borders[0] = 0
+    is_n = (ids == N).view(np.uint8)
+    return start // seq_length, np.add.reduceat(is_n, borders, dtype=np.uint32)
+
+
+def add_n(counts: list[tuple[int, np.ndarray]], length: int, seq_length: int) -> np.ndarray:
+    """The number of N in each whole fragment of a record of so many bases, [fragments] uint32, from
+    what count_n says of those of its bases that hold any."""
+    n_bases = np.zeros(-(-length // seq_length), dtype=np.uint32)
+    for first, own in counts:
+        n_bases[first : first + len(own)] += own
+    return n_bases[: length // seq_length]
 
 
 def check_longest(path: object, records: list[Record], seq_length: int) -> None:

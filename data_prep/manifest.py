@@ -39,8 +39,10 @@ def write_manifest(
     sources: dict[str, dict],
     groups: dict[str, dict],
     splits: dict[str, dict],
+    known: dict[str, dict],
 ) -> dict[str, Any]:
-    """Write the manifest of a folder whose other files are all there, and return it."""
+    """Write the manifest of a folder whose other files are all there, and return it; `known` are
+    those of which size and checksum are known."""
     files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
     manifest = {
         "format": FORMAT,
@@ -49,7 +51,7 @@ def write_manifest(
         "splits": splits,
         "groups": groups,
         "sources": sources,
-        "files": {path.name: file_facts(path) for path in files},
+        "files": {path.name: known.get(path.name) or file_facts(path) for path in files},
         "software": {
             "gengram-megatron": __version__,
             "python": platform.python_version(),

@@ -11,14 +11,14 @@ import numpy as np
 from data_prep import fragment, genes, split
 from data_prep.chromosomes import with_chromosomes
 from data_prep.compressed import Hashed
-from data_prep.fasta import Piece, read_pieces
+from data_prep.fasta import read_counts
 from data_prep.fragment import Record
 from data_prep.manifest import file_facts
 from data_prep.schema import DataConfig
 from data_prep.sources import Input
 from data_prep.workers import Advance
 from gengram_megatron.errors import UserError
-from gengram_megatron.tokenizer import BASE_IDS, BASES
+from gengram_megatron.tokenizer import BASES
 
 
 @dataclass(frozen=True)
@@ -97,25 +97,19 @@ def _read(
     composition = np.zeros(len(BASES), dtype=np.int64)
     records: list[Record] = []
     with Hashed(source.path) as file:
-        all_pieces = read_pieces(source.path, seq_length, file)
-        for (name, header), pieces in groupby(all_pieces, key=lambda it: (it.name, it.header)):
-            length, n_bases = 0, []
-            for piece in pieces:
-                length += len(piece.ids)
-                counts = [np.count_nonzero(piece.ids == base) for base in BASE_IDS[:-1]]
-                counts.append(len(piece.ids) - sum(counts))  # nothing else is in a piece
-                n_bases.append(_n_bases(piece, seq_length, counts[-1]))
-                composition += counts
-                advance(len(piece.ids))
-            records.append(Record(name, length, np.concatenate(n_bases), header))
+        all_blocks = read_counts(source.path, file)
+        for (name, header), blocks in groupby(all_blocks, key=lambda it: (it.name, it.header)):
+            length, with_n = 0, []
+            for block in blocks:
+                bases = int(block.composition.sum())
+                if block.composition[-1]:
+                    with_n.append(fragment.count_n(length, block.ids, seq_length))
+                length += bases
+                composition += block.composition
+                advance(bases)
+            n_bases = fragment.add_n(with_n, length, seq_length)
+            records.append(Record(name, length, n_bases, header))
         return file.facts(), records, dict(zip(BASES, composition.tolist()))
-
-
-def _n_bases(piece: Piece, seq_length: int, total: int) -> np.ndarray:
-    """The number of N in each fragment; most pieces have none, and to count by rows is slow."""
-    if total == 0:
-        return np.zeros(len(piece.ids) // seq_length, dtype=np.uint32)
-    return fragment.count_n(piece.ids, seq_length)
 
 
 def _drop(

@@ -74,7 +74,9 @@ class Work:
         return self._written_path(source).exists()
 
     def mark_written(self, source: Input) -> None:
-        """Remember that the fragments of a source are in data/, and on the disk."""
+        """Have the disk hold the fragments of a source, which are in data/, and remember it."""
+        for path in self.data.iterdir():
+            flush(path)
         self._written_path(source).touch()
 
     def _written_path(self, source: Input) -> Path:

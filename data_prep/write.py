@@ -33,6 +33,11 @@ AT_A_TIME = 1 << 20
 """Entries of an index that are written at a time."""
 
 
+def tokens_path(folder: Path, split: str) -> Path:
+    """The file with the documents of a split."""
+    return folder / f"{split}.bin"
+
+
 def prepare_split(folder: Path, split: str, count: int, tokens: int) -> None:
     """Make the files of a split of `count` documents of `tokens` tokens: its index whole, the
     others in their full size for SplitWriters to fill.
@@ -50,7 +55,7 @@ def prepare_split(folder: Path, split: str, count: int, tokens: int) -> None:
             for start in range(0, entries, AT_A_TIME):
                 numbers = np.arange(start, min(start + AT_A_TIME, entries))
                 file.write((numbers * scale + offset).astype(kind))
-    with (folder / f"{split}.bin").open("wb") as file:
+    with tokens_path(folder, split).open("wb") as file:
         file.truncate(count * tokens)
     header = {"descr": ORIGIN.descr, "fortran_order": False, "shape": (count,)}
     with origins_path(folder, split).open("wb") as file:
@@ -64,7 +69,7 @@ class SplitWriter:
 
     def __init__(self, folder: Path, split: str, first: int = 0):
         self._first = first
-        self._tokens = (folder / f"{split}.bin").open("r+b")
+        self._tokens = tokens_path(folder, split).open("r+b")
         self._origins = origins_path(folder, split).open("r+b")
         np.lib.format.read_magic(self._origins)
         np.lib.format.read_array_header_1_0(self._origins)
@@ -97,9 +102,6 @@ class SplitWriter:
         trace: TracebackType | None,
     ) -> None:
         for file in (self._tokens, self._origins):
-            if kind is None:
-                file.flush()
-                os.fsync(file.fileno())
             # The disk may be full: what is still in the buffer fails again, and is not wanted.
             with suppress(OSError) if kind else nullcontext():
                 file.close()
@@ -109,6 +111,7 @@ class SplitWriter:
 class Part:
     """What one source adds to a data set, and where."""
 
+    number: int  # among the sources
     source: Input
     survey: Survey
     fates: np.ndarray  # of its fragments, after the mix

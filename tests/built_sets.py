@@ -29,5 +29,5 @@ def write_set(folder: Path, train: np.ndarray, validation: np.ndarray) -> Path:
         "seq_length": length,
         "groups": {"human": {"sources": {"one": {"fasta": "one.fa"}}}},
     }
-    write_manifest(folder, DataConfig.model_validate(settings), {}, {}, {})
+    write_manifest(folder, DataConfig.model_validate(settings), {}, {}, {}, {})
     return folder

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from data_prep import fasta
 from data_prep.compressed import Hashed
-from data_prep.fasta import read_fasta, read_pieces
+from data_prep.fasta import read_counts, read_fasta, read_pieces
 from data_prep.manifest import file_facts
 from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import BASE_IDS
 
 TEXT = b">one first\nACGTN\nACG\n\n>two\nTTT\n"
 EXPECTED = [("one", [8, 5, 6, 7, 9, 8, 5, 6]), ("two", [7, 7, 7])]
@@ -99,13 +100,50 @@ def test_against_a_slow_reading_of_the_same_text(records, width, end, packed, bl
         path.write_bytes(gzip.compress(data) if packed else data)
         assert read(path) == slow
         pieces = list(read_pieces(path, multiple))
+        counted = list(read_counts(path))
     for name, bases in slow:
+        blocks = [block for block in counted if block.name == name]
+        composition = sum(block.composition for block in blocks)
+        assert composition.tolist() == [bases.count(base) for base in BASE_IDS]
+        for block in blocks:
+            assert block.header == f"{name} some > words"
+            ids = [] if block.ids is None else block.ids.tolist()
+            assert block.composition[-1] == ids.count(fasta.N)
         own = [piece for piece in pieces if piece.name == name]
         assert [base for piece in own for base in piece.ids.tolist()] == bases
         ends = [piece.start + len(piece.ids) for piece in own]
         assert [piece.start for piece in own] == [0, *ends[:-1]]
         assert all(end % multiple == 0 for end in ends[:-1]) and ends[-1] == len(bases)
         assert {piece.header for piece in own} == {f"{name} some > words"}
+
+
+def error_of(read, path: Path) -> str | None:
+    """What is said of a file; None if it can be read."""
+    try:
+        for _ in read(path):
+            pass
+    except UserError as error:
+        return str(error)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(
+    lines=st.lists(st.text("ACGTacgtN", min_size=6, max_size=6), min_size=1, max_size=9),
+    other=st.sampled_from(["", "\n", "\r", " ", "X", "U", "u", "-", "*", "\x01", "é", ">"]),
+    place=st.integers(0, 60),
+    block=st.integers(1, 40),
+)
+def test_counting_finds_the_errors_of_reading(lines, other, place, block):
+    text = "\n".join(lines)
+    data = f">r\n{text[:place]}{other}{text[place:]}".encode()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fasta, "BLOCK", block)
+        path = Path(folder) / "x.fa"
+        path.write_bytes(data)
+        error = error_of(lambda path: read_pieces(path, 1), path)
+        assert error_of(read_counts, path) == error
+    if other in ("X", "U", "u", "-", "*", "\x01", "é"):
+        assert error is not None
 
 
 def test_the_checksum_of_what_was_read(tmp_path):
