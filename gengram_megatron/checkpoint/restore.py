@@ -24,8 +24,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch.distributed.checkpoint import FileSystemReader
 
+from gengram_megatron.training.engines.zero import MOMENTS
+
 MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Of master weights: the distributed optimizer calls them so, and the plain one in bf16."""
+MOMENT_NAMES = {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
+"""What comes before a weight's name in those of Adam's moments of it."""
 STEPS = ("step", "common_step")
 RANKS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_tensor")
 """Of a layout, what decides which rank is which."""

@@ -79,14 +79,13 @@ class TrainingState:
 
     def _start(self, step: int, partial: Path, must: bool) -> "_Save":
         writer = Writer()
-        with self.contents.whole():
-            request = dist_checkpointing.save(
-                self._state(step),
-                str(partial),
-                async_sharded_save=True,
-                content_metadata=CONTENT,
-            )
-            writer.start(request)
+        request = dist_checkpointing.save(
+            self._state(step),
+            str(partial),
+            async_sharded_save=True,
+            content_metadata=CONTENT,
+        )
+        writer.start(request)
         facts = Facts(
             format=FORMAT,
             step=step,
