@@ -41,7 +41,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def own(folder: Path, name: str) -> Path:
-    return folder / name / "checkpoints/step_00000002"
+    """The third: what was planned for the first two is used again."""
+    return folder / name / "checkpoints/step_00000003"
 
 
 @pytest.mark.parametrize("name", CASES)

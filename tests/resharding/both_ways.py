@@ -33,15 +33,16 @@ def processes(name: str) -> int:
 
 
 def write(name: str, file: Path, out: Path) -> None:
-    """OUT/<name>/own and OUT/<name>/gathered: checkpoints after two steps."""
+    """OUT/<name>: checkpoints after each of three steps, the last one also as `gathered`."""
     layout, settings = CASES[name]
     words = [*LAYOUTS[layout][1], *settings, TABLES, "train.steps=4", f"run.dir={out / name}"]
     config, ranks = load_config(file, words, Config), processes(name)
     store = dist.FileStore(str(out / f"{name}.store"), ranks)
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=ranks)
     run = TinyRun(config, ranks)
-    run.steps(0, 2)
-    assert run.state.save(2, must=True) is None and run.state.wait() is None
+    for step in range(1, 4):
+        run.steps(step - 1, 1)
+        assert run.state.save(step, must=True) is None and run.state.wait() is None
     _gather(run, out / name / "gathered")
     end_processes()
 
