@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import nn
 
-from gengram_megatron.checkpoint.shards import blocks
+from gengram_megatron.checkpoint.shards import blocks, pieces_of
 from gengram_megatron.checkpoint.stored import StoredTensors
 from tests.layouts.launch import launch
 from tests.resharding.both_ways import CASES, processes, write
@@ -28,6 +30,22 @@ def test_blocks_are_the_range_in_its_order(shape: tuple[int, ...]) -> None:
         assert all(part.shape == size for part, (_, size) in zip(cut, found))
         assert [int(i) for part in cut for i in part.flatten()] == list(range(low, high))
         assert len(found) <= 2 * len(shape) - 1
+
+
+class Turned(nn.Module):
+    """Its weight [2, 3] is the tensor [3, 2]."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+
+    def sharded_state_dict(self, metadata: dict) -> dict:
+        return {"weight": ShardedTensor.from_rank_offsets("weight", self.weight.mT)}
+
+
+def test_weight_whose_elements_lie_in_another_order_is_refused() -> None:
+    with pytest.raises(AssertionError, match="weight: its elements are not one range"):
+        pieces_of([Turned()])
 
 
 @pytest.fixture(scope="module")

@@ -27,15 +27,14 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.model.data_parallel import unwrapped
 
 # Tensors are described by the model, not by the layout that wrote them, and layers may differ
-# (memory in some), so each layer has names of its own.
+# (memory in some), so each layer has names of its own. The optimizer's have the names and shapes
+# that megatron-core gives them in this form, in which it would gather them on all ranks first.
 CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
     "non_homogeneous_layers": True,
 }
-
-
 STATES = {"param": MASTERS[0], **MOMENT_NAMES}
 """Of what the distributed optimizer has of a weight, what comes before the weight's name."""
 
