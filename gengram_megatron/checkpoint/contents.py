@@ -75,12 +75,16 @@ class MegatronContents:
         """All of it. stored: the names of what the checkpoint holds in parts; steps: that Adam has
         done."""
         self.make_optimizer_states()
+        for optimizer in self.optimizer.chained_optimizers:
+            set_adam_steps(optimizer.optimizer, steps)
         self._load_weights(path)
-        # Apart from the weights, of which a master weight may have the name.
+        # Apart from the weights, of which a master weight may have the name. What the distributed
+        # optimizer has is filled in place.
         if self.config.optimizer.distributed:
-            self._load_own(path, stored, steps)
+            own = self._shards({**STATES, "param": master_name(stored)})
+            load_tensors(dict(enumerate(own)), path)
         else:
-            self._load_plain_optimizer(path, stored, steps)
+            self._load_plain_optimizer(path, stored)
 
     def start_from_weights(self, path: Path) -> None:
         """Weights in the place of drawn ones, before the first step."""
@@ -93,24 +97,12 @@ class MegatronContents:
         for index, chunk in enumerate(unwrapped(self.chunks)):
             chunk.load_state_dict(state[f"model{index}"])
 
-    def _load_own(self, path: Path, stored: set[str], steps: int) -> None:
-        """Read into the distributed optimizer's own memory."""
-        own = self._shards({**STATES, "param": master_name(stored)})
-        load_tensors(dict(enumerate(own)), path)
-        for optimizer in self.optimizer.chained_optimizers:
-            state = optimizer.state_dict()
-            set_adam_steps(optimizer, state, steps)
-            optimizer.load_state_dict(state)
-
-    def _load_plain_optimizer(self, path: Path, stored: set[str], steps: int) -> None:
+    def _load_plain_optimizer(self, path: Path, stored: set[str]) -> None:
         state = self.optimizer.sharded_state_dict(
             self._model_state(), is_loading=True, metadata=self._metadata()
         )
         name_masters(state, stored)
         load_tensors(state, path)
-        one = len(self.optimizer.chained_optimizers) == 1
-        for index, optimizer in enumerate(self.optimizer.chained_optimizers):
-            set_adam_steps(optimizer, state if one else state[index], steps)
         self.optimizer.load_state_dict(state)
 
     def _metadata(self) -> dict:
@@ -125,7 +117,10 @@ class MegatronContents:
 
     def make_optimizer_states(self) -> None:
         """torch's Adam has no state before its first step, and what is not there is not loaded.
-        megatron-core's own way: a step with gradients of zero, undone by the loading."""
+        megatron-core's own ways, of which one is a step with gradients of zero, undone by the
+        loading."""
         for optimizer in self.optimizer.chained_optimizers:
-            if isinstance(optimizer, DistributedOptimizer) and not optimizer.is_stub_optimizer:
+            if isinstance(optimizer, DistributedOptimizer):
                 optimizer._init_optimizer_states_with_dummy_values()
+            else:
+                optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
