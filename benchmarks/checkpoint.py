@@ -8,6 +8,8 @@ loaded as training does it; --dir is where, a folder on the disk to measure. Eac
 median of --repeats.
 
 - stall: seconds that training waits, asynchronously, and with checkpoint.asynchronous false
+- copy: seconds to copy what a rank writes to the host's memory, and nothing else: an asynchronous
+  save cannot stall training for less
 - save: seconds until the files are flushed, have checksums and the checkpoint is the newest
 - load: seconds until training may go on, checksums read and compared
 - disk: bytes a second that one process writes and flushes there, for comparison
@@ -20,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,13 +93,31 @@ def measure(arguments: argparse.Namespace, folder: str, asynchronous: bool) -> d
         stall = seconds(lambda step=step: state.save(step, must=True))
         stalls.append(stall)
         saves.append(stall + seconds(state.wait))
+    own = own_tensors(state)
+    copies = [seconds(partial(copy_to_host, own)) for _ in range(arguments.repeats)]
     loads = [seconds(state.load_newest) for _ in range(arguments.repeats)]
     return {
         "bytes": size(state.store.newest()),
         "stall": statistics.median(stalls),
+        "copy": statistics.median(copies),
         "save": statistics.median(saves),
         "load": statistics.median(loads),
     }
+
+
+def own_tensors(state) -> list[torch.Tensor]:
+    """What this rank writes to a checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+
+    parts = [part for part in nested_values(state.contents.state()) if type(part) is ShardedTensor]
+    return [part.data for part in parts if is_main_replica(part.replica_id)]
+
+
+def copy_to_host(tensors: list[torch.Tensor]) -> None:
+    """Without a pause between them."""
+    _ = [tensor.to("cpu", copy=True, non_blocking=True) for tensor in tensors]
+    torch.cuda.synchronize()
 
 
 def disk_speed(folder: str, amount: int = 2**28) -> float:
@@ -116,11 +137,11 @@ def disk_speed(folder: str, amount: int = 2**28) -> float:
 def show(results: dict[str, dict[str, float]], disk: float) -> None:
     """One table."""
     table = Table(title=f"the disk itself: {disk / 1e6:,.0f} MB/s")
-    for heading in ("checkpoint", "MB", "stall s", "save s", "MB/s", "load s", "MB/s"):
+    for heading in ("checkpoint", "MB", "stall s", "copy s", "save s", "MB/s", "load s", "MB/s"):
         table.add_column(heading, justify="left" if heading == "checkpoint" else "right")
     for name, row in results.items():
         amount = row["bytes"] / 1e6
-        cells = [f"{amount:,.0f}", f"{row['stall']:.2f}"]
+        cells = [f"{amount:,.0f}", f"{row['stall']:.2f}", f"{row['copy']:.2f}"]
         for key in ("save", "load"):
             cells += [f"{row[key]:.2f}", f"{amount / row[key]:,.0f}"]
         table.add_row(name, *cells)

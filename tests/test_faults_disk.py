@@ -27,7 +27,7 @@ def test_writer_that_dies_costs_one_checkpoint(lab: Lab) -> None:
 def test_full_disk_ends_the_run_at_the_second_save_and_leaves_the_last_one(lab: Lab) -> None:
     ended = lab.start("full", "train.stop_at=5").wait()
     assert [said.code for said in ended] == [0, 0], ended[0].err
-    full = partial(broken.limit_file_size, 2_000_000)
+    full = partial(broken.limit_file_size, 1_000_000)
     ended = lab.start("full", attempt="full", before=full).wait()
     assert [said.code for said in ended] == [2, 2], ended[0].err
     assert "warning: no checkpoint was written: step 8: " in ended[0].out

@@ -1,29 +1,42 @@
-"""What a checkpoint holds of model and optimizer, with megatron-core's optimizer."""
+"""What a checkpoint holds of model and optimizer, with megatron-core's optimizer.
+
+The distributed optimizer cuts flattened weights, and Adam's states of them, among the data-parallel
+ranks. Each rank writes what it has, and reads what it needs, in the same tensors that another
+layout or the plain optimizer has; no rank waits for what another one holds.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from gengram_megatron.checkpoint.restore import (
+    MASTERS,
+    MOMENT_NAMES,
     load_tensors,
+    master_name,
     name_masters,
     set_adam_steps,
     without_extra_states,
 )
+from gengram_megatron.checkpoint.shards import pieces_of, shards
 from gengram_megatron.config.schema import Config
 from gengram_megatron.model.data_parallel import unwrapped
 
 # Tensors are described by the model, not by the layout that wrote them, and layers may differ
-# (memory in some), so each layer has names of its own.
+# (memory in some), so each layer has names of its own. The optimizer's have the names and shapes
+# that megatron-core gives them in this form, in which it would gather them on all ranks first.
 CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
     "non_homogeneous_layers": True,
 }
+STATES = {"param": MASTERS[0], **MOMENT_NAMES}
+"""Of what the distributed optimizer has of a weight, what comes before the weight's name."""
 
 
 class MegatronContents:
@@ -31,19 +44,47 @@ class MegatronContents:
 
     def __init__(self, config: Config, chunks: list, optimizer):
         self.config, self.chunks, self.optimizer = config, chunks, optimizer
+        self.pieces = pieces_of(unwrapped(chunks))
 
     def state(self) -> dict:
-        """Weights and optimizer as parts of global tensors."""
+        """Weights and optimizer as parts of global tensors: views, of which nothing is gathered."""
         model = self._model_state()
-        optimizer = self.optimizer.sharded_state_dict(model, metadata=self._metadata())
-        return {**model, "optimizer": optimizer}
+        if not self.config.optimizer.distributed:
+            optimizer = self.optimizer.sharded_state_dict(model, metadata=self._metadata())
+            return {**model, "optimizer": optimizer}
+        notes = [value for value in nested_values(model) if isinstance(value, ShardedObject)]
+        own = [*notes, *self._shards({"weight": "", **STATES})]
+        return {"own": dict(enumerate(own)), "optimizer": self.optimizer.state_dict()}
+
+    def _shards(self, names: dict[str, str]) -> Iterator[ShardedTensor]:
+        """The ranges that the distributed optimizer has given this rank. Of the weights, too, it
+        writes no more: with overlap_param_gather the others are gathered in the next forward pass,
+        and are old until then.
+
+        names: what comes before a weight's name, for "weight" and what the optimizer has of it.
+        """
+        for optimizer in self.optimizer.chained_optimizers:
+            for weight in optimizer.model_param_group_index_map:
+                own = optimizer._get_model_param_range_map(weight)["param"]
+                held = optimizer._get_main_param_and_optimizer_states(weight)
+                held["weight"] = weight.view(-1)[own.start : own.end]
+                for kind, name in names.items():
+                    yield from shards(name, held[kind].detach(), own.start, self.pieces[weight])
 
     def load(self, path: Path, stored: set[str], steps: int) -> None:
         """All of it. stored: the names of what the checkpoint holds in parts; steps: that Adam has
         done."""
         self.make_optimizer_states()
+        for optimizer in self.optimizer.chained_optimizers:
+            set_adam_steps(optimizer.optimizer, steps)
         self._load_weights(path)
-        self._load_optimizer(path, stored, steps)
+        # Apart from the weights, of which a master weight may have the name. What the distributed
+        # optimizer has is filled in place.
+        if self.config.optimizer.distributed:
+            own = self._shards({**STATES, "param": master_name(stored)})
+            load_tensors(dict(enumerate(own)), path)
+        else:
+            self._load_plain_optimizer(path, stored)
 
     def start_from_weights(self, path: Path) -> None:
         """Weights in the place of drawn ones, before the first step."""
@@ -56,16 +97,12 @@ class MegatronContents:
         for index, chunk in enumerate(unwrapped(self.chunks)):
             chunk.load_state_dict(state[f"model{index}"])
 
-    def _load_optimizer(self, path: Path, stored: set[str], steps: int) -> None:
-        """Apart from the weights, of which a master weight may have the name."""
+    def _load_plain_optimizer(self, path: Path, stored: set[str]) -> None:
         state = self.optimizer.sharded_state_dict(
             self._model_state(), is_loading=True, metadata=self._metadata()
         )
         name_masters(state, stored)
         load_tensors(state, path)
-        one = len(self.optimizer.chained_optimizers) == 1
-        for index, optimizer in enumerate(self.optimizer.chained_optimizers):
-            set_adam_steps(optimizer, state if one else state[index], steps)
         self.optimizer.load_state_dict(state)
 
     def _metadata(self) -> dict:
@@ -80,18 +117,10 @@ class MegatronContents:
 
     def make_optimizer_states(self) -> None:
         """torch's Adam has no state before its first step, and what is not there is not loaded.
-        megatron-core's own way: a step with gradients of zero, undone by the loading."""
+        megatron-core's own ways, of which one is a step with gradients of zero, undone by the
+        loading."""
         for optimizer in self.optimizer.chained_optimizers:
-            if isinstance(optimizer, DistributedOptimizer) and not optimizer.is_stub_optimizer:
+            if isinstance(optimizer, DistributedOptimizer):
                 optimizer._init_optimizer_states_with_dummy_values()
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """With overlap_param_gather a rank's parameters are gathered in the next forward pass;
-        a checkpoint wants them now."""
-        overlap = self.config.optimizer.overlap_param_gather
-        for chunk in self.chunks if overlap else []:
-            chunk.disable_forward_pre_hook()
-        yield
-        for chunk in self.chunks if overlap else []:
-            chunk.enable_forward_pre_hook()
+            else:
+                optimizer.init_state_fn(optimizer.optimizer, optimizer.config)

@@ -20,12 +20,15 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedObject,
 )
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch.distributed.checkpoint import FileSystemReader
 
+from gengram_megatron.training.engines.zero import MOMENTS
+
 MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Of master weights: the distributed optimizer calls them so, and the plain one in bf16."""
+MOMENT_NAMES = {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
+"""What comes before a weight's name in those of Adam's moments of it."""
 STEPS = ("step", "common_step")
 RANKS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_tensor")
 """Of a layout, what decides which rank is which."""
@@ -80,15 +83,13 @@ def adam_steps(stored: dict | list) -> int:
     return next(int(value) for _, key, value in nested_items_iter(stored) if key in STEPS)
 
 
-def set_adam_steps(optimizer, state: dict, steps: int) -> None:
-    """Note them in the state of one optimizer, where its load_state_dict reads them: torch's Adam
-    counts for each parameter, TransformerEngine's for each group."""
-    inner = state.get("optimizer", state)
-    counts_by_parameter = isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
-    if counts_by_parameter and not isinstance(optimizer, DistributedOptimizer):
-        inner["state"]["common_step"] = torch.tensor(float(steps))
+def set_adam_steps(adam: torch.optim.Optimizer, steps: int) -> None:
+    """torch's Adam counts for each parameter, TransformerEngine's for each group."""
+    if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+        for state in adam.state.values():
+            state["step"] = torch.tensor(float(steps))
     else:
-        for group in inner["param_groups"]:
+        for group in adam.param_groups:
             group["step"] = steps
 
 

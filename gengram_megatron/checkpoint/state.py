@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
 from gengram_megatron.checkpoint.checksums import damage
@@ -52,6 +53,8 @@ class TrainingState:
         self.store = CheckpointStore(
             Path(config.run.dir) / "checkpoints", settings.keep, settings.keep_every
         )
+        # What is written where is the same each time: planned, and told to other ranks, once.
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
         self._save: _Save | None = None
         self._failed = 0
         self._stall = 0.0
@@ -79,14 +82,15 @@ class TrainingState:
 
     def _start(self, step: int, partial: Path, must: bool) -> "_Save":
         writer = Writer()
-        with self.contents.whole():
-            request = dist_checkpointing.save(
-                self._state(step),
-                str(partial),
-                async_sharded_save=True,
-                content_metadata=CONTENT,
-            )
-            writer.start(request)
+        request = dist_checkpointing.save(
+            self._state(step),
+            str(partial),
+            self._strategy,
+            validate_access_integrity=self._strategy.cached_central_plan is None,
+            async_sharded_save=True,
+            content_metadata=CONTENT,
+        )
+        writer.start(request)
         facts = Facts(
             format=FORMAT,
             step=step,

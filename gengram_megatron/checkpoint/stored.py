@@ -170,6 +170,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     )
 
     def find_class(self, module: str, name: str):

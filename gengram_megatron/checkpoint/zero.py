@@ -7,26 +7,24 @@ each weight are written by one of the ranks that hold copies of the model, in tu
 
 import importlib
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, nn
 
-from gengram_megatron.checkpoint.restore import MASTERS, load_tensors, master_name
+from gengram_megatron.checkpoint.restore import (
+    MASTERS,
+    MOMENT_NAMES,
+    load_tensors,
+    master_name,
+)
+from gengram_megatron.checkpoint.shards import Pieces, shards
 from gengram_megatron.config.schema import Config
 from gengram_megatron.training.engines.zero import MOMENTS
 
-MOMENT_NAMES = [f"optimizer.state.{name}." for name in MOMENTS]
-"""What comes before a weight's name in those of Adam's moments of it."""
 TOGETHER = 2**28
 """Elements of tensors that are read at once; more if one weight has more."""
-
-Pieces = list[tuple[ShardedTensor, int]]
-"""What a weight has of a global tensor, and its first element there."""
 
 
 class ZeroContents:
@@ -42,21 +40,15 @@ class ZeroContents:
             self.weights.setdefault(weight, []).append((piece, start))
         self.deepspeed = importlib.import_module("deepspeed")
 
-    def whole(self) -> nullcontext:
-        """`state` puts together what ZeRO has cut."""
-        return nullcontext()
-
     def state(self) -> dict:
         """Weights and optimizer as parts of global tensors. All ranks call it together."""
-        parts = {}
+        parts = []
         for number, (weight, pieces) in enumerate(self.weights.items()):
             own = number % self.copies.size() == self.copies.rank()
             for name, tensor in self._tensors(weight):
-                for part in _parts(name, tensor.cpu(), pieces) if own else ():
-                    # Of the ranks that hold copies of it, this one writes it.
-                    replica = (*part.replica_id[:2], 0)
-                    parts[f"{part.key} {part.global_offset}"] = replace(part, replica_id=replica)
-        return {"parts": parts, "optimizer": {"step": self.optimizer.steps}}
+                if own:
+                    parts += shards(name, tensor.cpu().flatten(), 0, pieces)
+        return {"parts": dict(enumerate(parts)), "optimizer": {"step": self.optimizer.steps}}
 
     def _tensors(self, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         """What there is of a weight, by what comes before its name."""
@@ -65,7 +57,7 @@ class ZeroContents:
         yield "", master.to(weight.dtype)
         if self.bf16:
             yield MASTERS[0], master
-        for moment, name in zip(MOMENTS, MOMENT_NAMES):
+        for moment, name in MOMENT_NAMES.items():
             yield name, utils.safe_get_full_optimizer_state(weight, moment)
 
     def load(self, path: Path, stored: set[str], steps: int) -> None:
@@ -73,7 +65,7 @@ class ZeroContents:
         done."""
         self.optimizer.steps = steps
         self._load_weights(path)
-        utils, names = self.deepspeed.utils, [master_name(stored), *MOMENT_NAMES]
+        utils, names = self.deepspeed.utils, [master_name(stored), *MOMENT_NAMES.values()]
         for weight, (master, *moments) in self._read(path, names, torch.float32):
             utils.safe_set_full_fp32_param(weight, master)
             for moment, value in zip(MOMENTS, moments):
@@ -105,12 +97,9 @@ class ZeroContents:
                 part
                 for weight, tensors in found.items()
                 for name, tensor in zip(names, tensors)
-                for part in _parts(name, tensor, self.weights[weight])
+                for part in shards(name, tensor.view(-1), 0, self.weights[weight])
             ]
-            loaded = dict(enumerate(parts))
-            load_tensors(loaded, path)
-            for number, part in enumerate(parts):
-                part.data.copy_(loaded[number])
+            load_tensors(dict(enumerate(parts)), path)
             yield from found.items()
 
     def _batches(self, tensors: int) -> Iterator[list[nn.Parameter]]:
@@ -129,12 +118,3 @@ class ZeroContents:
 def _shape(weight: nn.Parameter) -> torch.Size:
     """Also of one that ZeRO 3 has emptied."""
     return getattr(weight, "ds_shape", weight.shape)
-
-
-def _parts(name: str, tensor: Tensor, pieces: Pieces) -> Iterator[ShardedTensor]:
-    """A tensor of a weight's shape as parts of global tensors whose names begin with `name`."""
-    flat = tensor.flatten()
-    for piece, start in pieces:
-        size = piece.local_shape
-        data = flat[start : start + torch.Size(size).numel()].view(size)
-        yield replace(piece, key=name + piece.key, data=data, dtype=tensor.dtype)

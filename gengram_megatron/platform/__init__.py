@@ -18,6 +18,5 @@ def prepare() -> None:
     imports.import_quietly(compiled=not without_cuda)
     if not imports.has("transformer_engine"):
         imports.complete_without_transformer_engine()
-    imports.keep_step_of_torch_adam()
     if without_cuda:
         cpu.adapt_megatron()

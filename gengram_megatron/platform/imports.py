@@ -45,24 +45,3 @@ def complete_without_transformer_engine() -> None:
     # Its default fp8=False means True (`fp8 is not None`), which needs Transformer Engine.
     random = importlib.import_module(core + "tensor_parallel.random")
     random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-
-
-def keep_step_of_torch_adam() -> None:
-    """DistributedOptimizer saves Adam's step with the parameter groups, has it set by
-    load_state_dict, and then looks for it among the loaded tensors, where it is not, if the Adam
-    is torch's (which keeps its step as a tensor of the state). All states share the tensor that
-    load_state_dict set, and each would count it on: every state gets one of its own."""
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    optimizer = module.DistributedOptimizer
-    set_states = optimizer._set_main_param_and_optimizer_states
-
-    def with_step(self, model_param, tensors):
-        group, order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group]["params"][order]
-        state = self.optimizer.state[main_param]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors = {**tensors, "step": state["step"]}
-        set_states(self, model_param, tensors)
-
-    optimizer._set_main_param_and_optimizer_states = with_step
