@@ -68,8 +68,8 @@ def _not_together(config: Config) -> Iterator[tuple[str, object, str]]:
         yield "parallel.pipeline", parallel.pipeline, "1"
     if parallel.tensor > 1 and config.train.deepspeed.zero_stage == 3:
         yield "parallel.tensor", f"{parallel.tensor} with train.deepspeed.zero_stage 3", "1"
-    if parallel.expert > 1:
-        yield "parallel.expert", parallel.expert, "1"
+    if parallel.expert > 1 and config.train.deepspeed.zero_stage == 3:
+        yield "parallel.expert", f"{parallel.expert} with train.deepspeed.zero_stage 3", "1"
     if config.model.num_experts is not None and expert_tensor(config) != parallel.tensor:
         yield "parallel.expert_tensor", parallel.expert_tensor, "null"
     if config.model.implementation == "transformer_engine":
