@@ -30,11 +30,13 @@ COMMON = (
     "train.validation_samples=8",
     "checkpoint.interval=2",
 )
+BF16, EXPERT = ("train.precision=bf16",), ("parallel.expert=2",)
 MODELS = {
     "moe_fp32": (),
-    "dense_bf16": (*DENSE, "train.precision=bf16"),
+    "dense_bf16": (*DENSE, *BF16),
+    "ep2_fp32": EXPERT,
+    "ep2_bf16": (*EXPERT, *BF16),
 }
-ROUNDING = {"moe_fp32": 1e-5, "dense_bf16": 2e-3}
 # Else the weights of a model as small as this stay whole on every rank.
 CUT_ALL = "train.deepspeed.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}"
 OFFLOAD = ("train.deepspeed.offload_optimizer=true",)
@@ -49,33 +51,53 @@ ENGINES |= {
     "zero3_offload": (*ENGINES["zero3"], *OFFLOAD, "train.deepspeed.offload_parameters=true"),
 }
 STAGES = ("zero1", "zero2", "zero3")
-RUNS = (
-    *(("moe_fp32", engine) for engine in ("megatron", *STAGES)),
-    *(("dense_bf16", engine) for engine in ENGINES),
-)
-# Model, engine of the first half, engine that goes on from the checkpoint in the middle.
-HALVES = (
-    ("moe_fp32", "zero2", "zero2"),
-    ("dense_bf16", "zero1", "zero1"),
-    ("dense_bf16", "zero3", "zero3"),
-    ("moe_fp32", "megatron", "zero2"),
-    ("moe_fp32", "zero1", "megatron"),
-    ("dense_bf16", "megatron", "zero3"),
-    ("dense_bf16", "zero3_offload", "megatron"),
-)
-DATA, TENSOR, CONTEXT = (), ("parallel.tensor=2",), ("parallel.context=2",)
-BF16 = MODELS["dense_bf16"]
-#   name: settings; each of DeepSpeed's follows the one that it is compared with
-FOUR = {
-    "dp4_megatron": DATA,
-    "dp4_zero3": (*DATA, *ENGINES["zero3"]),
-    "cp2_megatron": CONTEXT,
-    "cp2_zero2": (*CONTEXT, *ENGINES["zero2"]),
-    "tp2_megatron": TENSOR,
-    "tp2_zero2": (*TENSOR, *ENGINES["zero2"]),
-    "tp2_bf16_megatron": (*TENSOR, *BF16),
-    "tp2_bf16_zero1": (*TENSOR, *BF16, *ENGINES["zero1"]),
+RUNS = {
+    "moe_fp32": ("megatron", *STAGES),
+    "dense_bf16": tuple(ENGINES),
+    "ep2_fp32": ("megatron", "zero1", "zero2", "zero2_offload"),
+    "ep2_bf16": ("megatron", "zero1", "zero2"),
 }
+TWO = {
+    f"{model}_{engine}": (*MODELS[model], *ENGINES[engine])
+    for model, engines in RUNS.items()
+    for engine in engines
+}
+DATA, TENSOR, CONTEXT = (), ("parallel.tensor=2",), ("parallel.context=2",)
+WHOLE_EXPERTS = ("parallel.expert=4", "parallel.expert_tensor=1")
+#   name: settings; each of DeepSpeed's is compared with megatron's of the same layout
+FOUR = {
+    "dp4_fp32_megatron": DATA,
+    "dp4_fp32_zero3": (*DATA, *ENGINES["zero3"]),
+    "cp2_fp32_megatron": CONTEXT,
+    "cp2_fp32_zero2": (*CONTEXT, *ENGINES["zero2"]),
+    "tp2_fp32_megatron": TENSOR,
+    "tp2_fp32_zero2": (*TENSOR, *ENGINES["zero2"]),
+    "tp2_bf16_megatron": (*TENSOR, *DENSE, *BF16),
+    "tp2_bf16_zero1": (*TENSOR, *DENSE, *BF16, *ENGINES["zero1"]),
+    "dp2ep2_fp32_megatron": EXPERT,
+    "dp2ep2_fp32_zero1": (*EXPERT, *ENGINES["zero1"]),
+    "dp2ep2_fp32_zero2": (*EXPERT, *ENGINES["zero2"]),
+    "tp2ep2_bf16_megatron": (*TENSOR, *EXPERT, *BF16),
+    "tp2ep2_bf16_zero1": (*TENSOR, *EXPERT, *BF16, *ENGINES["zero1"]),
+    "etp1ep4_fp32_megatron": (*TENSOR, *WHOLE_EXPERTS),
+    "etp1ep4_fp32_zero2": (*TENSOR, *WHOLE_EXPERTS, *ENGINES["zero2"]),
+}
+# The run whose checkpoint in the middle the second half starts from, and the one with whose
+# settings it goes on.
+HALVES = (
+    ("moe_fp32_zero2", "moe_fp32_zero2"),
+    ("dense_bf16_zero1", "dense_bf16_zero1"),
+    ("dense_bf16_zero3", "dense_bf16_zero3"),
+    ("moe_fp32_megatron", "moe_fp32_zero2"),
+    ("moe_fp32_zero1", "moe_fp32_megatron"),
+    ("dense_bf16_megatron", "dense_bf16_zero3"),
+    ("dense_bf16_zero3_offload", "dense_bf16_megatron"),
+    ("ep2_fp32_zero2", "ep2_fp32_zero2"),
+    ("ep2_bf16_zero1", "ep2_bf16_zero1"),
+    ("ep2_fp32_zero1", "ep2_fp32_megatron"),
+    ("moe_fp32_megatron", "ep2_fp32_zero1"),
+    ("dp2ep2_fp32_zero1", "moe_fp32_megatron"),  # from four processes
+)
 
 
 @dataclass(frozen=True)
@@ -105,20 +127,21 @@ def runs(tmp_path_factory) -> Runs:
     folder = tmp_path_factory.mktemp("deepspeed")
     data = build_data(tmp_path_factory.getbasetemp() / "dna_64")
     this = Runs(folder, write_config(folder / "tiny.yaml", data), {})
-    this.launch(2, {f"{m}_{e}": (*MODELS[m], *ENGINES[e]) for m, e in RUNS})
-    second = {}
-    for model, first, then in HALVES:
-        name = f"{model}_{first}_{then}"
-        shutil.copytree(this[f"{model}_{first}"], this[name])
-        shutil.rmtree(this[name] / "checkpoints" / "step_00000004")
-        second[name] = (*MODELS[model], *ENGINES[then])
-    this.launch(2, second)
+    this.launch(2, TWO)
     this.launch(4, FOUR)
+    second = {}
+    for first, then in HALVES:
+        name = f"{first}_{then}"
+        shutil.copytree(this[first], this[name])
+        shutil.rmtree(this[name] / "checkpoints" / "step_00000004")
+        second[name] = TWO[then]
+    this.launch(2, second)
     return this
 
 
-def assert_same(found: Path, expected: Path, rounding: float) -> None:
+def assert_same(found: Path, expected: Path) -> None:
     """Losses, norms, rates and what else is measured, up to rounding."""
+    rounding = 2e-3 if "bf16" in expected.name else 1e-5
     lines = [numbers(found), numbers(expected)]
     assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
     for line, other in zip(*lines):
@@ -128,30 +151,23 @@ def assert_same(found: Path, expected: Path, rounding: float) -> None:
         assert line == pytest.approx(other, rel=rounding)
 
 
-@pytest.mark.parametrize(("model", "engine"), [run for run in RUNS if run[1] != "megatron"])
-def test_numbers_are_those_of_megatron_core(runs: Runs, model: str, engine: str) -> None:
-    expected = runs[f"{model}_megatron"]
+@pytest.mark.parametrize("name", [name for name in (*TWO, *FOUR) if "zero" in name])
+def test_numbers_are_those_of_megatron_core(runs: Runs, name: str) -> None:
+    expected = runs[name.partition("_zero")[0] + "_megatron"]
     assert min(line["grad_norm"] for line in entries(expected, "train")) > 0.5  # clipped
     assert len(losses(expected)) == 4 and len(losses(expected, "validation")) == 2
-    assert_same(runs[f"{model}_{engine}"], expected, ROUNDING[model])
+    assert_same(runs[name], expected)
 
 
-@pytest.mark.parametrize("name", [name for name in FOUR if "zero" in name])
-def test_so_they_are_on_four_processes(runs: Runs, name: str) -> None:
-    layout = name.rpartition("_")[0]
-    rounding = ROUNDING["dense_bf16" if "bf16" in name else "moe_fp32"]
-    assert_same(runs[name], runs[f"{layout}_megatron"], rounding)
-
-
-@pytest.mark.parametrize(("model", "first", "then"), HALVES)
-def test_run_goes_on(runs: Runs, model: str, first: str, then: str) -> None:
-    """Bit for bit with the same engine, up to rounding with the other."""
-    name = f"{model}_{first}_{then}"
+@pytest.mark.parametrize(("first", "then"), HALVES)
+def test_run_goes_on(runs: Runs, first: str, then: str) -> None:
+    """Bit for bit with the same engine and layout, up to rounding with others."""
+    name = f"{first}_{then}"
     assert "resuming after step 2, 4 steps" in runs.said[name][0].out
     if first == then:
-        assert numbers(runs[name]) == numbers(runs[f"{model}_{first}"])
+        assert numbers(runs[name]) == numbers(runs[first])
     else:
-        assert_same(runs[name], runs[f"{model}_megatron"], ROUNDING[model])
+        assert_same(runs[name], runs[then])
 
 
 def test_run_says_what_runs_and_nothing_else(runs: Runs) -> None:
@@ -168,17 +184,18 @@ def test_run_says_what_runs_and_nothing_else(runs: Runs) -> None:
 
 
 def test_checkpoint_has_the_common_form(runs: Runs) -> None:
-    """The same tensors as megatron-core's, in bf16 and of every stage, and whole."""
+    """The same tensors as megatron-core's, in bf16 and of every stage, and whole; also those of
+    experts that several ranks share, and that several hold copies of."""
     from gengram_megatron.checkpoint.stored import StoredTensors
 
     def tensors(name: str) -> dict:
         stored = StoredTensors(runs[name] / "checkpoints" / "step_00000004")
         return {key: (stored.shape(key), stored.dtype(key)) for key in stored.names}
 
-    expected = tensors("dense_bf16_megatron")
-    for engine in STAGES:
-        assert tensors(f"dense_bf16_{engine}") == expected
-        done = gengram("checkpoint", "verify", str(runs[f"dense_bf16_{engine}"]))
+    expected = {f"dense_bf16_{engine}": "dense_bf16_megatron" for engine in STAGES}
+    for name, other in {**expected, "dp2ep2_fp32_zero1": "moe_fp32_megatron"}.items():
+        assert tensors(name) == tensors(other)
+        done = gengram("checkpoint", "verify", str(runs[name]))
         assert done.code == 0, done.err
 
 
@@ -225,9 +242,10 @@ def test_nan_batch_is_left_out(runs: Runs, tmp_path, model: str, engine: str, we
 
 
 def test_nan_stops_the_run_and_is_traced(runs: Runs, tmp_path) -> None:
-    poison = partial(broken.poison_gradient, rank=1, step=2, name=WEIGHT, times=1000)
-    words = runs.words("stopped", ENGINES["zero2"])
+    name = "decoder.layers.1.mlp.experts.linear_fc2.weight"
+    poison = partial(broken.poison_gradient, rank=1, step=2, name=name, times=1000)
+    words = runs.words("stopped", (*EXPERT, *ENGINES["zero2"]))
     ended = start_ranks(2, words, tmp_path / "said", before=poison).wait()
     assert [said.code for said in ended] == [2, 2], ended[0].err
-    found = "on rank 1, the gradient of layer 2.mlp.router.weight is not finite"
+    found = "on rank 1, the gradient of layer 2.mlp.experts.linear_fc2.weight is not finite"
     assert "step 2: loss" in ended[0].err and found in ended[0].err

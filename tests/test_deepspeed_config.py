@@ -23,9 +23,9 @@ ENGINE = "train.engine=deepspeed"
 REFUSED = {
     "pipeline": (2, ["parallel.pipeline=2"], "parallel.pipeline is 2, which train.engine deepspeed cannot do: set parallel.pipeline to 1, or engine to megatron"),
     "interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], "parallel.pipeline is 2, which train.engine deepspeed cannot do"),
-    "tensor, weights shared": (2, ["parallel.tensor=2", "train.deepspeed.zero_stage=3"], "parallel.tensor is 2 with train.deepspeed.zero_stage 3, which"),
-    "expert": (2, ["parallel.expert=2"], "parallel.expert is 2, which train.engine deepspeed cannot do"),
-    "expert tensor": (2, ["parallel.tensor=2", "parallel.expert_tensor=1"], "parallel.expert_tensor is 1, which"),
+    "tensor, weights shared": (2, ["parallel.tensor=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.tensor 2, which train.engine deepspeed cannot do: set train.deepspeed.zero_stage to 2, or engine to megatron"),
+    "expert, weights shared": (2, ["parallel.expert=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.expert 2, which train.engine deepspeed cannot do: set train.deepspeed.zero_stage to 2"),
+    "expert tensor, weights shared": (2, ["parallel.expert_tensor=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.expert_tensor 2, which"),
     "rows": (2, ["model.gengram.split=rows"], "model.gengram.split is rows, which"),
     "projected tables": (2, ["model.gengram.project=tables"], "model.gengram.project is tables, but train.engine is deepspeed: set it to megatron, or set project to features"),
     "whole states": (2, ["optimizer.distributed=false"], "optimizer.distributed is false, which"),

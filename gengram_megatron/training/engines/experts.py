@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO over expert-parallel ranks: it is told of megatron-core's process groups.
+"""ZeRO over expert-parallel ranks: DeepSpeed is told of megatron-core's process groups.
 
 It averages gradients of experts over all data-parallel ranks, as megatron-core does, but adds them
 up over the ranks that hold the same experts only, and shares their states among these.
@@ -11,13 +11,12 @@ from torch import nn
 
 
 def tell_of_experts(module: nn.Module, groups: list[dict]) -> None:
-    """Mark what expert-parallel ranks share, if they do. groups: the optimizer's, of megatron-core;
-    each holds experts alone or none."""
+    """Mark the experts, if they lie otherwise on the ranks than the rest of the model. groups: the
+    optimizer's, of megatron-core; each holds such experts alone or none of them."""
     of_experts = [group for group in groups if group["is_expert_parallel"]]
     if not of_experts:
         return
-    ranks = parallel_state.get_expert_model_parallel_world_size()
-    name = f"ep_size_{ranks}"  # from which DeepSpeed reads the number
+    name = f"ep_size_{parallel_state.get_expert_model_parallel_world_size()}"  # DeepSpeed's form
     for group in of_experts:
         group.update(moe=True, name=name)
         for weight in group["params"]:
@@ -36,12 +35,10 @@ def _marker(name: str) -> nn.Module:
 
         def set_deepspeed_parallelism(self, *_) -> None:
             groups = importlib.import_module("deepspeed.utils.groups")
-            groups._EXPERT_PARALLEL_GROUP[name] = parallel_state.get_expert_model_parallel_group()
-            groups._EXPERT_DATA_PARALLEL_GROUP[name] = (
-                parallel_state.get_expert_data_parallel_group()
-            )
-            groups.expert_tensor_parallel_world_size = (
-                parallel_state.get_expert_tensor_parallel_world_size()
-            )
+            same_experts = parallel_state.get_expert_data_parallel_group()
+            # Over which the squares of gradients are added up, so it must hold all parts of them.
+            all_experts = parallel_state.get_expert_tensor_and_model_parallel_group()
+            groups._EXPERT_DATA_PARALLEL_GROUP[name] = same_experts
+            groups._EXPERT_PARALLEL_GROUP[name] = all_experts
 
     return Marker()
