@@ -115,6 +115,18 @@ def test_plan_of_each_stage(config, installed):
     assert stage(3, *moved) == pytest.approx({"weights": 0, "gradients": 2, "optimizer": 0})
 
 
+def test_experts_are_shared_by_the_ranks_that_have_them(config, installed):
+    """Gradients in ZeRO 2 as Adam's states: on two of four ranks, the rest of the model on all."""
+    words = ["parallel.expert=2", "train.precision=bf16", "train.deepspeed.zero_stage=2"]
+    this = config(*words)
+    planned = plan(this, check_layout(this, 4), Speed(), gigabytes=80)
+    found, weights = planned["memory_bytes_per_rank"], planned["parameters_per_rank"]
+    assert found["gradients"] / 4 == found["optimizer"] / 12
+    model = this.model
+    experts = 2 * model.num_layers * 3 * model.hidden_size * model.ffn_hidden_size
+    assert found["gradients"] / 4 == pytest.approx(experts / 2 + (weights - experts) / 4)
+
+
 def test_it_is_imported_only_where_it_runs():
     """Its import takes a second, and changes the environment."""
     program = """

@@ -38,7 +38,7 @@ def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimiz
     _sum_over_tensor_parallel_ranks(model)
     module = Float16Module(model.config, model) if config.train.dtype == "bf16" else model
     with _quiet():
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         try:
             engine, *_ = deepspeed.initialize(
                 model=module,
@@ -220,7 +220,7 @@ def _sum_over_tensor_parallel_ranks(model: nn.Module) -> None:
             parameter.register_hook(add_up)
 
 
-def _import_deepspeed():
+def import_deepspeed():
     """DeepSpeed for this machine, without the groups of a run that this process has ended."""
     os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     if not torch.cuda.is_available():
