@@ -23,9 +23,9 @@ ENGINE = "train.engine=deepspeed"
 REFUSED = {
     "pipeline": (2, ["parallel.pipeline=2"], "parallel.pipeline is 2, which train.engine deepspeed cannot do: set parallel.pipeline to 1, or engine to megatron"),
     "interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], "parallel.pipeline is 2, which train.engine deepspeed cannot do"),
-    "tensor, weights shared": (2, ["parallel.tensor=2", "train.deepspeed.zero_stage=3"], "parallel.tensor is 2 with train.deepspeed.zero_stage 3, which"),
-    "expert": (2, ["parallel.expert=2"], "parallel.expert is 2, which train.engine deepspeed cannot do"),
-    "expert tensor": (2, ["parallel.tensor=2", "parallel.expert_tensor=1"], "parallel.expert_tensor is 1, which"),
+    "tensor, weights shared": (2, ["parallel.tensor=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.tensor 2, which train.engine deepspeed cannot do: set train.deepspeed.zero_stage to 2, or engine to megatron"),
+    "expert, weights shared": (2, ["parallel.expert=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.expert 2, which train.engine deepspeed cannot do: set train.deepspeed.zero_stage to 2"),
+    "expert tensor, weights shared": (2, ["parallel.expert_tensor=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.expert_tensor 2, which"),
     "rows": (2, ["model.gengram.split=rows"], "model.gengram.split is rows, which"),
     "projected tables": (2, ["model.gengram.project=tables"], "model.gengram.project is tables, but train.engine is deepspeed: set it to megatron, or set project to features"),
     "whole states": (2, ["optimizer.distributed=false"], "optimizer.distributed is false, which"),
@@ -113,6 +113,18 @@ def test_plan_of_each_stage(config, installed):
     assert stage(3) == pytest.approx({**one, "gradients": 2, "weights": 1})
     moved = ("train.deepspeed.offload_optimizer=true", "train.deepspeed.offload_parameters=true")
     assert stage(3, *moved) == pytest.approx({"weights": 0, "gradients": 2, "optimizer": 0})
+
+
+def test_experts_are_shared_by_the_ranks_that_have_them(config, installed):
+    """Gradients in ZeRO 2 as Adam's states: on two of four ranks, the rest of the model on all."""
+    words = ["parallel.expert=2", "train.precision=bf16", "train.deepspeed.zero_stage=2"]
+    this = config(*words)
+    planned = plan(this, check_layout(this, 4), Speed(), gigabytes=80)
+    found, weights = planned["memory_bytes_per_rank"], planned["parameters_per_rank"]
+    assert found["gradients"] / 4 == found["optimizer"] / 12
+    model = this.model
+    experts = 2 * model.num_layers * 3 * model.hidden_size * model.ffn_hidden_size
+    assert found["gradients"] / 4 == pytest.approx(experts / 2 + (weights - experts) / 4)
 
 
 def test_it_is_imported_only_where_it_runs():

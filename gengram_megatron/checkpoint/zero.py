@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -34,7 +35,6 @@ class ZeroContents:
         (chunk,) = chunks
         self.bf16 = config.train.dtype == "bf16"
         self.optimizer = optimizer
-        self.copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.weights: dict[nn.Parameter, Pieces] = {}
         for piece, weight, start in chunk.pieces:
             self.weights.setdefault(weight, []).append((piece, start))
@@ -44,7 +44,8 @@ class ZeroContents:
         """Weights and optimizer as parts of global tensors. All ranks call it together."""
         parts = []
         for number, (weight, pieces) in enumerate(self.weights.items()):
-            own = number % self.copies.size() == self.copies.rank()
+            copies = _copies(weight)
+            own = number % copies.size() == copies.rank()
             for name, tensor in self._tensors(weight):
                 if own:
                     parts += shards(name, tensor.cpu().flatten(), 0, pieces)
@@ -113,6 +114,13 @@ class ZeroContents:
             batch.append(weight)
             elements += size
         yield batch
+
+
+def _copies(weight: nn.Parameter) -> dist.ProcessGroup:
+    """The ranks that hold copies of it."""
+    if getattr(weight, "allreduce", True):
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_group()
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gengram_megatron.config.projection import bytes_held
 from gengram_megatron.config.schema import DeepSpeed
 from gengram_megatron.plan.activations import BYTES, Activations
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.stages import Held, Split
 
 GRADIENT = 4  # bytes a weight; they add up in float32
 MOMENTS = {"bf16": 12, "fp32": 8}
@@ -72,8 +72,8 @@ def of_stage(split: Split, stage: int) -> Memory:
     host = split.config.train.deepspeed if split.on_gpu else DeepSpeed()
     return Memory(
         stage=stage,
-        weights=0 if host.offload_parameters else BYTES[precision] * _cut(split, held.total, 3),
-        gradients=GRADIENT * _cut(split, held.total, 2),
+        weights=0 if host.offload_parameters else BYTES[precision] * _cut(split, held, 3),
+        gradients=GRADIENT * _cut(split, held, 2),
         optimizer=0 if host.offload_optimizer else states,
         activations=kept,
         logits=logits,
@@ -82,10 +82,19 @@ def of_stage(split: Split, stage: int) -> Memory:
     )
 
 
-def _cut(split: Split, elements: int, zero_stage: int) -> int:
-    """What a rank holds of so many elements, which data-parallel ranks share from a stage of ZeRO
-    on."""
-    return -(-elements // split.copies) if split.zero_stage >= zero_stage else elements
+def _cut(split: Split, held: Held, zero_stage: int) -> int:
+    """What is left on a rank of the weights that it holds, where those that hold the same ones
+    share them from a stage of ZeRO on."""
+    return _shared(split, held) if split.zero_stage >= zero_stage else held.total
+
+
+def _shared(split: Split, held: Held) -> int:
+    """A rank's part of its weights where all that hold the same ones have as much of them."""
+    return (
+        -(-held.copied // split.copies)
+        + -(-held.experts // split.layout.expert_data)
+        + -(-held.rows // split.row_copies())
+    )
 
 
 def _states(split: Split, stage: int) -> int:
@@ -93,11 +102,7 @@ def _states(split: Split, stage: int) -> int:
     held, size = split.held(stage), MOMENTS[split.config.train.dtype]
     if not split.config.optimizer.distributed:
         return size * held.total
-    return size * (
-        -(-held.copied // split.copies)
-        + -(-held.experts // split.layout.expert_data)
-        + -(-held.rows // split.row_copies())
-    )
+    return size * _shared(split, held)
 
 
 def _projected(split: Split, stage: int) -> int:

@@ -11,9 +11,11 @@ from tests.forked import context
 ROOT = Path(__file__).parents[2]
 
 
-def launch(processes: int, function: Callable, *words, seconds: float = 600) -> None:
+def launch(
+    processes: int, function: Callable, *words, seconds: float = 600, context=context
+) -> None:
     """Call a function of the tests on so many ranks, which find their number and how many there are
-    in the environment; fail with the ranks' own output."""
+    in the environment; fail with the ranks' own output. context: how they are started."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(processes)]
         ranks = [

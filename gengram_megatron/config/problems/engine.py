@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Iterator
 
-from gengram_megatron.config.problems.sizes import expert_tensor
 from gengram_megatron.config.schema import Config, DeepSpeed
 
 INSTALL = "pip install --no-build-isolation deepspeed"
@@ -66,12 +65,12 @@ def _not_together(config: Config) -> Iterator[tuple[str, object, str]]:
     parallel, optimizer, gengram = config.parallel, config.optimizer, config.model.gengram
     if parallel.pipeline > 1:
         yield "parallel.pipeline", parallel.pipeline, "1"
-    if parallel.tensor > 1 and config.train.deepspeed.zero_stage == 3:
-        yield "parallel.tensor", f"{parallel.tensor} with train.deepspeed.zero_stage 3", "1"
-    if parallel.expert > 1:
-        yield "parallel.expert", parallel.expert, "1"
-    if config.model.num_experts is not None and expert_tensor(config) != parallel.tensor:
-        yield "parallel.expert_tensor", parallel.expert_tensor, "null"
+    if config.train.deepspeed.zero_stage == 3:
+        # With experts by _validate_zero3_moe_compatibility of DeepSpeed's engine.
+        for name in ("tensor", "expert", "expert_tensor"):
+            ranks = getattr(parallel, name) or 1
+            if ranks > 1:
+                yield "train.deepspeed.zero_stage", f"3 with parallel.{name} {ranks}", "2"
     if config.model.implementation == "transformer_engine":
         yield "model.implementation", "transformer_engine", "torch"
     if gengram.enabled and gengram.split == "rows":

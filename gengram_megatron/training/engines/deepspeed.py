@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.model.initialize import parts
+from gengram_megatron.training.engines.experts import tell_of_experts
 from gengram_megatron.training.engines.zero import KINDS, MOMENTS
 from gengram_megatron.training.optimizer import adam_settings
 
@@ -37,7 +38,7 @@ def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimiz
     _sum_over_tensor_parallel_ranks(model)
     module = Float16Module(model.config, model) if config.train.dtype == "bf16" else model
     with _quiet():
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         try:
             engine, *_ = deepspeed.initialize(
                 model=module,
@@ -193,9 +194,10 @@ def _merged(under: dict, over: dict) -> dict:
 def _adam(config: Config, module: nn.Module) -> torch.optim.AdamW:
     """Over the same groups of parameters as megatron-core's."""
     settings, overrides = adam_settings(config)
-    groups = _get_param_groups([module], settings, overrides)
+    groups = [g for g in _get_param_groups([module], settings, overrides) if g["params"]]
+    tell_of_experts(module, groups)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=settings.lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
@@ -218,7 +220,7 @@ def _sum_over_tensor_parallel_ranks(model: nn.Module) -> None:
             parameter.register_hook(add_up)
 
 
-def _import_deepspeed():
+def import_deepspeed():
     """DeepSpeed for this machine, without the groups of a run that this process has ended."""
     os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     if not torch.cuda.is_available():

@@ -47,9 +47,11 @@ class ZeroOneInBf16(ZeroOneAndTwo):
         self.zero, self.flat = zero, zero.fp32_groups_flat_partition
         self._gradients = zero.get_grads_for_norm
 
-    def norm(self) -> Tensor:
-        gradients, _ = self._gradients()
-        return _utils().get_global_norm_of_tensors(gradients, mpu=self.zero.mpu)
+    def norm(self) -> float:
+        gradients, of_experts = self._gradients()
+        mpu, utils = self.zero.mpu, _utils()
+        norm = utils.get_global_norm_of_tensors(gradients, mpu=mpu)
+        return utils.get_norm_with_moe_layers(norm, mpu=mpu, expert_tensors=of_experts)
 
     def ask(self, refused: Callable[[], bool]) -> None:
         def gradients(for_clipping: bool = False):
