@@ -1,5 +1,5 @@
-"""Many `gengram train` commands, one after the other, in one group of processes: they share the
-start of Python and the imports, and nothing else."""
+"""Many `gengram train` commands, one after the other, each in processes that are forked from one
+group: they share the start of Python and the imports, and nothing else."""
 
 import io
 import json
@@ -25,8 +25,13 @@ def run_all(jobs: dict[str, list[str]], folder: Path) -> None:
     for name, words in jobs.items():
         if ranks > 1:
             processes._store = partial(_meet, folder / f"{name}.store")
-        result = _run(words)
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
+        said = folder / f"{name}.{rank}.json"
+        # The hundreds of threads of gloo that a job starts end with its process alone.
+        job = multiprocessing.Process(target=_run, args=(words, said))
+        job.start()
+        job.join()
+        assert job.exitcode == 0, f"job {name} ended with {job.exitcode}"
+        result = json.loads(said.read_text())
         if result["code"] not in (0, 2):  # the other ranks may be waiting
             sys.exit(f"job {name}: {result['err']}")
 
@@ -36,8 +41,8 @@ def _meet(file: Path, world_size: int, rank: int) -> dist.Store:
     return dist.FileStore(str(file), world_size)
 
 
-def _run(words: list[str]) -> dict:
-    """One command: its exit code and output."""
+def _run(words: list[str], said: Path) -> None:
+    """One command; its exit code and output go to the file `said`."""
     from gengram_megatron.cli import main
 
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -50,4 +55,5 @@ def _run(words: list[str]) -> dict:
         except Exception:  # as an interpreter would show it
             code = 1
             traceback.print_exc()
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    result = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    said.write_text(json.dumps(result))
