@@ -139,6 +139,14 @@ def _steps(run: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["ep2_rows", "tp2_pp2"])
+def test_numbers_of_a_step_are_those_of_all_ranks(runs: Runs, name: str) -> None:
+    found, expected = (entries(runs.whole(case), "train")[0] for case in (name, "fp32"))
+    for key in ("loss", "grad_norm", "router_z_loss", "rows_touched"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_run_gives_the_same_numbers(runs: Runs, name: str) -> None:
     cut, whole = numbers(runs.cut(name)), numbers(runs.whole(name))
