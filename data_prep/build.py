@@ -22,7 +22,7 @@ from data_prep.fragment import Fate
 from data_prep.origins import ORIGIN, write_records
 from data_prep.schema import DataConfig
 from data_prep.sources import Input, inputs
-from data_prep.survey import Survey, survey
+from data_prep.survey import Survey, changed, survey
 from data_prep.work import Work, work_on
 from data_prep.workers import Advance, Workers
 from data_prep.write import INDEX_BYTES, SPLITS, Part, prepare_split, tokens_path, write_part
@@ -123,11 +123,20 @@ def _survey(
             "were looked over"
         )
     left.sort(key=lambda source: source.path.stat().st_size, reverse=True)
-    doing = partial(report, "looking over")
-    for source, found in workers.run(partial(survey, config=config), left, doing):
-        work.keep_survey(source, settings, found)
-        surveys[source.key] = found
+    look_over = partial(_look_over, config=config, work=work, settings=settings)
+    for source, _ in workers.run(look_over, left, partial(report, "looking over")):
+        surveys[source.key] = work.survey_of(source, settings)
+        if surveys[source.key] is None:
+            raise changed(source.path)
     return surveys
+
+
+def _look_over(
+    source: Input, advance: Advance, config: DataConfig, work: Work, settings: Any
+) -> None:
+    """Survey a source and keep what is found. It is not returned, as a worker that is killed while
+    it sends more than the few bytes of one write leaves the first process waiting for the rest."""
+    work.keep_survey(source, settings, survey(source, advance, config))
 
 
 SURVEYED = ("seq_length", "max_n_fraction", "validation", "gene_distance")
