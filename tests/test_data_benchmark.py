@@ -74,7 +74,7 @@ def test_a_command_that_fails_ends_the_benchmark():
         benchmark.run_measured([sys.executable, "-c", "raise SystemExit(3)"])
 
 
-def test_medians_and_projection():
+def test_medians_and_projection(monkeypatch):
     runs = [
         {
             "start": {"seconds": 2.0, "memory": 1},
@@ -97,7 +97,9 @@ def test_medians_and_projection():
     assert found["times_tokenize_alone"] == 10
     assert (found["build_memory"], found["pipeline_memory"]) == (80, 7)
     # 449.5 Gbp at 100 Mbp/s on two cores: 4,495 s; on 16 an eighth
+    monkeypatch.setattr(benchmark, "hash_rate", lambda: 1e9)
     assert benchmark.hours(100e6, 2, 16) == pytest.approx(4495 / 8 / 3600)
+    assert benchmark.hours(100e6, 2, 64) == pytest.approx(449.5 / 3600)  # as fast as it is hashed
 
 
 def test_the_build_writes_the_same_documents(tmp_path):

@@ -76,7 +76,7 @@ def _tables(stored: StoredTensors, weights: list[str], known: dict[str, dict]) -
             found.append(
                 {**described, "layer": number, "name": table, "rows": rows, "columns": columns}
             )
-    return found
+    return sorted(found, key=lambda table: (table["layer"], table["name"]))
 
 
 def show(summary: dict) -> None:
