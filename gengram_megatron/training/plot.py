@@ -113,7 +113,6 @@ def decorate(axes: Axes, loss: str) -> None:
     axes.set_ylabel(f"{loss}, nats a base")
     axes.grid(alpha=0.25)
     axes.spines["top"].set_visible(False)
-    axes.spines["top"].set_visible(False)
     bits = axes.secondary_yaxis(
         "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
     )

@@ -252,8 +252,6 @@ class ModelWithMemory:
 class GengramLlamaLayer(LayerWithMemory, LlamaDecoderLayer):
     """A dense layer that may have memory."""
 
-    pass
-
 
 class GengramLlamaModel(ModelWithMemory, LlamaModel):
     """Dense layers with memory, without the head."""
@@ -283,8 +281,6 @@ class GengramLlamaForCausalLM(LlamaForCausalLM):
 
 class GengramMixtralLayer(LayerWithMemory, MixtralDecoderLayer):
     """A layer of experts that may have memory."""
-
-    pass
 
 
 class GengramMixtralModel(ModelWithMemory, MixtralModel):
