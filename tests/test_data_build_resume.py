@@ -92,7 +92,7 @@ def wait_until(condition, process: subprocess.Popen) -> None:
 
 def steps_done(folder: Path) -> int:
     """How many sources were looked over, and how many written."""
-    surveys = len([*folder.glob("out.building/surveys/*.npz")])
+    surveys = len([*folder.glob("out.building/surveys/[!.]*.npz")])
     return surveys + len([*folder.glob("out.building/written/*.*")])
 
 
@@ -153,7 +153,7 @@ def test_three_kills_at_random_places(genomes, expected, tmp_path):
             shutil.rmtree(tmp_path / "out")
             continue
         kills += 1
-    looked_over = len([*tmp_path.glob("out.building/surveys/*.npz")])
+    looked_over = len([*tmp_path.glob("out.building/surveys/[!.]*.npz")])
     process = start(genomes, tmp_path)
     shown = process.communicate(timeout=300)[1]
     assert process.returncode == 0, shown
@@ -178,7 +178,7 @@ def test_what_was_done_is_not_done_again(genomes, expected, tmp_path):
         seen: dict[str, int] = {}
         with pytest.raises(Enough):
             build_here(genomes, tmp_path / "out", leave_when(step))
-    surveys = [path.stat().st_ino for path in tmp_path.glob("out.building/surveys/*.npz")]
+    surveys = [path.stat().st_ino for path in tmp_path.glob("out.building/surveys/[!.]*.npz")]
     written = len([*tmp_path.glob("out.building/written/*.*")])
     assert len(surveys) == 6 and 0 < written < 6
     seen = {}
