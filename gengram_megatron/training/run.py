@@ -72,6 +72,7 @@ class _Run:
         from gengram_megatron.model.gengram.touched import RowsTouched
         from gengram_megatron.platform.report import implementations
         from gengram_megatron.training.engines import build_engine
+        from gengram_megatron.training.gpu_use import GpuUse
         from gengram_megatron.training.optimizer import build_schedule
 
         self.config, self.layout, self.data, self.signals = config, layout, data, signals
@@ -86,6 +87,7 @@ class _Run:
         gengram = config.model.gengram
         self.touched = RowsTouched(kmer_tables(gengram)) if gengram.enabled else None
         self.implementations = implementations(self.chunks, self.optimizer)
+        self.gpu_use = GpuUse.of_run(config, layout.world_size)
         self.first_rank = dist.get_rank() == 0
         self.folder = Path(config.run.dir)
         self.skipped_in_a_row = 0
@@ -259,11 +261,14 @@ class _Run:
 
         for chunk in self.chunks:
             chunk.eval()
-        losses = {}
+        losses, done = {}, 0
         for part in self.data.validations(self.layout, self.data_rank):
             reports = []
             for _ in range(part.steps):
                 self.watchdog.mark(step, "validating")
+                if self.first_rank:
+                    self.progress.validating(step=step, done=done, total=self.data.validation_steps)
+                done += 1
                 reports.append(
                     forward_backward(
                         self.chunks, part.batches, self.config, self.layout, forward_only=True
@@ -278,9 +283,10 @@ class _Run:
             self.progress.validation(step=step, loss=loss, of_sets=of_sets)
 
     def _report(self, step: int, result: _Step, seconds: float, data_wait: float) -> None:
+        tokens = self.config.train.global_batch_size * self.config.model.seq_length
+        gpu_use = self.gpu_use.of_step(tokens / seconds)
         if not self.first_rank:
             return
-        tokens = self.config.train.global_batch_size * self.config.model.seq_length
         shown = {
             "step": step,
             "loss": result.agreed.loss,
@@ -289,13 +295,12 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
             "data_wait": data_wait,
+            **gpu_use,
         }
         self.progress.step(**shown)
         others = dict(result.others)
         if stall := self.state.take_stall():
             others["save_stall"] = stall
-        if torch.cuda.is_available():
-            others["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         self.log.train(**shown, **self._place_in_data(step), **others)
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
@@ -305,7 +310,12 @@ class _Run:
         write_config(self.folder, self.config, start)
         self.log = stack.enter_context(RunLog(self.folder, self.config, start))
         self.progress = stack.enter_context(
-            Progress(self.layout.steps, self.config.logging.interval)
+            Progress(
+                self.layout.steps,
+                self.config.logging.interval,
+                validation_interval=self.config.train.validation_interval,
+                validation_steps=self.data.validation_steps,
+            )
         )
 
     def _place(self, beginning: "Beginning") -> str:
