@@ -172,10 +172,16 @@ def test_a_validation_shows_its_progress_at_a_terminal():
         progress.step(**{**STEP, "step": 90, "seconds": 3.0})
         for done in range(120):
             progress.validating(step=90, done=done, total=120)
+            progress.now += 2
+        progress.validation(step=90, loss=1.3, of_sets={})
     # 10 steps of 3 s, a whole validation of 120 s, and what is left of this one
     shown = progress.screen.getvalue()
     assert f"step 90/100  validating 37/120  {duration(30 + 120 + 83)} left" in shown
-    assert shown.count("\n") == 1  # it was one line all the time
+    # Two lines: the result, and the live one, which is that of the step again. Now a validation
+    # is known to take 240 s.
+    assert shown.count("\n") == 2
+    last = shown.split("\r")[-1]
+    assert "step 90/100  loss 1.3312" in last and f"  {duration(30 + 240)} left  lr" in last
 
 
 def test_a_log_gets_a_line_a_minute_of_a_long_validation_and_none_of_a_short_one():

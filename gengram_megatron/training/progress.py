@@ -54,6 +54,8 @@ class Progress:
         self._validation_seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._validation_began = self._last_line = clock()
         self._steps, self._trained, self._waited = 0, 0.0, 0.0  # of this job; the last two seconds
+        self._first_fields: list[str] = []  # of the last step, before and after the time left
+        self._last_fields: list[str] = []
         self._live = Live(console=self._console, auto_refresh=False)
 
     def __enter__(self) -> "Progress":
@@ -95,20 +97,22 @@ class Progress:
         self._steps += 1
         self._trained += seconds
         self._waited += data_wait * seconds
-        fields = [
+        self._first_fields = [
             self._place(step),
             f"loss {loss:.4f}",
             f"{_bits(loss):.4f} bits",
             f"{tokens_per_second:,.0f} tokens/s",
-            *self._left(step),
+        ]
+        self._last_fields = [
             f"lr {lr:.2g}",
             f"grad {grad_norm:.2f}",
             f"wait {data_wait:.1%}",
         ]
         if model_flops_utilisation is not None:
-            fields.append(f"MFU {model_flops_utilisation:.1%}")
+            self._last_fields.append(f"MFU {model_flops_utilisation:.1%}")
         if peak_memory_bytes is not None:
-            fields.append(f"{peak_memory_bytes / 1e9:.1f} GB")
+            self._last_fields.append(f"{peak_memory_bytes / 1e9:.1f} GB")
+        fields = [*self._first_fields, *self._left(step), *self._last_fields]
         self._show(fields, print_it=step % self._interval == 0 or step == self._total_steps)
 
     def validating(self, *, step: int, done: int, total: int) -> None:
@@ -141,6 +145,9 @@ class Progress:
             f"{self._place(step)}  validation loss {loss:.4f} nats  "
             f"{_bits(loss):.4f} bits/base{sets}"
         )
+        if self._first_fields:  # the live line is again that of the step
+            fields = [*self._first_fields, *self._left(step, validated=1), *self._last_fields]
+            self._show(fields, print_it=False)
 
     def end(self) -> None:
         """Prints what the steps of this job took, if there were any."""

@@ -20,6 +20,7 @@ from gengram_megatron.training.data import RunData
 from gengram_megatron.training.devices import check_gpu
 from gengram_megatron.training.folder import locked, make_folder, write_config
 from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.training.uniform import UniformCheck
 from gengram_megatron.training.waiting import Waiting
 from gengram_megatron.training.watchdog import Watchdog
 
@@ -91,6 +92,7 @@ class _Run:
         self.first_rank = dist.get_rank() == 0
         self.folder = Path(config.run.dir)
         self.skipped_in_a_row = 0
+        self.uniform = UniformCheck(config, layout.samples)
 
     def run(self) -> int:
         """All steps that are left, or until a signal; the exit code."""
@@ -112,6 +114,7 @@ class _Run:
             code = self._train_from(start, Waiting(batches))
             if self.first_rank:
                 self.progress.end()
+                self._warn(self.uniform.at_end() if code == 0 else None)
         if self.first_rank:
             self._plot()
         return code
@@ -302,6 +305,7 @@ class _Run:
         if stall := self.state.take_stall():
             others["save_stall"] = stall
         self.log.train(**shown, **self._place_in_data(step), **others)
+        self._warn(self.uniform.after_step(step, result.agreed.loss))
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
         from gengram_megatron.training.metrics import RunLog
