@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.training.metrics import RunLog, read_metrics
-from gengram_megatron.training.plot import plot_loss
 
 LOSS = 1.3312345678901234
 
@@ -163,16 +162,3 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
     assert started[0]["config"]["model"]["seq_length"] == 16
     assert [entry["step"] for entry in logged] == [1, 2]
     assert logged[0]["train/loss"] == LOSS
-
-
-def test_the_plot_draws_runs_references_and_broken_numbers(tmp_path):
-    write(tmp_path / "a", range(1, 60))
-    write(tmp_path / "b", range(1, 4), loss=math.nan)
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "metrics.jsonl").write_text("")
-    out = tmp_path / "loss.png"
-    runs = {name: tmp_path / name / "metrics.jsonl" for name in "abc"}
-    plot_loss(runs, out, {"uniform": math.log(4)})
-    assert out.read_bytes().startswith(b"\x89PNG")
-    plot_loss({"run": runs["c"]}, out)
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["loss.png"]

@@ -345,10 +345,19 @@ class _Run:
         return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
 
     def _plot(self) -> None:
-        from gengram_megatron.training.plot import plot_loss
+        from gengram_megatron.training.plot import markov_levels, plot_loss, run_title
 
-        name = self.folder.name
-        plot_loss({name: self.folder / "metrics.jsonl"}, self.folder / "loss.png")
+        levels = {}
+        if self.config.data.path is not None:
+            (one,) = self.data.sets
+            checksums = {"train": one.train.sha256, "validation": one.validation.sha256}
+            levels = markov_levels(Path(self.config.data.path), checksums)
+        plot_loss(
+            {self.folder.name: self.folder / "metrics.jsonl"},
+            self.folder / "loss.png",
+            levels,
+            run_title(self.config, self.layout.samples * self.config.model.seq_length),
+        )
 
     def _watchdog(self) -> Watchdog:
         started = [time.strftime("%Y-%m-%dT%H-%M-%S")]
