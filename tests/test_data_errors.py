@@ -171,7 +171,7 @@ def test_bad_settings(folder, monkeypatch, capsys, words, message):
 
 
 ANNOTATIONS = {
-    "names that do not match": ("chr1", 5, 9, 'annotation_names: {"r1": null, "r2": null}'),
+    "names that do not match": ("chr1", 5, 9, "of these records, what the annotation calls it"),
     "names with and without chr": ("chrr1", 5, 9, 'annotation_names: {"r1": "chrr1", "r2": null}'),
     "a negative coordinate": ("r1", -5, 9, "line 1 starts at -5; the first base"),
     "reversed coordinates": ("r1", 9, 5, "line 1 starts at 9 and ends before it, at 5"),
