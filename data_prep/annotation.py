@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
@@ -79,13 +80,9 @@ def read_annotation(path: Path) -> Annotation:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
-    """The number and text of each line that is neither empty nor a comment."""
-    text = io.TextIOWrapper(file, encoding="utf-8")
-    number = 0
-    while line := text.readline(LONGEST_LINE):
-        number += 1
-        if not line.startswith("#") and not line.isspace():
-            yield number, line
+    """All lines, numbered from 1."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")  # editors on Windows write a mark first
+    return enumerate(iter(partial(text.readline, LONGEST_LINE), ""), 1)
 
 
 def _read_bed(path: Path, file: BinaryIO) -> Annotation:
@@ -93,7 +90,8 @@ def _read_bed(path: Path, file: BinaryIO) -> Annotation:
     spans = _Spans()
     for number, text in _lines(file):
         fields = text.split()
-        if fields[0] in ("track", "browser"):  # how a browser shows it
+        # track and browser say how a browser shows it
+        if not fields or text.startswith("#") or fields[0] in ("track", "browser"):
             continue
         try:
             if len(fields) < 3:
@@ -123,10 +121,8 @@ def _features_of(file: BinaryIO) -> Iterator[tuple[int, str]]:
     The sequences begin after the line ##FASTA, or without it at the first header. Where several
     files were put together, features go on after that.
     """
-    text = io.TextIOWrapper(file, encoding="utf-8")
-    number, in_sequences = 0, False
-    while line := text.readline(LONGEST_LINE):
-        number += 1
+    in_sequences = False
+    for number, line in _lines(file):
         if line.startswith("#"):
             # MetaGeneMark writes a gene's protein as comments, which may begin with FASTA.
             if line.startswith("##FASTA"):

@@ -19,7 +19,7 @@ from rich.filesize import decimal
 from data_prep import manifest, mix
 from data_prep.followed import Followed
 from data_prep.fragment import Fate
-from data_prep.genes import substitutes
+from data_prep.genes import notes
 from data_prep.origins import ORIGIN, write_records
 from data_prep.schema import DataConfig
 from data_prep.sources import Input, inputs
@@ -166,7 +166,7 @@ def _say_what_was_missing(
     without = [it.key for it in sources if "without_annotation" in surveys[it.key].facts["genes"]]
     if without:
         say(f"without annotation, so that gene_distance cannot apply: {', '.join(without)}")
-    for sentence in substitutes({key: found.facts["genes"] for key, found in surveys.items()}):
+    for sentence in notes({key: found.facts["genes"] for key, found in surveys.items()}):
         say(sentence)
     whole = [
         source.key

@@ -46,8 +46,9 @@ def drop_far(
         found = read_annotation(annotation)
         genes, count = _by_record(found, source, records, seq_length)
         facts = {"kind": found.kind, "count": count}
-        facts |= {"outside": found.outside} if found.outside else {}
-        facts |= {"ignored": found.ignored} if found.ignored else {}
+        elsewhere = sum(map(len, found.genes.values())) - count
+        more = {"outside": found.outside, "elsewhere": elsewhere, "ignored": found.ignored}
+        facts |= {key: value for key, value in more.items() if value}
     for fate, record in zip(fates, records):
         starts = np.arange(len(fate)) * seq_length
         far = ~near(starts, starts + seq_length, genes[record.name], distance)
@@ -70,25 +71,29 @@ def near(starts: np.ndarray, ends: np.ndarray, genes: np.ndarray, distance: int)
     return (candidates > 0) & (reach >= starts - distance)
 
 
-def substitutes(genes: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Sentences on what counts as genes without being a gene feature. `genes` has for each source
-    what drop_far returned."""
+def notes(genes: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Sentences on what counts as a gene without being called one, and on genes that are on none of
+    the records. `genes` has for each source what drop_far returned."""
     for kind in LEVELS[1:]:
         sources = [source for source, facts in genes.items() if facts.get("kind") == kind]
         if sources:
-            yield f"no gene features, so each {kind} counts as a gene: {_few(sources)}"
-    outside = [
-        f"{source} ({_counts(facts['outside'])})"
-        for source, facts in genes.items()
-        if "outside" in facts
-    ]
+            yield f"no gene features, so {kind} features count as genes: {_few(sources)}"
+    outside = {source: facts["outside"] for source, facts in genes.items() if "outside" in facts}
     if outside:
-        yield f"features that lie in no gene count as genes too: {_few(outside)}"
+        told = [f"{source} ({_counts(counts)})" for source, counts in outside.items()]
+        yield f"features that lie in no gene count as genes too: {_few(told)}"
+    told = [
+        f"{source} ({facts['elsewhere']:,})"
+        for source, facts in genes.items()
+        if "elsewhere" in facts
+    ]
+    if told:
+        yield f"genes on sequences that the FASTA does not have were ignored: {_few(told)}"
 
 
 def ignored(genes: dict[str, dict[str, Any]]) -> str | None:
     """A sentence on the features of all sources that no distance was measured from, if there are
-    any; `genes` as of substitutes."""
+    any; `genes` as of notes."""
     total: Counter[str] = Counter()
     for facts in genes.values():
         total.update(facts.get("ignored", {}))

@@ -42,13 +42,15 @@ EXPECTED = {"r1": [[10, 20]], "r2": [[0, 5]]}
         ("a.v1.gff3.bz2", bz2.compress(GFF + b"##FASTA\n>r1\nACGT\n")),
         ("a.gff", GFF.replace(b"\n", b"\r\n")),
         ("a.BED", BED),
+        ("a.bed", b"\n# made up\n" + BED),
+        ("a.gff3", b"\xef\xbb\xbf" + GTF.partition(b"\n")[2]),
     ],
 )
 def test_every_form_of_the_same_genes_reads_the_same(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     found = read_annotation(tmp_path / name)
     assert {record: genes.tolist() for record, genes in found.genes.items()} == EXPECTED
-    assert found.kind == ("region" if name == "a.BED" else "gene")
+    assert found.kind == ("region" if "bed" in name.lower() else "gene")
 
 
 def features(*rows: tuple[str, str, int, int] | tuple[str, str, int, int, str]) -> bytes:
@@ -352,7 +354,9 @@ def test_a_build_says_what_it_took_for_genes_and_what_it_ignored(tmp_path, monke
     Path("a.gff3").write_bytes(features(whole, ("r", "mRNA", 1, 9), ("r", "match", 1, 9)))
     outside = ("r", "mRNA", 300, 350)
     Path("b.gff3").write_bytes(features(("r", "gene", 1, 299), outside, ("r", "match", 1, 9)))
-    Path("c.gff3").write_bytes(features(("r", "CDS", 1, 400), ("r", "repeat", 1, 9)))
+    Path("c.gff3").write_bytes(
+        features(("r", "CDS", 1, 400), ("r", "repeat", 1, 9), ("s", "CDS", 1, 9))
+    )
     Path("data.yaml").write_text(
         "output: out\nseq_length: 16\nvalidation: 0.25\ngene_distance: 5\n"
         'groups: {g: {sources: {"*": {fasta: "*.fa", annotation: "*.gff3"}}}}\n'
@@ -361,12 +365,13 @@ def test_a_build_says_what_it_took_for_genes_and_what_it_ignored(tmp_path, monke
     with suppress(SystemExit):
         cli.main()
     shown = capsys.readouterr()
-    assert "g/c" in next(line for line in shown.err.splitlines() if "each CDS" in line)
+    assert "g/c" in next(line for line in shown.err.splitlines() if "CDS features" in line)
     assert "g/b (transcript 1)" in shown.err and "g/a" not in shown.err
+    assert "g/c (1)" in next(line for line in shown.err.splitlines() if "does not have" in line)
     assert "match 2, repeat 1" in shown.out
     found = {key: facts.genes for key, facts in read_facts(Path("out")).sources.items()}
     assert found == {
         "g/a": {"kind": "gene", "count": 1, "ignored": {"match": 1}},
         "g/b": {"kind": "gene", "count": 2, "outside": {"transcript": 1}, "ignored": {"match": 1}},
-        "g/c": {"kind": "CDS", "count": 1, "ignored": {"repeat": 1}},
+        "g/c": {"kind": "CDS", "count": 1, "elsewhere": 1, "ignored": {"repeat": 1}},
     }
