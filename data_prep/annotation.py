@@ -72,7 +72,8 @@ def read_annotation(path: Path) -> Annotation:
         found = _read_bed(path, file) if bed else _read_gff(path, file)
     if found.genes:
         return found
-    types = ", ".join(f"{kind} ({count:,})" for kind, count in found.ignored.items())
+    most = [*found.ignored.items()][:8]
+    types = ", ".join(f"{kind} ({count:,})" for kind, count in most)
     raise UserError(
         f"{path} has no genes: no line of BED, and no feature whose type is CDS or ends in gene, "
         f"transcript, RNA or exon; {f'its types are {types}' if types else 'it has no features'}"

@@ -4,6 +4,7 @@ import bz2
 import hashlib
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,17 @@ STREAMS: dict[bytes, Callable[[], Any]] = {
 }
 """What decompresses one stream, by its first bytes; a file has one stream or several."""
 
+HEADERS = {
+    GZIP: re.compile(rb"\x1f\x8b\x08[\x00-\x1f]"),
+    b"BZh": re.compile(rb"BZh[1-9]1AY&SY"),
+    b"\xfd7zXZ\x00": re.compile(rb"\xfd7zXZ\x00"),
+}
+"""More of a stream's first bytes, so that hardly any other bytes look like them."""
+
+LONGEST_HEADER = 10
+
 _bytes_after: dict[Path, int] = {}
+"""What `bytes_after` returns, of the files that have any."""
 
 
 class Hashed(io.RawIOBase):
@@ -94,9 +105,9 @@ def _opened(path: Path, file: Hashed | None, magic: bytes | None) -> Iterator[Bi
     with io.BufferedReader(file, BLOCK) if file else path.open("rb") as stored:
         if magic in (None, GZIP):
             with xopen(stored, "rb", threads=0) as text:  # no cores beside the workers' own
-                yield io.BufferedReader(_Gunzip(path, text), BLOCK) if magic else text
+                yield io.BufferedReader(_GzipReader(path, text), BLOCK) if magic else text
         else:
-            yield io.BufferedReader(_Text(_streams(path, stored, magic)), BLOCK)
+            yield io.BufferedReader(_BlockReader(_streams(path, stored, magic)), BLOCK)
 
 
 def bytes_after(path: Path) -> int:
@@ -105,29 +116,29 @@ def bytes_after(path: Path) -> int:
     return _bytes_after.get(path, 0)
 
 
-class _Text(io.RawIOBase):
-    """A file of what an iterator gives."""
+class _BlockReader(io.RawIOBase):
+    """A file that reads from an iterator of byte blocks."""
 
-    def __init__(self, parts: Iterator[bytes]):
-        self._parts = parts
-        self._part = memoryview(b"")
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks = blocks
+        self._block = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: bytearray) -> int:
-        while not self._part:
-            part = next(self._parts, None)
-            if part is None:
+        while not self._block:
+            block = next(self._blocks, None)
+            if block is None:
                 return 0
-            self._part = memoryview(part)
-        count = min(len(buffer), len(self._part))
-        buffer[:count] = self._part[:count]
-        self._part = self._part[count:]
+            self._block = memoryview(block)
+        count = min(len(buffer), len(self._block))
+        buffer[:count] = self._block[:count]
+        self._block = self._block[count:]
         return count
 
 
-class _Gunzip(_Text):
+class _GzipReader(_BlockReader):
     """The text of a gzip file. The fast reader does not tell bytes after the stream from damage, so
     where it fails, the file is read once more by a slower one that does."""
 
@@ -176,8 +187,10 @@ def _streams(path: Path, file: BinaryIO, magic: bytes) -> Iterator[bytes]:
     count, before = 0, b""
     for block in chain([rest], blocks):
         count += len(block)
-        before = before[-len(magic) :] + block
-        if magic in before:  # then it is the beginning of a stream in between that is damaged
+        before = before[-LONGEST_HEADER:] + block
+        if HEADERS[magic].search(
+            before
+        ):  # then it is the beginning of a stream in between that is damaged
             raise EOFError("something else lies between its compressed data")
     _bytes_after[path] = count
 

@@ -179,7 +179,11 @@ def test_a_truncated_file_never_passes(tmp_path, kind, cut):
 @pytest.mark.parametrize("kind", ["gz", "bgz", "bz2", "xz"])
 @pytest.mark.parametrize(
     ("after", "count"),
-    [(b"\1\2xyz", 5), (bytes(20) + b"abc" + bytes(70_000), 70_003), (bytes(70_000), 0)],
+    [
+        (b"\1\2xyz", 5),
+        (bytes(20) + b"abc\x1f\x8b\xffBZhx" + bytes(70_000), 70_010),
+        (bytes(70_000), 0),
+    ],
 )
 def test_bytes_after_the_compressed_data_are_no_part_of_it(tmp_path, kind, after, count):
     path = tmp_path / f"x.fa.{kind}"
