@@ -133,7 +133,7 @@ def _files(settings: Source, config: DataConfig, folder: Path) -> dict[str, Path
 def _check_files(source: Input) -> None:
     for path in source.files.values():
         if not path.is_file():
-            raise UserError(f"{path}: {_what_it_is(path)} (source {source.key})")
+            raise UserError(f"{os.path.abspath(path)}: {_what_it_is(path)} (source {source.key})")
         if not os.access(path, os.R_OK):
             raise UserError(f"{path} may not be read by this user (source {source.key})")
 
