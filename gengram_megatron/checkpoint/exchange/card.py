@@ -67,7 +67,7 @@ A letter is a token. Case is folded, IUPAC's ambiguous letters are read as N, an
 becomes [UNK]. The end of a document, [EOD], also ends generated text, but training does not score
 it as a label, so a model that learned nothing else hardly ever gives it: set `max_new_tokens`.
 The weights are whole: nothing depends on how many processes trained the model, or on how they
-shared it. The model was trained on {length:,} bases at a time; beyond that nothing is known of it.
+shared it. Its config is for sequences of {length:,} bases; of longer ones nothing is known.
 
 ## Model
 

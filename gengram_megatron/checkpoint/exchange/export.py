@@ -48,9 +48,10 @@ def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> Non
         for path in (*partial.iterdir(), partial):
             flush(path)
         os.rename(partial, out)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _share(folder: Path) -> None:
