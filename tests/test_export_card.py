@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from gengram_megatron.checkpoint.exchange.card import model_card
 from gengram_megatron.checkpoint.exchange.export import export
@@ -111,10 +112,9 @@ def test_card_says_what_was_trained(models, tmp_path) -> None:
         "1.2500 nats a base, 1.8034 bits a base, after step 3"
     )
     assert found["no_data"] == ["not known", "not known"]  # its facts name no data set
-    front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == "transformers"
-    assert front["pipeline_tag"] == "text-generation"
-    assert "license" not in front and {"dna", "genomics", "gengram", "mixtral"} <= {*front["tags"]}
+    front = ModelCard(card).data  # as Hugging Face reads it
+    assert front.library_name == "transformers" and front.pipeline_tag == "text-generation"
+    assert front.license is None and {"dna", "genomics", "gengram", "mixtral"} <= {*front.tags}
 
 
 def test_card_names_data_sets_by_their_checksums(models, tmp_path) -> None:

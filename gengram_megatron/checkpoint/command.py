@@ -87,7 +87,7 @@ def export(
         float, typer.Option(min=1e-6, max=5, help="Gigabytes of weights in one file at most.")
     ] = 5,
 ) -> None:
-    """Write a model for Hugging Face's transformers: safetensors, config and tokenizer.
+    """Write a model for Hugging Face's transformers: safetensors, configs, tokenizer, model card.
 
     A model without memory becomes a stock Llama (dense) or Mixtral (experts). One with Gengram
     memory brings its code along and is loaded with trust_remote_code=True. Models with MLA, and

@@ -169,6 +169,9 @@ def _training_rows(checkpoint: Path, facts: Facts, config: Config) -> Iterable[t
         if start is not None:
             yield "weights at its start", f"those of the run or checkpoint {Path(start).name}"
         yield "validation loss", _loss(checkpoint, facts)
+        limit = train.validation_samples
+        samples = "all" if limit is None else f"at most {limit:,}"
+        yield "samples of a validation", f"{samples} of the held-out ones"
         yield "samples a step", f"{train.global_batch_size:,}"
         yield "learning rate", f"{optimizer.lr:g} to {optimizer.min_lr:g}, cosine"
         yield "precision", train.precision
