@@ -22,7 +22,7 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         where = "" if nearest == folder else f" in {nearest}"
         raise UserError(
-            f"{folder} cannot be written to{where}: {error.strerror}; give another folder"
+            f"{folder} cannot be written to{where}: {error.strerror or error}; give another folder"
         ) from None
 
 
@@ -33,8 +33,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or path} cannot be read: {error.strerror}; see that it is there and "
-            "may be read"
+            f"{error.filename or path} cannot be read: {error.strerror or error}; see that it is "
+            "there and may be read"
         ) from None
 
 

@@ -71,7 +71,7 @@ def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) ->
         store.finish(partial, facts)
     except (OSError, RuntimeError) as error:
         if why := _system_error(error):
-            raise UserError(f"{whole} cannot be written: {why.strerror}") from None
+            raise UserError(f"{whole} cannot be written: {why.strerror or why}") from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -49,7 +49,7 @@ def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> Non
             flush(path)
         os.rename(partial, out)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -130,7 +130,8 @@ def write_description(folder: Path, config: Config) -> None:
     """All files but the weights and the model card."""
     _write_json(folder / "config.json", model_config(config))
     _write_json(folder / "generation_config.json", generation_config(config.model))
-    tokenizer().save(str(folder / "tokenizer.json"))
+    # Not by the tokenizer itself, whose errors, such as a full disk, are no OSError.
+    (folder / "tokenizer.json").write_text(tokenizer().to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.model.seq_length,

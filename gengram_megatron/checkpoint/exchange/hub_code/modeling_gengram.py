@@ -236,6 +236,7 @@ class ModelWithMemory:
         self,
         input_ids=None,
         attention_mask=None,
+        position_ids=None,
         past_key_values=None,
         use_cache=None,
         **kwargs,
@@ -260,6 +261,7 @@ class ModelWithMemory:
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             kmers=Kmers(seen, input_ids.shape[1], self.config.gengram),
