@@ -19,6 +19,7 @@ from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.devices import check_gpu
 from gengram_megatron.training.folder import locked, make_folder, write_config
+from gengram_megatron.training.nodes import check_nodes
 from gengram_megatron.training.processes import end_processes, start_processes
 from gengram_megatron.training.waiting import Waiting
 from gengram_megatron.training.watchdog import Watchdog
@@ -46,6 +47,7 @@ def train(config: Config, layout: Layout) -> int:
         signals = stack.enter_context(StopSignals())
         stack.callback(end_processes)
         start_processes(layout, config.run.seed, rank, config.train.deterministic)
+        check_nodes(folder, data)
         return _Run(config, layout, data, signals).run()
 
 
