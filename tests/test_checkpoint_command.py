@@ -70,6 +70,7 @@ def test_inspect_shows_people_the_same(trained, gengram) -> None:
     code, out, _ = gengram("checkpoint", "inspect", trained.run / "checkpoints" / "step_00000003")
     assert code == 0
     total = sum(w.numel() for w in trained.weights.values())
+    assert "yes" in next(line for line in out.splitlines() if "can be resumed" in line)
     for words in (f"{total:,}", "1,536", "15,625", "2, 3", "float32"):
         assert words in out
 
@@ -86,9 +87,15 @@ def test_inspect_opens_no_tensor(trained, tmp_path, gengram) -> None:
         json.loads(gengram("checkpoint", "inspect", path, "--json")[1])
         for path in (copy, checkpoint)
     )
+    tensors = [file.name for file in checkpoint.iterdir() if file.suffix == ".distcp"]
+    assert found["missing_files"] == sorted(f"{name} is missing" for name in tensors)
+    assert whole["missing_files"] == []
     for summary in (found, whole):
-        del summary["path"], summary["bytes"]["files"]
+        del summary["path"], summary["bytes"]["files"], summary["missing_files"]
     assert found == whole
+    _, shown, _ = gengram("checkpoint", "inspect", copy)
+    (line,) = (line for line in shown.splitlines() if "can be resumed" in line)
+    assert "yes" not in line and "no, " in line
 
 
 def test_strip_leaves_the_weights(trained, tmp_path, gengram) -> None:

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from gengram_megatron.checkpoint.store import CheckpointStore, Facts, read_facts
-from gengram_megatron.checkpoint.stored import COMMON, StoredTensors, read_common
+from gengram_megatron.checkpoint.stored import COMMON, FORMAT_NOTE, StoredTensors, read_common
 from gengram_megatron.checkpoint.summary import OPTIMIZER
 from gengram_megatron.errors import UserError
 
@@ -65,7 +65,7 @@ def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) ->
     writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
     _save(described, writer, _OneByOne(source.read))
     torch.save(common, partial / COMMON)
-    (partial / "metadata.json").write_text(json.dumps(FILE_FORMAT))
+    (partial / FORMAT_NOTE).write_text(json.dumps(FILE_FORMAT))
     store.finish(partial, facts)
     return whole
 

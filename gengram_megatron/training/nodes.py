@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import torch.distributed as dist
@@ -22,10 +21,9 @@ from rich.filesize import decimal
 from gengram_megatron.data.checksums import DataFile, check, not_checked_yet
 from gengram_megatron.errors import UserError
 from gengram_megatron.training.data import RunData
+from gengram_megatron.training.folder import VISIBLE_SECONDS
+from gengram_megatron.training.processes import gather
 
-VISIBLE_SECONDS = 10.0
-"""For so long a rank looks for a file that another node has written: network file systems remember
-for some seconds that a file was not there."""
 TURN_SECONDS = 2.0
 """Ranks that wait while others read the data hear from them this often."""
 REPORT_SECONDS = 10.0
@@ -38,13 +36,6 @@ def check_nodes(folder: Path, data: RunData) -> None:
     check_run_folder(folder)
     check_same_data(data)
     check_content(data.files)
-
-
-def gather(own: Any) -> list:
-    """What every rank has, on every rank."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
 
 
 def check_run_folder(folder: Path) -> None:
