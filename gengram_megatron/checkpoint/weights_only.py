@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from gengram_megatron.checkpoint.store import CheckpointStore, Facts, read_facts
-from gengram_megatron.checkpoint.stored import COMMON, StoredTensors, read_common
+from gengram_megatron.checkpoint.stored import COMMON, FORMAT_NOTE, StoredTensors, read_common
 from gengram_megatron.checkpoint.summary import OPTIMIZER
 from gengram_megatron.errors import UserError
 
@@ -67,7 +67,7 @@ def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) ->
     try:
         _save(described, writer, _OneByOne(source.read))
         torch.save(common, partial / COMMON)
-        (partial / "metadata.json").write_text(json.dumps(FILE_FORMAT))
+        (partial / FORMAT_NOTE).write_text(json.dumps(FILE_FORMAT))
         store.finish(partial, facts)
     except (OSError, RuntimeError) as error:
         if why := _system_error(error):

@@ -25,6 +25,7 @@ from gengram_megatron.training.folder import (
     remove_if_unused,
     write_config,
 )
+from gengram_megatron.training.nodes import check_nodes
 from gengram_megatron.training.processes import end_processes, start_processes
 from gengram_megatron.training.uniform import UniformCheck
 from gengram_megatron.training.waiting import Waiting
@@ -55,6 +56,7 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
             stack.callback(remove_if_unused, folder)
         stack.callback(end_processes)
         start_processes(layout, config.run.seed, rank, config.train.deterministic)
+        check_nodes(folder, data, signals)
         return _Run(config, layout, data, signals).run()
 
 
