@@ -6,6 +6,7 @@ and mistakes are shown at once.
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from gengram_megatron import __version__
 from gengram_megatron.checkpoint import command as checkpoint
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
+from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.doctor.command import doctor
@@ -118,56 +120,44 @@ def _speaks_for_its_node() -> bool:
     return local == "0"
 
 
-def _print_keys(wanted: bool) -> None:
-    if not wanted:
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from gengram_megatron.config.keys import Keys
-    from gengram_megatron.config.tree import inline_yaml
-
-    table = Table(title="Keys of a config file")
-    table.add_column("key", no_wrap=True)
-    for heading in ("may be", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    above = None
-    for key in Keys(Config).all:
-        section = key.name.split(".")[0]
-        if above not in (None, section):
-            table.add_section()
-        above = section
-        default = "(required)" if key.required else inline_yaml(key.default)
-        # As Text, because rich would read the brackets of a list as markup.
-        table.add_row(*map(Text, (key.name, key.allowed, default, key.description)))
-    Console().print(table)
-    raise typer.Exit
-
-
 @app.command()
 def config(
-    config: ConfigFile,
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="The YAML file of a run.", show_default=False),
+    ] = None,
     overrides: Overrides = None,
     keys: Annotated[
         bool,
         typer.Option(
             "--keys",
-            callback=_print_keys,
-            is_eager=True,
-            help="List every key, what it may be, its default and its meaning; needs no CONFIG.",
+            help="List every key, what it may be, its default and its meaning; or those that are "
+            "named in place of CONFIG.",
         ),
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="--keys for programs.")] = False,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, help="Also check that the run works on so many processes."),
     ] = None,
 ) -> None:
-    """Print the whole config of a run.
+    """Print the whole config of a run, or what its keys mean.
 
-    Files, words and defaults are put together. What is printed is itself a config file that gives the same run.
+    Files, words and defaults are put together. What is printed is itself a config file that gives
+    the same run.
+
+    \b
+      gengram config configs/smoke/cpu.yaml optimizer.lr=3e-4
+      gengram config configs/smoke/cpu.yaml --nproc 4
+      gengram config --keys
+      gengram config --keys optimizer.lr model.gengram
     """
-    loaded = load_config(config, overrides or [], Config)
+    if keys:
+        print_keys(Config, [*filter(None, [config]), *(overrides or [])], as_json)
+        return
+    if config is None:
+        raise UserError("gengram config prints a CONFIG; name its file, or ask for --keys")
+    loaded = load_config(Path(config), overrides or [], Config)
     if nproc is not None:
         check_layout(loaded, nproc)
     print(dump_config(loaded), end="")

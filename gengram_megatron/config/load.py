@@ -99,7 +99,7 @@ def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
             f"such names must be of the pattern {pattern}"
         )
     if error["type"] == "extra_forbidden":
-        return f"{found.place}: there is no key {name}; {_suggestion(where, keys)}"
+        return f"{found.place}: there is no key {name}; {keys.suggestion(where)}"
     if error["type"] == "missing":
         place = path if found is tree or found.place == COMMAND_LINE else found.place
         meaning = f" ({text})" if (text := keys.description(where).rstrip(".")) else ""
@@ -110,11 +110,3 @@ def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
         return f"{place}{was}: {error['ctx']['error']}"
     allowed = keys.allowed(where) or error["msg"].lower()
     return f"{found.place}: {name} is {describe(found.plain())}; it must be {allowed}"
-
-
-def _suggestion(where: tuple[str | int, ...], keys: Keys) -> str:
-    meant = keys.meant(where)
-    if meant:
-        return f"did you mean {' or '.join(meant)}?"
-    group = dotted(where[:-1])
-    return f"the keys {f'of {group} ' if group else ''}are {', '.join(keys.names_in(where[:-1]))}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from gengram_megatron.config.tree import describe, inline_yaml
 from gengram_megatron.files import replacing
@@ -32,6 +31,7 @@ def _row(run: SweepRun, state: State) -> Row:
         "folder": run.config.run.dir,
         "settings": run.settings,
         "state": state.words,
+        "objection": state.objection,
         "step": state.step,
         "steps": state.last,
         "samples": state.step * run.config.train.global_batch_size,
@@ -51,16 +51,14 @@ def shown(found: list[Row], title: str) -> Table:
     losses = [row["loss"] for row in found if row["loss"] is not None]
     table = Table(title=title)
     for heading in ("run", "differs in", "state"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=heading == "run")
     for heading in ("loss, nats", "bits a base"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found:
         settings = (f"{key}={_written(value)}" for key, value in row["settings"].items())
         numbers = ("" if row[name] is None else f"{row[name]:.4f}" for name in NUMBERS)
         best = "bold" if row["loss"] is not None and row["loss"] == min(losses) else None
-        # As Text, because rich would read the brackets of a list as markup.
-        cells = (row["name"], "\n".join(settings), row["state"], *numbers)
-        table.add_row(*map(Text, cells), style=best)
+        table.add_row(row["name"], "\n".join(settings), row["state"], *numbers, style=best)
     return table
 
 
