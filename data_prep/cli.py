@@ -5,7 +5,7 @@ from importlib import import_module
 
 import typer
 
-from gengram_megatron.errors import EXIT_CODE, UserError, tell
+from gengram_megatron.errors import run_program
 
 COMMANDS = {
     "download": "data_prep.download.command",
@@ -37,8 +37,4 @@ def program(words: list[str]) -> typer.Typer:
 
 def main() -> None:
     """Run the command; an error that the user can mend is a sentence and exit code 2."""
-    try:
-        program(sys.argv[1:])()
-    except UserError as error:
-        tell(error)
-        sys.exit(EXIT_CODE)
+    run_program(program(sys.argv[1:]))

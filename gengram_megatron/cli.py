@@ -5,7 +5,7 @@ and mistakes are shown at once.
 """
 
 import os
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.doctor.command import doctor
-from gengram_megatron.errors import EXIT_CODE, UserError, tell
+from gengram_megatron.errors import EXIT_CODE, UserError, run_program
 from gengram_megatron.launch.command import launch
 from gengram_megatron.plan.command import plan
 from gengram_megatron.sweep.command import sweep
@@ -40,11 +40,7 @@ def main(own_log: bool = False) -> None:
 
     own_log: that no other process of the run writes to where this one writes.
     """
-    try:
-        app(obj=own_log)
-    except UserError as error:
-        tell(error)
-        sys.exit(EXIT_CODE)
+    run_program(partial(app, obj=own_log))
 
 
 def _print_version(wanted: bool) -> None:

@@ -35,7 +35,8 @@ def print_table(table: "Table", console: "Console | None" = None) -> None:
     from rich.console import Console
 
     # Not is_terminal of a new console, which the variable FORCE_COLOR also makes true of a pipe.
-    at_terminal = console.is_terminal if console else sys.stdout.isatty()
+    there = sys.stdout is not None  # it is None where the shell closed it
+    at_terminal = console.is_terminal if console else there and sys.stdout.isatty()
     console = console or Console()
     if at_terminal:
         _print_for_people(table, console)

@@ -9,6 +9,7 @@ import typer
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import check_writable
 from gengram_megatron.launch import slurm
 from gengram_megatron.launch.command import DryRun, Slurm, name_of_start
 from gengram_megatron.launch.job import Job, check_job
@@ -71,6 +72,9 @@ def sweep(
     if as_json and (launch or dry_run):
         raise UserError("--json is for --list and --results; leave out --launch and --dry-run")
     found = read_sweep(config, list(overrides or []))
+    if collect and found.folder.exists():  # where it does not, there are no results yet
+        for file in results.files(found.folder):
+            check_writable(file, "--results:")
     code = 0
     if launch or dry_run:
         code = _start(found, use_slurm, dry_run)
@@ -133,13 +137,13 @@ def _collect(found: Runs, path: Path, as_json: bool) -> None:
     rows = _show(found, _states(found), as_json)
     if all(row["loss"] is None for row in rows):
         raise UserError(f"{path}: no run of this sweep is finished; start them with --launch")
-    files = results.write_files(rows, found.folder)
+    results.write_files(rows, found.folder)
     from gengram_megatron.sweep.plot import plot_results
 
-    files.append(found.folder / "results.png")
-    plot_results(rows, next(iter(found.sweep.grid), None), files[-1])
+    *_, picture = results.files(found.folder)
+    plot_results(rows, next(iter(found.sweep.grid), None), picture)
     if not as_json:
-        print("written:", *files)
+        print("written:", *results.files(found.folder))
 
 
 def _show(found: Runs, states: list[State], as_json: bool) -> list[results.Row]:

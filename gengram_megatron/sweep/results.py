@@ -66,10 +66,15 @@ def _written(value: Any) -> str:
     return describe(value) if isinstance(value, dict) else inline_yaml(value)
 
 
-def write_files(found: list[Row], folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
+    """What --results writes into the folder of a sweep: two tables and the picture."""
+    return [folder / f"results.{ending}" for ending in ("json", "csv", "png")]
+
+
+def write_files(found: list[Row], folder: Path) -> None:
     """Write results.json and results.csv, in full precision."""
-    keys, files = varied(found), [folder / "results.json", folder / "results.csv"]
-    for file in files:
+    keys, (*tables, _) = varied(found), files(folder)
+    for file in tables:
         with replacing(file) as beside, beside.open("w", newline="") as out:
             if file.suffix == ".json":
                 json.dump(found, out, indent=1)
@@ -80,4 +85,3 @@ def write_files(found: list[Row], folder: Path) -> list[Path]:
                 for row in found:
                     settings = [row["settings"].get(key, "") for key in keys]
                     writer.writerow([*settings, *(row[name] for name in plain)])
-    return files
