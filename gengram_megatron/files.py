@@ -54,7 +54,7 @@ def check_writable(path: Path, key: str) -> None:
     if path.is_dir():
         raise UserError(f"{key} {path} is a folder; give the name of a file")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"{key} {path}: there is no folder {path.absolute().parent}; make it")
+        raise UserError(f"{key} {path}: there is no folder {path.parent}; make it")
     try:
         with tempfile.TemporaryFile(dir=path.absolute().parent):
             pass
