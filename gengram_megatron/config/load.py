@@ -1,6 +1,7 @@
 """A config file and `key=value` words to a checked config, and back to YAML."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +22,44 @@ def load_config(path: Path, overrides: list[str], schema: type[AnySection]) -> A
 
     Raises UserError with one line for each thing that is wrong.
     """
-    tree, problems = with_overrides(read_tree(Path(path)), overrides)
+    tree = read_tree(Path(path))
+    refuse_other_kinds(tree, path, set(schema.model_fields))
+    tree, problems = with_overrides(tree, overrides)
     return check_tree(tree, path, schema, problems)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of config file: the keys that only it has, and the command that takes it."""
+
+    keys: tuple[str, ...]
+    what: str
+    command: str
+
+
+_SWEEP = _Kind(("sweep",), "a sweep", "gengram sweep")
+_KINDS = (
+    _SWEEP,
+    _Kind(("model", "train"), "the config of a run", "gengram train"),
+    _Kind(("groups",), "the config of a data set", "gengram-data build"),
+    _Kind(("ncbi", "indexes", "files"), "a download list", "gengram-data download"),
+)
+
+
+def refuse_other_kinds(tree: Tree, path: Path, allowed: set[str]) -> None:
+    """Raise UserError if a file is of a kind that another command takes, and name that command.
+
+    allowed: the top-level keys of the kind that is wanted. A file that has keys of the wanted kind
+    is one, whatever else it has; but the config of a run with a section sweep is a sweep.
+    """
+    there = [kind for kind in _KINDS if tree.value.keys() & set(kind.keys)]
+    wanted = [kind for kind in there if allowed.intersection(kind.keys)]
+    if there and (not wanted or (there[0] is _SWEEP and _SWEEP not in wanted)):
+        kind = there[0]
+        key = next(key for key in kind.keys if key in tree.value)
+        raise UserError(
+            f"{path}: this is {kind.what}, as its key {key} says: use `{kind.command} {path}`"
+        )
 
 
 def with_overrides(tree: Tree, overrides: list[str]) -> tuple[Tree, list[str]]:
