@@ -134,6 +134,6 @@ def _check_files(source: Input) -> None:
     for path in source.files.values():
         if not path.is_file():
             what = "it is a folder" if path.is_dir() else "there is no such file"
-            raise UserError(f"{path}: {what} (source {source.key})")
+            raise UserError(f"{os.path.abspath(path)}: {what} (source {source.key})")
         if not os.access(path, os.R_OK):
             raise UserError(f"{path} may not be read by this user (source {source.key})")

@@ -18,6 +18,7 @@ from gengram_megatron.config.layout import check_layout, world_size_from_environ
 from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.data.missing import check_data_sets_exist
 from gengram_megatron.doctor.command import doctor
 from gengram_megatron.errors import EXIT_CODE, UserError, run_program
 from gengram_megatron.launch.command import launch
@@ -77,6 +78,10 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
       gengram train configs/smoke/one_gpu.yaml 'model.gengram.layers=[2,3]'
       gengram train configs/smoke/one_gpu.yaml model.gengram.window=null
 
+    Paths: what the commands of gengram and gengram-data write (run.dir, data.path,
+    checkpoint.load) is relative to the current folder, also when a run reads it; what you wrote or
+    downloaded (base, data.tokenizer) is relative to the file that names it.
+
     A layout of several processes takes rank and world size from torchrun or srun:
 
     \b
@@ -95,6 +100,7 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
         loaded = load_config(config, overrides or [], Config)
         world_size, _ = world_size_from_environment()
         layout = check_layout(loaded, world_size)
+        check_data_sets_exist(loaded, config)
         from gengram_megatron.training.run import train as run_training
 
         code = run_training(loaded, layout)

@@ -119,7 +119,9 @@ def test_file_that_holds_no_keys(write, content, sentence):
 
 
 def test_no_such_file(write):
-    assert problems(Path("none.yaml")) == ["there is no config file none.yaml"]
+    assert problems(Path("none.yaml")) == [
+        f"there is no config file none.yaml, that is {Path('none.yaml').absolute()}"
+    ]
 
 
 def test_folder_for_a_file(write):

@@ -1,6 +1,7 @@
 """A config file and `key=value` words to a checked config, and back to YAML."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -81,6 +82,8 @@ def check_tree(
     Raises UserError with one line for each thing that is wrong, after the `problems` known before.
     """
     problems = list(problems or [])
+    for key in schema.input_files:
+        tree = _with_absolute_path(tree, key.split("."))
     try:
         # As JSON, because strict checking of JSON takes text for a path and a list for a tuple,
         # yet never text for a number.
@@ -92,6 +95,17 @@ def check_tree(
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def _with_absolute_path(tree: Tree, parts: list[str]) -> Tree:
+    """A tree whose value at a key is an absolute path, if there is a path at all."""
+    found = tree.nearest(tuple(parts))
+    if not isinstance(found.value, str) or not found.value:
+        return tree
+    from_file = found.place != COMMAND_LINE
+    folder = Path(found.place.rpartition(":")[0]).parent if from_file else Path()
+    path = Tree(os.path.abspath(folder / found.value), found.place)
+    return tree.merged_with(tree_at(parts, path))
 
 
 def dump_config(config: Section) -> str:
