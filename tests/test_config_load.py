@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.download.schema import DownloadConfig
 from data_prep.schema import DataConfig
+from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config, Section
 from gengram_megatron.errors import UserError
@@ -283,6 +284,26 @@ def test_wrong_file_of_another_schema(write, text, sentence):
     with pytest.raises(UserError) as caught:
         load_config(write(text), [], Sources)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "heads, words, groups",
+    [
+        (16, [], 8),
+        (5, [], 5),
+        (16, ["model.num_query_groups=4"], 4),
+        (16, ["model.attention=mha"], None),
+        (16, ["model.attention=mla"], None),
+    ],
+)
+def test_attention_works_without_a_word_about_it(write, heads, words, groups):
+    path = write(RIGHT)
+    words = [*words, f"model.num_attention_heads={heads}", f"model.hidden_size={heads * 4}"]
+    loaded = load_config(path, words, Config)
+    assert loaded.model.num_query_groups == groups
+    check_layout(loaded, 1)
+    again = write(dump_config(loaded))
+    assert load_config(again, [], Config) == loaded
 
 
 KINDS = {

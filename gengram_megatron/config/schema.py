@@ -110,7 +110,11 @@ class Model(Section):
     hidden_size: Positive = Field(description="width of the residual stream")
     num_layers: Positive = Field(description="decoder layers")
     num_attention_heads: Positive = Field(description="query heads")
-    num_query_groups: Positive | None = Field(None, description="key-value heads of gqa")
+    num_query_groups: Positive | None = Field(
+        None,
+        description="key-value heads of gqa; null: one for two query heads, or for each where their "
+        "number is odd; null for mha and mla",
+    )
     attention: Literal["mha", "gqa", "mla"] = Field(
         "gqa", description="multi-head, grouped-query or multi-latent attention"
     )
@@ -138,6 +142,18 @@ class Model(Section):
     )
     mla: MultiLatentAttention = MultiLatentAttention()
     gengram: Gengram = Gengram()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_groups(cls, given: Any) -> Any:
+        """The number of groups that null stands for, so that nothing later has to work it out, and
+        the config in a run's folder says it."""
+        if not isinstance(given, dict) or given.get("num_query_groups") is not None:
+            return given
+        heads = given.get("num_attention_heads")
+        if given.get("attention", "gqa") != "gqa" or type(heads) is not int or heads < 1:
+            return given
+        return {**given, "num_query_groups": heads if heads % 2 else heads // 2}
 
 
 class Parallel(Section):
