@@ -23,6 +23,7 @@ from gengram_megatron.doctor.command import doctor
 from gengram_megatron.errors import EXIT_CODE, UserError, run_program
 from gengram_megatron.launch.command import launch
 from gengram_megatron.plan.command import plan
+from gengram_megatron.starter import init
 from gengram_megatron.sweep.command import sweep
 
 app = typer.Typer(
@@ -165,6 +166,7 @@ def config(
     print(dump_config(loaded), end="")
 
 
+app.command()(init)
 app.command()(doctor)
 app.command()(launch)
 app.command()(plan)

@@ -84,7 +84,7 @@ def commands_of_configs() -> Iterator[tuple[str, str]]:
 
 
 SHOWN = [*commands_of_readmes(), *commands_of_help(), *commands_of_configs()]
-SHOWN = list({command: (where, command) for where, command in reversed(SHOWN)}.values())
+SHOWN = list({command: (where, command) for where, command in reversed(SHOWN)}.values())[::-1]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,8 @@ def here(tmp_path_factory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "200")
         run("gengram-data", ["build", "configs/data/sample.yaml"])
+        run("gengram", ["init", "data", *map(str, Path().glob("sample_data/*.fa.gz"))])
+        run("gengram-data", ["build", "my_data.yaml"])
         yield folder
 
 
@@ -132,8 +134,13 @@ def check_config(name: str, words: list[str], processes: int | None = None) -> N
 
 def gengram(words: list[str], shown: str) -> None:
     name = words[0]
-    if name in ("config", "plan", "init"):
+    if name in ("config", "plan"):
         run("gengram", words)
+    elif name == "init":  # to another place, as what it would write was written before
+        Path("shown.yaml").unlink(missing_ok=True)
+        files = [str(path) for word in words if "*" in word for path in Path().glob(word)]
+        words = [*(word for word in words if "*" not in word), *files]
+        run("gengram", [*words, "--output", "shown.yaml"])
     elif name == "launch":
         run("gengram", [*words, "--dry-run"])
     elif name == "sweep":
@@ -152,7 +159,7 @@ def gengram(words: list[str], shown: str) -> None:
 
 
 def gengram_data(words: list[str], shown: str) -> None:
-    if words[:2] == ["build", "configs/data/sample.yaml"]:
+    if words[:2] in (["build", "configs/data/sample.yaml"], ["build", "my_data.yaml"]):
         run("gengram-data", words)
     elif words[0] in ("build", "download"):  # of genomes that are not here
         check_config("gengram-data", words)
