@@ -5,6 +5,7 @@ from importlib import import_module
 
 import typer
 
+from gengram_megatron.config.arguments import HELP_OPTIONS
 from gengram_megatron.errors import run_program
 
 COMMANDS = {
@@ -24,7 +25,7 @@ def program(words: list[str]) -> typer.Typer:
     """The commands; only one, if the command line begins with it, as to import all takes as long as
     100 Mbp."""
     app = typer.Typer(
-        add_completion=False,
+        context_settings=HELP_OPTIONS,
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,

@@ -13,7 +13,7 @@ import typer
 
 from gengram_megatron import __version__
 from gengram_megatron.checkpoint import command as checkpoint
-from gengram_megatron.config.arguments import ConfigFile, Overrides
+from gengram_megatron.config.arguments import HELP_OPTIONS, ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import dump_config, load_config
@@ -30,7 +30,7 @@ app = typer.Typer(
     name="gengram",
     help="Pretraining of genomic language models with Gengram memory, on megatron-core.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=HELP_OPTIONS,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -42,12 +42,15 @@ class Kind(StrEnum):
 
 def init(
     kind: Annotated[
-        Kind, typer.Argument(help="Whether to write the config of a run or of a data set.")
+        Kind,
+        typer.Argument(
+            metavar="run|data", help="Whether to write the config of a run or of a data set."
+        ),
     ] = Kind.run,
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PATH]...",
+            metavar="PATH",
             help="FASTA files of a data set, or the folder of the data set that a run reads; "
             "without them, what lies in the current folder or below genomes/ and datasets/.",
             show_default=False,
@@ -62,7 +65,7 @@ def init(
         ),
     ] = None,
 ) -> None:
-    """Write a commented config to begin with, of a size that suits this machine.
+    """Write a commented config to begin with.
 
     \b
       gengram init data sample_data/*.fa.gz

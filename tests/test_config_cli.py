@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
+from data_prep.cli import program
 from data_prep.schema import DataConfig
 from gengram_megatron import __version__
+from gengram_megatron.cli import app
 from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
@@ -186,3 +190,34 @@ def test_plan_counts_what_config_says() -> None:
     assert found["parameters"]["total"] == count_parameters(loaded).total
     assert found["tokens"] == found["samples"] * loaded.model.seq_length
     assert found["samples"] == found["steps"] * loaded.train.global_batch_size
+
+
+def test_all_commands_know_h_and_are_listed_whole():
+    for application in (app, program([])):
+        command = typer.main.get_command(application)
+        commands = [(), *((name,) for name in command.commands)]
+        commands += [("checkpoint", "export")] if application is app else []
+        for words in commands:
+            done = [CliRunner().invoke(application, [*words, flag]) for flag in ("-h", "--help")]
+            assert done[0].exit_code == 0 and done[0].output == done[1].output
+        listed = CliRunner().invoke(application, ["--help"], env={"COLUMNS": "80"}).output
+        assert "..." not in listed.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(
+    "module, name, typed, completed",
+    [
+        ("gengram_megatron.cli", "gengram", "gengram sw", "sweep"),
+        ("gengram_megatron.cli", "gengram", "gengram launch --sl", "--slurm"),
+        ("data_prep.cli", "gengram-data", "gengram-data bu", "build"),
+    ],
+)
+def test_the_shell_completes(module, name, typed, completed):
+    variable = f"_{name.replace('-', '_').upper()}_COMPLETE"
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), variable: "complete_bash"}
+    code = f"import sys; sys.argv = [{name!r}]; from {module} import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.split()) == (0, [completed]), done.stderr
