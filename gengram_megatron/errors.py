@@ -9,6 +9,8 @@ from contextlib import suppress
 
 EXIT_CODE = 2
 """Exit code of a command that ended with a UserError, or could not use a file."""
+NOT_FINITE = 3
+"""Exit code of a run that ended in a loss or gradient that is not finite."""
 READER_GONE = 141
 """Exit code of a command whose output nobody reads any more, as in `gengram config --keys | head`:
 what a shell says of a program that SIGPIPE ended."""
@@ -36,7 +38,15 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 
 class UserError(Exception):
     """Something the user can put right: a key, a file, a layout. The message is one sentence
-    that says what was found and what to change; command lines tell it and exit with EXIT_CODE."""
+    that says what was found and what to change; command lines tell it and exit with exit_code."""
+
+    exit_code = EXIT_CODE
+
+
+class NotFinite(UserError):
+    """A loss or gradient that is not finite, with which training cannot go on."""
+
+    exit_code = NOT_FINITE
 
 
 def tell(problem: object) -> None:
@@ -80,7 +90,7 @@ def _run(program: Callable[[], object]) -> int | str | None:
         return end.code
     except UserError as error:
         tell(error)
-        return EXIT_CODE
+        return error.exit_code
     except OSError as error:
         if (sentence := explain(error)) is None:
             raise
