@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +17,7 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tree import inline_yaml, parse_yaml
 from gengram_megatron.errors import UserError
 from gengram_megatron.files import check_writable
+from gengram_megatron.gpus import nvidia_gpus
 from gengram_megatron.plan import plan
 from gengram_megatron.plan.time import Speed
 
@@ -30,7 +29,8 @@ FRAGMENTS = 1000
 SHARE_OF_MEMORY = {"gpu": 0.6, "cpu": 0.25}
 """Of a device's memory, what the estimate of a run may be: it leaves out what CUDA and torch's
 allocator take, and the memory of a host belongs to others too."""
-NVIDIA_SMI = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
+BF16_CAPABILITY = 8.0
+"""Of GPUs whose arithmetic knows bf16: Ampere and later."""
 
 
 class Kind(StrEnum):
@@ -114,35 +114,12 @@ class Machine:
 
 
 def find_machine() -> Machine:
-    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves, or else the CPU."""
-    found = _nvidia_gpus()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        found = _visible(found, visible)
-    if not found:
+    """The GPUs of this machine, or else its CPU."""
+    gpus = nvidia_gpus()
+    if not gpus:
         return Machine(0, psutil.virtual_memory().total, bf16=False)
-    memory, capability = (min(each) for each in zip(*found, strict=True))
-    return Machine(len(found), memory, bf16=capability >= 8)
-
-
-def _visible(found: list, names: str) -> list:
-    """The GPUs that a list of numbers leaves; of other names only their count is heeded."""
-    chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "-1")]
-    if all(name.isdecimal() for name in chosen):
-        return [found[int(name)] for name in chosen if int(name) < len(found)]
-    return found[: len(chosen)]
-
-
-def _nvidia_gpus() -> list[tuple[int, float]]:
-    """Memory in bytes and compute capability of each."""
-    if shutil.which(NVIDIA_SMI[0]) is None:
-        return []
-    try:
-        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=20, check=True)
-        lines = [line.split(",") for line in done.stdout.splitlines()]
-        return [(int(memory) << 20, float(capability)) for memory, capability in lines]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return []  # a driver that does not work
+    bf16 = all(float(gpu.compute_capability) >= BF16_CAPABILITY for gpu in gpus)
+    return Machine(len(gpus), min(gpu.bytes for gpu in gpus), bf16)
 
 
 @dataclass(frozen=True)

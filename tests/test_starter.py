@@ -126,7 +126,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, words, says):
 
 def test_gpus_are_those_that_nvidia_smi_lists(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho '81920, 9.0'\necho '24576, 7.5'\n")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H, 80GB, 81920, 9.0'\necho 'T4, 24576, 7.5'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

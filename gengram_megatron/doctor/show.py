@@ -30,6 +30,7 @@ def show(found: dict) -> None:
     for kind, lines in (
         ("warning", found["plan"]["warnings"] if found["plan"] else []),
         ("advice", found["advice"]),
+        ("left out", found["left_out"]),
         ("cannot run here", found["problems"]),
     ):
         for line in lines:
@@ -51,8 +52,11 @@ def _package(item: tuple[str, dict]) -> tuple[str, str, str]:
 
 
 def _devices(devices: dict) -> Iterator[tuple[str, str, str]]:
-    yield "CUDA of torch", devices["cuda"] or "none: torch is built for the CPU", ""
-    yield "NCCL", devices["nccl"] or "none", ""
+    if devices["listed_by"] == "torch":
+        yield "CUDA of torch", devices["cuda"] or "none: torch is built for the CPU", ""
+        yield "NCCL", devices["nccl"] or "none", ""
+    elif not devices["gpus"]:
+        yield "GPU", "none that nvidia-smi lists", ""
     for number, gpu in enumerate(devices["gpus"]):
         text = f"{gpu['bytes'] / GB:.1f} GB, compute capability {gpu['compute_capability']}"
         yield f"GPU {number}", gpu["name"], text
