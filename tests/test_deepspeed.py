@@ -154,7 +154,7 @@ def runs(tmp_path_factory) -> Runs:
     for name in SAME_FORM:
         jobs[f"verify_{name}"] = Job(["checkpoint", "verify", str(this[name])], processes=1)
     examined = this.words("doctor", "examined", ENGINES["zero2"])
-    jobs["doctor"] = Job([*examined, "--quick", "--json"], processes=1)
+    jobs["doctor"] = Job([*examined, "--no-speeds", "--json"], processes=1)
     this.said.update(run_jobs(jobs, folder, folder / "jobs"))
     return this
 

@@ -3,11 +3,11 @@
 import math
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from gengram_megatron.checkpoint.store import read_facts
 from gengram_megatron.checkpoint.stored import StoredTensors, missing_files, read_common
+from gengram_megatron.show import print_table
 
 OPTIMIZER = "optimizer."
 """What the names of the optimizer's tensors begin with; all others are weights."""
@@ -82,7 +82,6 @@ def _tables(stored: StoredTensors, weights: list[str], known: dict[str, dict]) -
 
 def show(summary: dict) -> None:
     """As tables, for people."""
-    console = Console()
     facts = Table(title=summary["path"], show_header=False)
     facts.add_column("what")
     facts.add_column("number", justify="right")
@@ -96,9 +95,9 @@ def show(summary: dict) -> None:
         facts.add_row(f"bytes, {name}", f"{size:,}")
     for name, value in summary["layout"].items():
         facts.add_row(f"layout, {name.replace('_', ' ')}", "none" if value is None else str(value))
-    console.print(facts)
+    print_table(facts)
     if summary["tables"]:
-        console.print(_table_of_tables(summary["tables"]))
+        print_table(_table_of_tables(summary["tables"]))
 
 
 def _can_be_resumed(summary: dict) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from data_prep.manifest import MANIFEST, read_manifest
 from gengram_megatron.data.checksums import DataFile
+from gengram_megatron.data.missing import no_data_set
 from gengram_megatron.errors import UserError
 from gengram_megatron.platform import prepare
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
@@ -53,7 +54,7 @@ def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any
     """The manifest; raises UserError unless the folder holds this split, whole, as the model
     expects it."""
     if not folder.is_dir():
-        raise UserError(f"{key}: there is no folder {folder}; `gengram-data build` makes it")
+        raise UserError(no_data_set(key, folder))
     manifest = read_manifest(folder)
     found = manifest["settings"]["seq_length"]
     if found != seq_length:
