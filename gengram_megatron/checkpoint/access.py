@@ -1,29 +1,10 @@
-"""Whether files can be read and written, asked before the work whose result would be lost."""
+"""Whether files can be read, asked before the work whose result would be lost."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from gengram_megatron.errors import UserError
-
-
-def check_writable(folder: Path) -> None:
-    """UserError: a folder, which need not be there yet, cannot be made or written to.
-
-    It is tried out, because what permissions say does not hold for root, for file systems that
-    are mounted read-only, or on a disk that is full.
-    """
-    nearest = folder
-    try:
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
-        with TemporaryDirectory(prefix=".gengram-", dir=nearest) as trial:
-            (Path(trial) / "trial").write_bytes(b"\0")
-    except OSError as error:
-        where = "" if nearest == folder else f" in {nearest}"
-        raise UserError(
-            f"{folder} cannot be written to{where}: {error.strerror or error}; give another folder"
-        ) from None
 
 
 @contextmanager

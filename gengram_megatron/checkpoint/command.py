@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from gengram_megatron.checkpoint.access import check_readable, check_writable, reading
+from gengram_megatron.checkpoint.access import check_readable, reading
 from gengram_megatron.checkpoint.verify import verify
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.files import check_folder_writable
 
 app = typer.Typer(
     help="Look at checkpoints, and carry them in and out.",
@@ -66,7 +67,7 @@ def strip(
     What remains can be inspected and exported, and a new run can start from its weights
     (checkpoint.load); the run itself cannot go on from it. PATH stays as it is.
     """
-    check_writable(out)
+    check_folder_writable(out)
     from gengram_megatron.checkpoint.stored import find_checkpoint
     from gengram_megatron.checkpoint.weights_only import strip as strip_checkpoint
 
@@ -98,7 +99,7 @@ def export(
       python -c 'from transformers import AutoModelForCausalLM as Model
       Model.from_pretrained("exported", trust_remote_code=True)'
     """
-    check_writable(out.parent)
+    check_folder_writable(out.parent)
     from gengram_megatron.checkpoint.exchange.export import export as export_checkpoint
     from gengram_megatron.checkpoint.stored import find_checkpoint
 
@@ -127,7 +128,7 @@ def import_(
     0 from these weights. A model other than CONFIG's is refused.
     """
     loaded = load_config(config, overrides or [], Config)
-    check_writable(Path(loaded.run.dir) / "checkpoints")
+    check_folder_writable(Path(loaded.run.dir) / "checkpoints")
     from gengram_megatron.checkpoint.exchange.importing import import_model
 
     print(import_model(path, loaded))
