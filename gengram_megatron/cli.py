@@ -17,9 +17,10 @@ from gengram_megatron.config.layout import check_layout, world_size_from_environ
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.doctor.command import doctor
-from gengram_megatron.errors import EXIT_CODE, UserError, tell
+from gengram_megatron.errors import UserError, tell
 from gengram_megatron.launch.command import launch
 from gengram_megatron.plan.command import plan
+from gengram_megatron.signals import StopSignals
 from gengram_megatron.sweep.command import sweep
 
 app = typer.Typer(
@@ -42,7 +43,7 @@ def main(own_log: bool = False) -> None:
         app(obj=own_log)
     except UserError as error:
         tell(error)
-        sys.exit(EXIT_CODE)
+        sys.exit(error.exit_code)
 
 
 def _print_version(wanted: bool) -> None:
@@ -90,20 +91,27 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
     A run resumes by itself: the same command on the same run.dir goes on from the newest good
     checkpoint there. For a fresh run give another folder, such as run.dir=runs/second.
 
-    On SIGTERM or SIGUSR1, as batch systems send before a time limit, it ends the step, saves a
-    checkpoint and exits with code 75: the same command goes on from there.
+    On SIGTERM or SIGUSR1, as batch systems send before a time limit, and on Ctrl-C, it ends the
+    step, saves a checkpoint and exits with code 75: the same command goes on from there. A second
+    Ctrl-C ends it at once.
+
+    \b
+    Exit codes: 0 done; 2 a mistake in config, data or files; 3 a loss or gradient that is not
+    finite (train.on_nan); 70 a rank hung (train.watchdog_seconds); 75 saved, start it again.
     """
     try:
         loaded = load_config(config, overrides or [], Config)
         world_size, _ = world_size_from_environment()
         layout = check_layout(loaded, world_size)
-        from gengram_megatron.training.run import train as run_training
+        # Before the slow imports, in which a signal would otherwise end the process in a traceback.
+        with StopSignals(announce=not context.obj and _speaks_for_its_node()) as signals:
+            from gengram_megatron.training.run import train as run_training
 
-        code = run_training(loaded, layout)
-    except UserError:
+            code = run_training(loaded, layout, signals)
+    except UserError as error:
         if context.obj or _speaks_for_its_node():
             raise
-        raise typer.Exit(EXIT_CODE) from None
+        raise typer.Exit(error.exit_code) from None
     if code:
         raise typer.Exit(code)
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -242,6 +243,104 @@ def test_folder_without_checkpoints_is_a_sentence(tmp_path, gengram, command) ->
     code, _, err = gengram(*words)
     assert code == 2 and "is neither a checkpoint of gengram" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.fixture
+def source(trained, tmp_path, gengram) -> dict[str, list]:
+    """The first words of each command that writes, up to where it writes to."""
+    load(tmp_path, "run")  # writes the config
+    gengram("checkpoint", "export", trained.run, tmp_path / "exported")
+    return {
+        "export": ["export", trained.run],
+        "strip": ["strip", trained.run],
+        "import": ["import", tmp_path / "exported", tmp_path / "tiny.yaml"],
+    }
+
+
+WRITERS = ("export", "strip", "import")
+
+
+def target(command: str, out: Path) -> str | Path:
+    return f"run.dir={out}" if command == "import" else out
+
+
+@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize("parent", ["file", "/proc"])
+def test_folder_that_cannot_be_made_is_a_sentence(
+    source, tmp_path, gengram, command, parent
+) -> None:
+    """Told first: what is to be read is not there either."""
+    (tmp_path / "file").touch()
+    out = tmp_path / parent / "out"
+    first, _, *rest = source[command]
+    words = [first, tmp_path / "nothing", *rest, target(command, out)]
+    code, _, err = gengram("checkpoint", *words)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert str(out.parent) in err and "cannot be written" in err and "give another folder" in err
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_full_disk_is_a_sentence_and_leaves_nothing(source, tmp_path, gengram, command) -> None:
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code, _, err = gengram("checkpoint", *source[command], target(command, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert str(out) in err and "cannot be written" in err and "File too large" in err
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".partial")]
+
+
+def unreadable(file: Path) -> None:
+    """Opening it is allowed, and reading it is an error, for root as well."""
+    file.unlink(missing_ok=True)
+    file.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize("command", ["export", "strip"])
+def test_file_of_a_checkpoint_that_cannot_be_read_is_a_sentence(
+    trained, tmp_path, gengram, command
+) -> None:
+    checkpoint = tmp_path / "step_00000003"
+    shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
+    last = max(checkpoint.glob("*.distcp"))
+    unreadable(last)
+    code, _, err = gengram("checkpoint", command, checkpoint, tmp_path / "out")
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert f"{last} cannot be read: Input/output error" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("config.json", unreadable),
+        ("model.safetensors", unreadable),
+        ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:1000])),
+        ("model.safetensors", lambda file: file.write_bytes(b"{}")),
+    ],
+)
+def test_file_of_a_model_that_cannot_be_read_is_a_sentence(
+    source, tmp_path, gengram, name, spoil
+) -> None:
+    file = tmp_path / "exported" / name
+    spoil(file)
+    code, _, err = gengram("checkpoint", *source["import"], f"run.dir={tmp_path / 'back'}")
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert f"{file} cannot be read" in err
+
+
+def test_megatron_folder_that_cannot_be_read_is_a_sentence(tmp_path, gengram) -> None:
+    load(tmp_path, "run")  # writes the config
+    newest = tmp_path / "megatron" / "latest_checkpointed_iteration.txt"
+    newest.parent.mkdir()
+    unreadable(newest)
+    words = ["import", newest.parent, tmp_path / "tiny.yaml", f"run.dir={tmp_path / 'back'}"]
+    code, _, err = gengram("checkpoint", *words)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert f"{newest} cannot be read" in err
 
 
 def test_no_command_holds_the_whole_model(tmp_path) -> None:

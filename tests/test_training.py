@@ -94,6 +94,20 @@ def test_selective_recomputation_changes_no_more_than_rounding(runs: Runs, name:
     assert loss == pytest.approx(losses(runs[name]), rel=1e-5)
 
 
+def test_a_run_that_learns_nothing_says_so_once_and_at_its_end(runs: Runs) -> None:
+    (said,) = runs.said["stuck"]
+    lines = said.out.splitlines()
+    warnings = [
+        (line, number) for number, line in enumerate(lines) if "optimizer.lr (1e-09)" in line
+    ]
+    assert len(warnings) == 2
+    (first, number), (last, _) = warnings
+    assert first.startswith("warning: step 100: ") and lines[number - 1].startswith("step 100/101")
+    assert last == lines[-1] and last.startswith("warning: the run ends")
+    others = {name: ranks[0].out for name, ranks in runs.said.items() if name != "stuck"}
+    assert not [name for name, out in others.items() if "model.init_std" in out]
+
+
 # What a layout must not change
 
 LAYOUTS = [name for name, words in {**TWO, **FOUR}.items() if words[: len(SHORT)] == SHORT]
@@ -202,6 +216,13 @@ def test_config_of_the_first_part_is_kept_when_a_run_goes_on_with_another(runs: 
     assert (kept.optimizer.lr, kept.train.steps, kept.train.stop_at) == (0.01, 10, 4)
     now = load_config(runs["changed"] / "config.yaml", [], Config)
     assert (now.optimizer.lr, now.train.steps, now.train.stop_at) == (0.02, 12, None)
+    (said,) = runs.said["changed_on"]
+    told = [line for line in said.out.splitlines() if line.endswith(" since step 4")]
+    assert told == [
+        "optimizer.lr 0.01 -> 0.02 since step 4",
+        "train.steps 10 -> 12 since step 4",
+        "train.stop_at 4 -> null since step 4",
+    ]
     assert len([*runs["changed"].glob("config*.yaml")]) == 2
 
 

@@ -14,13 +14,20 @@ from torch import Tensor
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import NotFinite
 from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.devices import check_gpu
-from gengram_megatron.training.folder import locked, make_folder, write_config
+from gengram_megatron.training.folder import (
+    changed_keys,
+    locked,
+    make_folder,
+    remove_if_unused,
+    write_config,
+)
 from gengram_megatron.training.nodes import check_nodes
 from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.training.uniform import UniformCheck
 from gengram_megatron.training.waiting import Waiting
 from gengram_megatron.training.watchdog import Watchdog
 
@@ -32,8 +39,10 @@ SKIPS = 10
 """Batches that are left out in a row; after the last of them the run stops."""
 
 
-def train(config: Config, layout: Layout) -> int:
+def train(config: Config, layout: Layout, signals: StopSignals) -> int:
     """Train from the newest checkpoint of config.run.dir, or from the start, to the end.
+
+    signals: entered by the caller, who does so before torch is imported.
 
     Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
     """
@@ -44,7 +53,7 @@ def train(config: Config, layout: Layout) -> int:
     with ExitStack() as stack:
         if rank == 0:
             stack.enter_context(locked(folder))
-        signals = stack.enter_context(StopSignals())
+            stack.callback(remove_if_unused, folder)
         stack.callback(end_processes)
         start_processes(layout, config.run.seed, rank, config.train.deterministic)
         check_nodes(folder, data)
@@ -74,6 +83,7 @@ class _Run:
         from gengram_megatron.model.gengram.touched import RowsTouched
         from gengram_megatron.platform.report import implementations
         from gengram_megatron.training.engines import build_engine
+        from gengram_megatron.training.gpu_use import GpuUse
         from gengram_megatron.training.optimizer import build_schedule
 
         self.config, self.layout, self.data, self.signals = config, layout, data, signals
@@ -88,9 +98,11 @@ class _Run:
         gengram = config.model.gengram
         self.touched = RowsTouched(kmer_tables(gengram)) if gengram.enabled else None
         self.implementations = implementations(self.chunks, self.optimizer)
+        self.gpu_use = GpuUse.of_run(config, layout.world_size)
         self.first_rank = dist.get_rank() == 0
         self.folder = Path(config.run.dir)
         self.skipped_in_a_row = 0
+        self.uniform = UniformCheck(config, layout.samples)
 
     def run(self) -> int:
         """All steps that are left, or until a signal; the exit code."""
@@ -106,15 +118,32 @@ class _Run:
             for line in self.data.statement(self.layout.samples):
                 self._say(line)
             self._say(self._place(beginning))
-            if self._left_to_validate(start):
-                self._validate(start)
+            for line in self._changed_keys(start):
+                self._say(line)
+            if self._left_to_validate(start) and not self._validate(start):
+                return self._stopped(start)
             batches = stack.enter_context(closing(self._batches_from(start)))
             code = self._train_from(start, Waiting(batches))
             if self.first_rank:
                 self.progress.end()
-        if self.first_rank:
+                self._warn(self.uniform.at_end() if code == 0 else None)
+        if self.first_rank and self.log.written:
             self._plot()
         return code
+
+    def _changed_keys(self, start: int) -> list[str]:
+        """What this job has otherwise than the one whose checkpoint it goes on from, a line a key.
+
+        Only on the first rank, which also keeps the earlier config for the record.
+        """
+        if not (self.first_rank and start):
+            self.earlier_config = None
+            return []
+        from gengram_megatron.checkpoint.stored import read_common
+
+        self.earlier_config = read_common(self.state.store.path(start))["config"]
+        changed = changed_keys(self.earlier_config, self.config.model_dump())
+        return [f"{line} since step {start}" for line in changed]
 
     def _batches_from(self, start: int) -> Iterator[Tensor]:
         """Microbatches after a step. To close it ends the processes that read: they ignore the
@@ -130,21 +159,27 @@ class _Run:
         return left[0]
 
     def _train_from(self, start: int, batches: Waiting) -> int:
+        from gengram_megatron.training.agreement import any_rank
+
         settings, last = self.config, self._last_step()
+        if start < last and any_rank(self.signals.received):  # while modules or weights were loaded
+            return self._stopped(start)
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
             result = self._step(step, batches)
             seconds = time.perf_counter() - began
+            if self.first_rank and step == start + 1:
+                write_config(self.folder, self.config, start, self.earlier_config)
             self._report(step, result, seconds, batches.take() / seconds)
             if not result.agreed.finite:
                 self._not_finite(step, result)
             self._warn(self.state.poll(result.agreed.writing))
-            if result.agreed.stop and step < last:
-                # The time left may be short: a validation is left to the job that goes on.
+            # The time left after a request to stop may be short: a validation that is due, or has
+            # begun, is left to the job that goes on.
+            due = _due(step, settings.train.validation_interval, last)
+            if result.agreed.stop or (due and not self._validate(step)):
                 self._save_to_stop(step)
-                return REQUEUE
-            if _due(step, settings.train.validation_interval, last):
-                self._validate(step)
+                return self._stopped(step)
             # After the validation: a run cut between the two would not repeat it.
             at_end = last if settings.checkpoint.at_end else None
             if _due(step, settings.checkpoint.interval, at_end):
@@ -162,11 +197,15 @@ class _Run:
     def _save_to_stop(self, step: int) -> None:
         self._save(step, must=True)
         self.state.wait()
+
+    def _stopped(self, step: int) -> int:
+        """Say that a signal ended this job after a step, and from where the next one goes on."""
         done = f"saved after step {step}" if self.trained else f"nothing to save after step {step}"
         self._say(
             f"{self.folder}: asked by a signal to stop; {done} of {self.layout.steps}. "
             f"Exit code {REQUEUE}: the same command goes on from there"
         )
+        return REQUEUE
 
     def _not_finite(self, step: int, result: _Step) -> None:
         """The policy for a loss or gradient that is not finite; no weight has changed."""
@@ -179,9 +218,11 @@ class _Run:
             return
         self._warn(self.state.wait())
         cause = diagnose(self.chunks, lambda: self._compute(iter(result.microbatches)))
-        raise UserError(
-            f"{found}: {cause}. Training goes on from the last checkpoint if it is started again; "
-            "lower optimizer.lr, or set train.on_nan to skip"
+        newest = self.state.store.newest()
+        again = f"goes on from {newest.name}" if newest else "begins anew, as nothing was saved yet"
+        raise NotFinite(
+            f"{found}: {cause}. The same command {again}; lower optimizer.lr, or set train.on_nan "
+            "to skip"
         )
 
     def _last_step(self) -> int:
@@ -207,8 +248,9 @@ class _Run:
 
         agreed = None
         grad_norm = self.optimizer.step_if(accept)
-        self.schedule.step(self.config.train.global_batch_size)
         if agreed.finite:
+            # A batch that was left out does not advance the schedule, as in Megatron-LM.
+            self.schedule.step(self.config.train.global_batch_size)
             self.trained, self.skipped_in_a_row = True, 0
         skips = self.config.train.on_nan == "skip"
         return _Step(
@@ -255,22 +297,28 @@ class _Run:
             return {}
         return {"rows_touched": self.touched.take(parallel_state.get_data_parallel_group())}
 
-    def _validate(self, step: int) -> None:
-        from gengram_megatron.training.agreement import agree
+    def _validate(self, step: int) -> bool:
+        """A validation after a step; False if a request to stop came before its end."""
+        from gengram_megatron.training.agreement import agree, any_rank
         from gengram_megatron.training.step import forward_backward
 
         for chunk in self.chunks:
             chunk.eval()
-        losses = {}
+        losses, done = {}, 0
         for part in self.data.validations(self.layout, self.data_rank):
             reports = []
             for _ in range(part.steps):
                 self.watchdog.mark(step, "validating")
+                if self.first_rank:
+                    self.progress.validating(step=step, done=done, total=self.data.validation_steps)
+                done += 1
                 reports.append(
                     forward_backward(
                         self.chunks, part.batches, self.config, self.layout, forward_only=True
                     )
                 )
+                if any_rank(self.signals.received):
+                    return False
             report = None if reports[0] is None else torch.stack(reports).sum(0)
             losses[part.name] = agree(report).loss
         if self.first_rank:
@@ -278,11 +326,13 @@ class _Run:
             named = {f"loss/{name}": nats for name, nats in of_sets.items()}
             self.log.validation(step=step, loss=loss, **named, **self._place_in_data(step))
             self.progress.validation(step=step, loss=loss, of_sets=of_sets)
+        return True
 
     def _report(self, step: int, result: _Step, seconds: float, data_wait: float) -> None:
+        tokens = self.config.train.global_batch_size * self.config.model.seq_length
+        gpu_use = self.gpu_use.of_step(tokens / seconds)
         if not self.first_rank:
             return
-        tokens = self.config.train.global_batch_size * self.config.model.seq_length
         shown = {
             "step": step,
             "loss": result.agreed.loss,
@@ -291,23 +341,27 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
             "data_wait": data_wait,
+            **gpu_use,
         }
         self.progress.step(**shown)
         others = dict(result.others)
         if stall := self.state.take_stall():
             others["save_stall"] = stall
-        if torch.cuda.is_available():
-            others["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         self.log.train(**shown, **self._place_in_data(step), **others)
+        self._warn(self.uniform.after_step(step, result.agreed.loss))
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
         from gengram_megatron.training.metrics import RunLog
         from gengram_megatron.training.progress import Progress
 
-        write_config(self.folder, self.config, start)
         self.log = stack.enter_context(RunLog(self.folder, self.config, start))
         self.progress = stack.enter_context(
-            Progress(self.layout.steps, self.config.logging.interval)
+            Progress(
+                self.layout.steps,
+                self.config.logging.interval,
+                validation_interval=self.config.train.validation_interval,
+                validation_steps=self.data.validation_steps,
+            )
         )
 
     def _place(self, beginning: "Beginning") -> str:
@@ -333,10 +387,19 @@ class _Run:
         return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
 
     def _plot(self) -> None:
-        from gengram_megatron.training.plot import plot_loss
+        from gengram_megatron.training.plot import markov_levels, plot_loss, run_title
 
-        name = self.folder.name
-        plot_loss({name: self.folder / "metrics.jsonl"}, self.folder / "loss.png")
+        levels = {}
+        if self.config.data.path is not None:
+            (one,) = self.data.sets
+            checksums = {"train": one.train.sha256, "validation": one.validation.sha256}
+            levels = markov_levels(Path(self.config.data.path), checksums)
+        plot_loss(
+            {self.folder.name: self.folder / "metrics.jsonl"},
+            self.folder / "loss.png",
+            levels,
+            run_title(self.config, self.layout.samples * self.config.model.seq_length),
+        )
 
     def _watchdog(self) -> Watchdog:
         started = [time.strftime("%Y-%m-%dT%H-%M-%S")]

@@ -105,3 +105,18 @@ def write_elsewhere() -> None:
 def limit_file_size(size: int) -> None:
     """The disk takes no more than so many bytes of a file."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def signal_at(rank: int, method: str, number: signal.Signals, step: int | None = None) -> None:
+    """A rank gets a signal as it enters a method of the run: `__init__`, or one that is called with
+    the number of the step."""
+    from gengram_megatron.training.run import _Run
+
+    whole = getattr(_Run, method)
+
+    def with_signal(self, *args):
+        if dist.get_rank() == rank and step in (None, args[0]):
+            signal.raise_signal(number)
+        return whole(self, *args)
+
+    setattr(_Run, method, with_signal)
