@@ -14,6 +14,7 @@ from gengram_megatron.data.checksums import CHECKED, check, not_checked_yet
 from gengram_megatron.data.dataset import FragmentDataset
 from gengram_megatron.data.order import SampleOrder
 from gengram_megatron.errors import UserError
+from gengram_megatron.signals import StopSignals
 from gengram_megatron.tokenizer import EOD
 from gengram_megatron.training import nodes
 from tests.built_sets import random_fragments, write_set
@@ -177,9 +178,16 @@ def test_notes_that_are_damaged_are_made_again(train):
 
 def test_checking_that_takes_long_says_how_far_it_is(train, one_process, monkeypatch, capsys):
     monkeypatch.setattr(nodes, "TURN_SECONDS", -1)  # a turn a block
-    nodes.check_content(train.files)
+    nodes.check_content(train.files, StopSignals())
     size = train.files[0].path.stat().st_size
     share = size / (size + train.files[1].path.stat().st_size)
     assert f"checking data: {share:.0%} of " in capsys.readouterr().out
-    nodes.check_content(train.files)
+    nodes.check_content(train.files, StopSignals())
     assert capsys.readouterr().out == ""
+
+
+def test_a_request_to_stop_leaves_the_rest_unchecked(train, one_process):
+    signals = StopSignals()
+    signals.received = True
+    nodes.check_content(train.files, signals)
+    assert [file.path.name for file in not_checked_yet(train.files)] == ["train.bin", "train.idx"]
