@@ -105,6 +105,12 @@ def truncate(checkpoint: Path) -> None:
     (checkpoint / TENSORS).write_bytes((checkpoint / TENSORS).read_bytes()[:-1])
 
 
+def unreadable_manifest(checkpoint: Path) -> None:
+    """Not even by root."""
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / MANIFEST).mkdir()
+
+
 def cut_manifest(checkpoint: Path) -> None:
     text = (checkpoint / MANIFEST).read_text()
     (checkpoint / MANIFEST).write_text("".join(text.splitlines(keepends=True)[:-1]))
@@ -142,6 +148,7 @@ WAYS = {
         lambda path: (path / MANIFEST).write_text("\n"),
         f"{MANIFEST} is not a list of checksums and names",
     ),
+    "manifest_unreadable": (unreadable_manifest, f"{MANIFEST} cannot be read: "),
     "manifest_binary": (
         lambda path: (path / MANIFEST).write_bytes(b"\xff\xfe"),
         f"{MANIFEST} is not a list of checksums and names",

@@ -184,3 +184,10 @@ def test_checking_that_takes_long_says_how_far_it_is(train, one_process, monkeyp
     assert f"checking data: {share:.0%} of " in capsys.readouterr().out
     nodes.check_content(train.files, StopSignals())
     assert capsys.readouterr().out == ""
+
+
+def test_a_request_to_stop_leaves_the_rest_unchecked(train, one_process):
+    signals = StopSignals()
+    signals.received = True
+    nodes.check_content(train.files, signals)
+    assert [file.path.name for file in not_checked_yet(train.files)] == ["train.bin", "train.idx"]

@@ -78,7 +78,7 @@ def missing_files(checkpoint: Path, needed: Iterable[str] = (*WRITTEN, FACTS)) -
         return found
     try:
         ends = _Reader(checkpoint).ends()
-    except UserError as error:
+    except (UserError, AttributeError) as error:  # the latter of what is no place in a file
         return [*found, str(error)]
     for name, end in sorted(ends.items()):
         path = checkpoint / name

@@ -9,8 +9,8 @@ them, so that none is left waiting.
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -23,7 +23,7 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.signals import StopSignals
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.folder import VISIBLE_SECONDS
-from gengram_megatron.training.processes import gather
+from gengram_megatron.training.processes import end_processes, gather
 
 TURN_SECONDS = 2.0
 """Ranks that wait while others read the data hear from them this often."""
@@ -31,12 +31,43 @@ REPORT_SECONDS = 10.0
 """Time between two lines that say how far the reading is."""
 
 
+@contextmanager
+def telling_all_nodes(world_size: int, join: Callable[[], None]) -> Iterator[None]:
+    """Where a rank looks at what it has, before the process groups: a UserError about it also ends
+    the ranks of other nodes, which would wait for this one. On a single node the launcher ends them.
+
+    join: starts the process groups. The other ranks then call check_nodes.
+    """
+    try:
+        yield
+    except UserError as error:
+        if _several_nodes(world_size):
+            with suppress(OSError, RuntimeError):  # perhaps nobody is there any more
+                join()
+                gather(f"{error} (found on {_host()})")
+            end_processes()
+        raise
+
+
 def check_nodes(folder: Path, data: RunData, signals: StopSignals) -> None:
     """Raises UserError, on every rank, unless all ranks share the run's folder and read the same
-    data sets, which are undamaged. Ends early after a request to stop."""
+    data sets, which are undamaged.
+
+    signals: once one asks a rank to stop, the rest of the data is left to the job that goes on.
+    """
+    # What another rank has found wrong before the groups started.
+    for problem in filter(None, gather(None)):
+        raise UserError(problem)
     check_run_folder(folder)
     check_same_data(data)
     check_content(data.files, signals)
+
+
+def _several_nodes(world_size: int) -> bool:
+    """By what torchrun and srun say; where neither does, ranks may be anywhere."""
+    if (here := os.environ.get("LOCAL_WORLD_SIZE")) is not None:
+        return int(here) < world_size
+    return world_size > 1 and os.environ.get("SLURM_NNODES") != "1"
 
 
 def check_run_folder(folder: Path) -> None:
@@ -133,13 +164,13 @@ class _Turn:
     read: int
     total: int
     done: bool
-    stop: bool
     problem: str | None
+    stop: bool
+    """Whether the rank was asked to stop."""
 
 
 def check_content(files: list[DataFile], signals: StopSignals) -> None:
-    """Raises UserError unless the files have the checksums of their manifests. Returns when all are
-    read, or when a rank was asked to stop; the job then ends before its first step.
+    """Raises UserError unless the files have the checksums of their manifests.
 
     One rank of each node reads those that no earlier run has checked there. The others wait, by
     short turns: a single wait for all of a large data set would outlast a collective's time limit.
@@ -167,17 +198,17 @@ class _Reading:
         self._read = self._total = 0
 
     def turn(self, signals: StopSignals) -> _Turn:
-        """Read on for some seconds."""
+        """Read on for some seconds, or until a signal comes."""
         done, problem, end = True, None, time.monotonic() + TURN_SECONDS
         try:
             for size in self._blocks:
                 self._read += size
-                if signals.received or time.monotonic() > end:
+                if time.monotonic() > end or signals.received:
                     done = False
                     break
         except (OSError, UserError) as error:
             problem = str(error)
-        return _Turn(_host(), self._read, self._total, done, signals.received, problem)
+        return _Turn(_host(), self._read, self._total, done, problem, signals.received)
 
     def _read_all(self, files: list[DataFile]) -> Iterator[int]:
         files = not_checked_yet(files)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from gengram_megatron.training.folder import (
     remove_if_unused,
     write_config,
 )
-from gengram_megatron.training.nodes import check_nodes
+from gengram_megatron.training.nodes import check_nodes, telling_all_nodes
 from gengram_megatron.training.processes import end_processes, start_processes
 from gengram_megatron.training.uniform import UniformCheck
 from gengram_megatron.training.waiting import Waiting
@@ -47,15 +48,17 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
     Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
     """
     check_gpu(config)
-    data, folder = RunData(config), Path(config.run.dir)
-    make_folder(folder)
-    _, rank = world_size_from_environment()
+    folder, (_, rank) = Path(config.run.dir), world_size_from_environment()
+    join = partial(start_processes, layout, config.run.seed, rank, config.train.deterministic)
     with ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(locked(folder))
-            stack.callback(remove_if_unused, folder)
+        with telling_all_nodes(layout.world_size, join):
+            data = RunData(config)
+            make_folder(folder)
+            if rank == 0:
+                stack.enter_context(locked(folder))
+                stack.callback(remove_if_unused, folder)
         stack.callback(end_processes)
-        start_processes(layout, config.run.seed, rank, config.train.deterministic)
+        join()
         check_nodes(folder, data, signals)
         return _Run(config, layout, data, signals).run()
 
