@@ -315,6 +315,15 @@ def test_utilisation_is_that_of_hand_counted_flops():
     assert a100.utilisation(1e9) == pytest.approx(expected * 989 / 312, rel=1e-12)
 
 
+def test_the_metrics_of_a_step_on_a_known_and_an_unknown_gpu(one_process):
+    """The memory is that of torch's counter, which is 0 where there is no GPU."""
+    known = gpu_use("NVIDIA H200").of_step(1e9)
+    assert known.keys() == {"peak_memory_bytes", "model_flops_utilisation"}
+    assert known["model_flops_utilisation"] == gpu_use("NVIDIA H200").utilisation(1e9)
+    assert isinstance(known["peak_memory_bytes"], int)
+    assert gpu_use("NVIDIA GeForce RTX 9999").of_step(1e9).keys() == {"peak_memory_bytes"}
+
+
 def test_an_unknown_device_has_no_utilisation_and_a_cpu_nothing_at_all():
     assert gpu_use("NVIDIA GeForce RTX 9999").utilisation(1e9) is None
     assert gpu_use(None).of_step(1e9) == {}

@@ -103,7 +103,7 @@ def test_a_run_that_learns_nothing_says_so_once_and_at_its_end(runs: Runs) -> No
     assert len(warnings) == 2
     (first, number), (last, _) = warnings
     assert first.startswith("warning: step 100: ") and lines[number - 1].startswith("step 100/101")
-    assert last == lines[-1] and last.startswith("warning: the run ends")
+    assert last == lines[-1] and last.startswith("warning: this job ends")
     others = {name: ranks[0].out for name, ranks in runs.said.items() if name != "stuck"}
     assert not [name for name, out in others.items() if "model.init_std" in out]
 

@@ -41,7 +41,8 @@ class GpuUse:
         """
         if self.device is None:
             return {}
-        most = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda")
+        device = torch.cuda.current_device()
+        most = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         numbers = {"peak_memory_bytes": int(most)}
         if (share := self.utilisation(tokens_per_second)) is not None:

@@ -11,7 +11,7 @@ UNIFORM = math.log(4)
 WATCHED_STEPS = 100
 """Steps after warm-up before a run is judged, and the most that are judged at a time."""
 FEWEST_STEPS = 40
-"""A run that ends with fewer steps after warm-up is not judged at all."""
+"""A job that ends with fewer steps after warm-up is not judged at all."""
 STANDARD_ERRORS = 3.0
 
 
@@ -52,10 +52,10 @@ class UniformCheck:
         return self._sentence(f"step {step}: the training loss")
 
     def at_end(self) -> str | None:
-        """A warning if the run ends above uniform, also for runs too short to be judged before."""
+        """A warning if the job ends above uniform, also if it was too short to be judged before."""
         if self._seen < FEWEST_STEPS or not self._above():
             return None
-        return self._sentence("the run ends with a training loss that")
+        return self._sentence("this job ends with a training loss that")
 
     def _judged(self) -> list[float]:
         """The losses of the second half of the steps after warm-up, at most the last 100."""
