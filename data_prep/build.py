@@ -19,6 +19,7 @@ from rich.filesize import decimal
 from data_prep import manifest, mix
 from data_prep.followed import Followed
 from data_prep.fragment import Fate
+from data_prep.genes import notes
 from data_prep.origins import ORIGIN, write_records
 from data_prep.schema import DataConfig
 from data_prep.sources import Input, inputs
@@ -154,10 +155,19 @@ def _check_twins(surveys: dict[str, Survey]) -> None:
 def _say_what_was_missing(
     sources: list[Input], surveys: dict[str, Survey], config: DataConfig, say: Say
 ) -> None:
-    """Name the sources to which a rule of the config does not apply, for lack of what it needs."""
+    """Name the sources to which a rule of the config does not apply, for lack of what it needs, and
+    what was left unread or read in place of something else."""
+    for source in sources:
+        for key, count in surveys[source.key].facts.get("bytes_after_compressed_data", {}).items():
+            say(
+                f"{source.files[key]} goes on for {count:,} bytes after its compressed data; they "
+                f"are no part of it and were ignored, as gunzip does (source {source.key})"
+            )
     without = [it.key for it in sources if "without_annotation" in surveys[it.key].facts["genes"]]
     if without:
         say(f"without annotation, so that gene_distance cannot apply: {', '.join(without)}")
+    for sentence in notes({key: found.facts["genes"] for key, found in surveys.items()}):
+        say(sentence)
     whole = [
         source.key
         for source in sources

@@ -9,6 +9,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data_prep.build import build as build_data_set
+from data_prep.genes import ignored
 from data_prep.schema import DataConfig
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
@@ -89,6 +90,8 @@ def build(
         print(f"{settings.output} is up to date")
         return
     Console().print(_summary(manifest))
+    if text := ignored({key: facts["genes"] for key, facts in manifest["sources"].items()}):
+        print(text)
     print(f"wrote {settings.output} in {time.perf_counter() - start:.1f} s")
 
 

@@ -5,7 +5,8 @@ from importlib import import_module
 
 import typer
 
-from gengram_megatron.errors import EXIT_CODE, UserError, tell
+from gengram_megatron.config.arguments import HELP_OPTIONS
+from gengram_megatron.errors import run_program
 
 COMMANDS = {
     "download": "data_prep.download.command",
@@ -24,7 +25,7 @@ def program(words: list[str]) -> typer.Typer:
     """The commands; only one, if the command line begins with it, as to import all takes as long as
     100 Mbp."""
     app = typer.Typer(
-        add_completion=False,
+        context_settings=HELP_OPTIONS,
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -37,8 +38,4 @@ def program(words: list[str]) -> typer.Typer:
 
 def main() -> None:
     """Run the command; an error that the user can mend is a sentence and exit code 2."""
-    try:
-        program(sys.argv[1:])()
-    except UserError as error:
-        tell(error)
-        sys.exit(EXIT_CODE)
+    run_program(program(sys.argv[1:]))

@@ -72,6 +72,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest["format"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; build the data set again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if found != FORMAT:
         raise UserError(
             f"{path} has format {found}; this version reads format {FORMAT}: build the data set "

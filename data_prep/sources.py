@@ -133,7 +133,21 @@ def _files(settings: Source, config: DataConfig, folder: Path) -> dict[str, Path
 def _check_files(source: Input) -> None:
     for path in source.files.values():
         if not path.is_file():
-            what = "it is a folder" if path.is_dir() else "there is no such file"
-            raise UserError(f"{path}: {what} (source {source.key})")
+            raise UserError(f"{os.path.abspath(path)}: {_what_it_is(path)} (source {source.key})")
         if not os.access(path, os.R_OK):
             raise UserError(f"{path} may not be read by this user (source {source.key})")
+
+
+def _what_it_is(path: Path) -> str:
+    """Why a path that is no regular file cannot be read, as the end of a sentence."""
+    if path.is_dir():
+        return "it is a folder"
+    kinds = {
+        "a pipe, as <(...) makes them": path.is_fifo(),
+        "a device": path.is_block_device() or path.is_char_device(),
+        "a socket": path.is_socket(),
+    }
+    for kind, so in kinds.items():
+        if so:
+            return f"it is {kind}, and a build reads its sources more than once; store it in a file"
+    return "there is no such file"

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep import fragment, genes, split
 from data_prep.chromosomes import with_chromosomes
-from data_prep.compressed import Hashed
+from data_prep.compressed import Hashed, bytes_after
 from data_prep.fasta import read_counts
 from data_prep.fragment import Record
 from data_prep.manifest import file_facts
@@ -61,6 +61,8 @@ def survey(source: Input, advance: Advance, config: DataConfig) -> Survey:
     fates = [split.assign(record, held_out, config.seq_length) for record in records]
     found_genes = _drop(fates, source, config, records)
     facts |= {key: file_facts(path) for key, path in source.files.items() if key != "fasta"}
+    after = {key: count for key, path in source.files.items() if (count := bytes_after(path))}
+    facts |= {"bytes_after_compressed_data": after} if after else {}
     held_out_bases = sum(end - start for spans in held_out.values() for start, end in spans)
     check_unchanged(source, stamps)
     return Survey(

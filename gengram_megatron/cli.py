@@ -5,28 +5,33 @@ and mistakes are shown at once.
 """
 
 import os
-import sys
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gengram_megatron import __version__
 from gengram_megatron.checkpoint import command as checkpoint
-from gengram_megatron.config.arguments import ConfigFile, Overrides
+from gengram_megatron.config.arguments import HELP_OPTIONS, ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
+from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.data.missing import check_data_sets_exist
 from gengram_megatron.doctor.command import doctor
-from gengram_megatron.errors import EXIT_CODE, UserError, tell
+from gengram_megatron.errors import UserError, run_program
 from gengram_megatron.launch.command import launch
 from gengram_megatron.plan.command import plan
+from gengram_megatron.signals import StopSignals
+from gengram_megatron.starter import init
 from gengram_megatron.sweep.command import sweep
 
 app = typer.Typer(
     name="gengram",
     help="Pretraining of genomic language models with Gengram memory, on megatron-core.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=HELP_OPTIONS,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -38,11 +43,7 @@ def main(own_log: bool = False) -> None:
 
     own_log: that no other process of the run writes to where this one writes.
     """
-    try:
-        app(obj=own_log)
-    except UserError as error:
-        tell(error)
-        sys.exit(EXIT_CODE)
+    run_program(partial(app, obj=own_log))
 
 
 def _print_version(wanted: bool) -> None:
@@ -79,6 +80,10 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
       gengram train configs/smoke/one_gpu.yaml 'model.gengram.layers=[2,3]'
       gengram train configs/smoke/one_gpu.yaml model.gengram.window=null
 
+    Paths: what the commands of gengram and gengram-data write (run.dir, data.path,
+    checkpoint.load) is relative to the current folder, also when a run reads it; what you wrote or
+    downloaded (base, data.tokenizer) is relative to the file that names it.
+
     A layout of several processes takes rank and world size from torchrun or srun:
 
     \b
@@ -90,20 +95,28 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
     A run resumes by itself: the same command on the same run.dir goes on from the newest good
     checkpoint there. For a fresh run give another folder, such as run.dir=runs/second.
 
-    On SIGTERM or SIGUSR1, as batch systems send before a time limit, it ends the step, saves a
-    checkpoint and exits with code 75: the same command goes on from there.
+    On SIGTERM or SIGUSR1, as batch systems send before a time limit, and on Ctrl-C, it ends the
+    step, saves a checkpoint and exits with code 75: the same command goes on from there. A second
+    Ctrl-C ends it at once.
+
+    \b
+    Exit codes: 0 done; 2 a mistake in config, data or files; 3 a loss or gradient that is not
+    finite (train.on_nan); 70 a rank hung (train.watchdog_seconds); 75 saved, start it again.
     """
     try:
         loaded = load_config(config, overrides or [], Config)
         world_size, _ = world_size_from_environment()
         layout = check_layout(loaded, world_size)
-        from gengram_megatron.training.run import train as run_training
+        check_data_sets_exist(loaded, config)
+        # Before the slow imports, in which a signal would otherwise end the process in a traceback.
+        with StopSignals(announce=not context.obj and _speaks_for_its_node()) as signals:
+            from gengram_megatron.training.run import train as run_training
 
-        code = run_training(loaded, layout)
-    except UserError:
+            code = run_training(loaded, layout, signals)
+    except UserError as error:
         if context.obj or _speaks_for_its_node():
             raise
-        raise typer.Exit(EXIT_CODE) from None
+        raise typer.Exit(error.exit_code) from None
     if code:
         raise typer.Exit(code)
 
@@ -118,61 +131,50 @@ def _speaks_for_its_node() -> bool:
     return local == "0"
 
 
-def _print_keys(wanted: bool) -> None:
-    if not wanted:
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from gengram_megatron.config.keys import Keys
-    from gengram_megatron.config.tree import inline_yaml
-
-    table = Table(title="Keys of a config file")
-    table.add_column("key", no_wrap=True)
-    for heading in ("may be", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    above = None
-    for key in Keys(Config).all:
-        section = key.name.split(".")[0]
-        if above not in (None, section):
-            table.add_section()
-        above = section
-        default = "(required)" if key.required else inline_yaml(key.default)
-        # As Text, because rich would read the brackets of a list as markup.
-        table.add_row(*map(Text, (key.name, key.allowed, default, key.description)))
-    Console().print(table)
-    raise typer.Exit
-
-
 @app.command()
 def config(
-    config: ConfigFile,
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="The YAML file of a run.", show_default=False),
+    ] = None,
     overrides: Overrides = None,
     keys: Annotated[
         bool,
         typer.Option(
             "--keys",
-            callback=_print_keys,
-            is_eager=True,
-            help="List every key, what it may be, its default and its meaning; needs no CONFIG.",
+            help="List every key, what it may be, its default and its meaning; or those that are "
+            "named in place of CONFIG.",
         ),
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="--keys for programs.")] = False,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, help="Also check that the run works on so many processes."),
     ] = None,
 ) -> None:
-    """Print the whole config of a run.
+    """Print the whole config of a run, or what its keys mean.
 
-    Files, words and defaults are put together. What is printed is itself a config file that gives the same run.
+    Files, words and defaults are put together. What is printed is itself a config file that gives
+    the same run.
+
+    \b
+      gengram config configs/smoke/cpu.yaml optimizer.lr=3e-4
+      gengram config configs/smoke/cpu.yaml --nproc 4
+      gengram config --keys
+      gengram config --keys optimizer.lr model.gengram
     """
-    loaded = load_config(config, overrides or [], Config)
+    if keys:
+        print_keys(Config, [*filter(None, [config]), *(overrides or [])], as_json)
+        return
+    if config is None:
+        raise UserError("gengram config prints a CONFIG; name its file, or ask for --keys")
+    loaded = load_config(Path(config), overrides or [], Config)
     if nproc is not None:
         check_layout(loaded, nproc)
     print(dump_config(loaded), end="")
 
 
+app.command()(init)
 app.command()(doctor)
 app.command()(launch)
 app.command()(plan)

@@ -5,10 +5,13 @@ import fcntl
 import hashlib
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+from gengram_megatron.errors import UserError
 
 if TYPE_CHECKING:  # commands that draw nothing need not wait for it
     from matplotlib.figure import Figure
@@ -34,8 +37,49 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         flush(beside)
         beside.replace(path)
+    except OSError as error:
+        if error.filename in (str(beside), beside):  # a name that means nothing to the user
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # its folder is a file: so the error above says
+            beside.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Raise UserError unless a file can be written there, by trying it beside its place.
+
+    Called before work whose result the file is to hold. key: the option or key that named the file.
+    """
+    if path.is_dir():
+        raise UserError(f"{key} {path} is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{key} {path}: there is no folder {path.parent}; make it")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{key} {path} cannot be written: {error.strerror}; name a file elsewhere"
+        ) from None
+
+
+def check_folder_writable(folder: Path) -> None:
+    """UserError: a folder, which need not be there yet, cannot be made or written to.
+
+    It is tried out, because what permissions say does not hold for root, for file systems that
+    are mounted read-only, or on a disk that is full.
+    """
+    nearest = folder
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryDirectory(prefix=".gengram-", dir=nearest) as trial:
+            (Path(trial) / "trial").write_bytes(b"\0")
+    except OSError as error:
+        where = "" if nearest == folder else f" in {nearest}"
+        raise UserError(
+            f"{folder} cannot be written to{where}: {error.strerror or error}; give another folder"
+        ) from None
 
 
 class Locked(Exception):

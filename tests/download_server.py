@@ -27,6 +27,9 @@ class Page:
     pace: float = 0.0
     """Seconds between blocks of 64 KiB."""
     status: int | None = None
+    head_status: int | None = None
+    range_status: int | None = None
+    """What HEAD, and what GET of a part, are refused with."""
     asked: list[dict[str, str]] = field(default_factory=list)
     """Headers of the GET requests so far."""
 
@@ -66,8 +69,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         """Headers of a page."""
         page = self.server_of_pages.pages.get(self.path)
-        if page is None or page.status:
-            self._empty(404 if page is None else page.status)
+        if page is None or page.status or page.head_status:
+            self._empty(404 if page is None else page.head_status or page.status)
             return
         self.send_response(200)
         if page.length:
@@ -83,6 +86,12 @@ class Handler(BaseHTTPRequestHandler):
             self._empty(404 if page is None else page.status)
             return
         page.asked.append(dict(self.headers))
+        if page.range_status and "Range" in self.headers:
+            self._empty(page.range_status)
+            return
+        if page.ranges and self.headers.get("Range") == "bytes=0-0":
+            self._send_first_byte(page)
+            return
         if page.busy:
             page.busy -= 1
             self._empty(503)
@@ -92,6 +101,16 @@ class Handler(BaseHTTPRequestHandler):
             self._empty(416, {"Content-Range": f"bytes */{len(page.body)}"})
             return
         self._send(page, start)
+
+    def _send_first_byte(self, page: Page) -> None:
+        if not page.body:
+            self._empty(416, {"Content-Range": "bytes */0"})
+            return
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes 0-0/{len(page.body)}")
+        self.send_header("Content-Length", "1")
+        self.end_headers()
+        self.wfile.write(page.body[:1])
 
     def _start(self, page: Page) -> int:
         """Where the answer begins: 0 unless a range is asked for and given."""

@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
+from data_prep.cli import program
+from data_prep.schema import DataConfig
 from gengram_megatron import __version__
+from gengram_megatron.cli import app
+from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "configs" / "smoke"
@@ -81,11 +88,38 @@ def test_config_prints_a_config(tmp_path):
     assert load_config(path, [], Config) == load_config(ONE_GPU, words, Config)
 
 
-def test_config_lists_keys():
-    done = gengram("config", "--keys", COLUMNS="200")
+def test_config_lists_keys_one_a_line():
+    done = gengram("config", "--keys", COLUMNS="40")
     assert done.returncode == 0, done.stderr
-    for words in ("model.gengram.window", "mha, gqa or mla", "[3, 6, 10]", "(required)"):
-        assert words in done.stdout
+    heading, *lines = (line.split("\t") for line in done.stdout.splitlines())
+    found = {line[0]: dict(zip(heading, line)) for line in lines}
+    assert len(found) == len(lines) and all(len(line) == 4 for line in lines)
+    assert found["model.attention"]["may be"] == "mha, gqa or mla"
+    assert found["model.gengram.layers"]["default"] == "[3, 6, 10]"
+    assert found["run.dir"]["default"] == "(required)"
+    assert found["data.blend[].weight"]["may be"] == "a number greater than 0"
+
+
+def test_config_explains_the_keys_that_are_named(capsys):
+    def listed(*names: str) -> list[str]:
+        print_keys(Config, [*names])
+        return [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+
+    assert listed("optimizer.lr", "checkpoint.keep") == ["optimizer.lr", "checkpoint.keep"]
+    assert listed("model.gengram.hashing") == [
+        f"model.gengram.hashing.{name}" for name in ("rows", "heads", "seed")
+    ]
+    assert listed("data.blend.path") == ["data.blend[].path"]
+    with pytest.raises(UserError) as error:
+        listed("optimizer.lrr", "train.lr")
+    assert str(error.value).count("did you mean optimizer.lr?") == 2
+    print_keys(DataConfig, ["groups.human.sources.chm13.fasta"])
+    assert capsys.readouterr().out.splitlines()[1].startswith("groups.NAME.sources.NAME.fasta\t")
+    print_keys(Config, ["optimizer.lr"], as_json=True)
+    assert json.loads(capsys.readouterr().out)[0]["default"] == 1e-4
+    done = gengram("config", "--keys", "optimizer.lr", "run")
+    assert done.stdout.count("\n") == 4, done.stderr
+    assert gengram("config").returncode == 2
 
 
 def test_help_teaches():
@@ -112,7 +146,6 @@ def test_config_checks_the_layout_where_a_number_of_processes_is_given():
 
 
 def test_a_run_folder_that_cannot_be_made_is_a_sentence(tmp_path):
-    from gengram_megatron.errors import UserError
     from gengram_megatron.training.folder import make_folder
 
     (tmp_path / "file").write_text("")
@@ -157,3 +190,34 @@ def test_plan_counts_what_config_says() -> None:
     assert found["parameters"]["total"] == count_parameters(loaded).total
     assert found["tokens"] == found["samples"] * loaded.model.seq_length
     assert found["samples"] == found["steps"] * loaded.train.global_batch_size
+
+
+def test_all_commands_know_h_and_are_listed_whole():
+    for application in (app, program([])):
+        command = typer.main.get_command(application)
+        commands = [(), *((name,) for name in command.commands)]
+        commands += [("checkpoint", "export")] if application is app else []
+        for words in commands:
+            done = [CliRunner().invoke(application, [*words, flag]) for flag in ("-h", "--help")]
+            assert done[0].exit_code == 0 and done[0].output == done[1].output
+        listed = CliRunner().invoke(application, ["--help"], env={"COLUMNS": "80"}).output
+        assert "..." not in listed.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(
+    "module, name, typed, completed",
+    [
+        ("gengram_megatron.cli", "gengram", "gengram sw", "sweep"),
+        ("gengram_megatron.cli", "gengram", "gengram launch --sl", "--slurm"),
+        ("data_prep.cli", "gengram-data", "gengram-data bu", "build"),
+    ],
+)
+def test_the_shell_completes(module, name, typed, completed):
+    variable = f"_{name.replace('-', '_').upper()}_COMPLETE"
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), variable: "complete_bash"}
+    code = f"import sys; sys.argv = [{name!r}]; from {module} import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.split()) == (0, [completed]), done.stderr

@@ -50,7 +50,6 @@ REFUSED = {
     "odd mla head": (4, [*MLA, "model.mla.qk_pos_emb_head_dim=33"], "model.mla.qk_pos_emb_head_dim is 33"),
     "heads by groups": (4, ["model.num_query_groups=6"], "model.num_attention_heads is 8, which is not a multiple of model.num_query_groups = 6"),
     "groups by tensor": (8, ["parallel.tensor=4", "model.num_query_groups=2"], "model.num_query_groups is 2, which is not a multiple of parallel.tensor = 4"),
-    "gqa without groups": (4, ["model.num_query_groups=null"], "model.attention is gqa, which needs model.num_query_groups"),
     "mha with groups": (4, ["model.attention=mha"], "model.num_query_groups is 4, but model.attention is mha"),
     "mla with groups": (4, ["model.attention=mla"], "model.num_query_groups is 4, but model.attention is mla"),
     "rows over without rows": (4, ["model.gengram.split=columns", "model.gengram.rows_over=data"], "model.gengram.rows_over is data, but model.gengram.split is columns"),

@@ -1,14 +1,19 @@
 """Config files: what they may say, how they build on each other, and what mistakes are told."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 from pydantic import Field, field_validator, model_validator
 
+from data_prep.download.schema import DownloadConfig
+from data_prep.schema import DataConfig
+from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config, Section
 from gengram_megatron.errors import UserError
+from gengram_megatron.sweep.runs import read_sweep
 
 RIGHT = """\
 run: {dir: runs/test}
@@ -115,7 +120,9 @@ def test_file_that_holds_no_keys(write, content, sentence):
 
 
 def test_no_such_file(write):
-    assert problems(Path("none.yaml")) == ["there is no config file none.yaml"]
+    assert problems(Path("none.yaml")) == [
+        f"there is no config file none.yaml, that is {Path('none.yaml').absolute()}"
+    ]
 
 
 def test_folder_for_a_file(write):
@@ -277,3 +284,62 @@ def test_wrong_file_of_another_schema(write, text, sentence):
     with pytest.raises(UserError) as caught:
         load_config(write(text), [], Sources)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "heads, words, groups",
+    [
+        (16, [], 8),
+        (5, [], 5),
+        (16, ["model.num_query_groups=4"], 4),
+        (16, ["model.attention=mha"], None),
+        (16, ["model.attention=mla"], None),
+    ],
+)
+def test_attention_works_without_a_word_about_it(write, heads, words, groups):
+    path = write(RIGHT)
+    words = [*words, f"model.num_attention_heads={heads}", f"model.hidden_size={heads * 4}"]
+    loaded = load_config(path, words, Config)
+    assert loaded.model.num_query_groups == groups
+    check_layout(loaded, 1)
+    again = write(dump_config(loaded))
+    assert load_config(again, [], Config) == loaded
+
+
+KINDS = {
+    "run": "run: {dir: a}\nmodel: {num_layers: 1}\n",
+    "sweep": "run: {dir: a}\nmodel: {num_layers: 1}\nsweep: {grid: {run.seed: [1, 2]}}\n",
+    "data": "output: a\nseq_length: 8\ngroups: {all: {sources: {one: {fasta: a.fa}}}}\n",
+    "download": "output: a\nfiles: [{url: https://example.org/a.fa}]\n",
+}
+TAKES = {
+    "run": ("gengram train", partial(load_config, schema=Config)),
+    "sweep": ("gengram sweep", read_sweep),
+    "data": ("gengram-data build", partial(load_config, schema=DataConfig)),
+    "download": ("gengram-data download", partial(load_config, schema=DownloadConfig)),
+}
+
+
+@pytest.mark.parametrize("wanted", TAKES)
+@pytest.mark.parametrize("given", KINDS)
+def test_a_config_of_another_kind_is_sent_to_its_command(tmp_path, given, wanted):
+    path = tmp_path / "given.yaml"
+    path.write_text(KINDS[given])
+    _, read = TAKES[wanted]
+    try:
+        read(path, overrides=[])
+        said = ""
+    except UserError as error:
+        said = str(error)
+    if given == wanted:
+        assert "this is" not in said
+    else:
+        assert f"`{TAKES[given][0]} {path}`" in said and said.count("\n") == 0
+
+
+@pytest.mark.parametrize("kind, stray", [("run", "groups"), ("data", "model")])
+def test_a_stray_key_does_not_make_a_config_another_kind(tmp_path, kind, stray):
+    path = tmp_path / "given.yaml"
+    path.write_text(KINDS[kind] + f"{stray}: {{}}\n")
+    with pytest.raises(UserError, match=f"there is no key {stray}"):
+        TAKES[kind][1](path, overrides=[])

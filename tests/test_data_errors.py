@@ -1,7 +1,10 @@
 """What can go wrong with the input: one sentence, exit code 2, and nothing left behind."""
 
 import gzip
+import json
+import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -120,6 +123,38 @@ def test_a_missing_source(folder, monkeypatch, capsys):
     check_refused(capsys, run(monkeypatch), r"bad\.fa: it is a folder \(source apes/b\)")
 
 
+@pytest.mark.parametrize("key", ["fasta", "annotation"])
+def test_a_source_that_can_be_read_only_once(folder, monkeypatch, capsys, key):
+    Path("bad.fa").write_bytes(GOOD)
+    os.mkfifo("pipe")
+    end, other = os.pipe()
+    with socket.socket(socket.AF_UNIX) as own:
+        own.bind("socket")
+        kinds = {"pipe": "a pipe", f"/dev/fd/{end}": "a pipe", "/dev/null": "a device"}
+        for path, kind in {**kinds, "socket": "a socket"}.items():
+            words = [f"groups.apes.sources.b.{key}={path}", "gene_distance=5"]
+            message = f"{path}: it is {kind}.* more than once; .* file \\(source apes/b\\)"
+            check_refused(capsys, run(monkeypatch, *words, "without_annotation=keep"), message)
+    os.close(end)
+    os.close(other)
+
+
+def test_bytes_after_the_compressed_data_are_ignored_and_told(folder, monkeypatch, capsys):
+    Path("bad.fa.gz").write_bytes(gzip.compress(GOOD.replace(b"GATTACA", b"CATTACA")) + b"abc")
+    Path("bad.bed.gz").write_bytes(gzip.compress(b"r1 0 9\nr2 0 9\n") + b"ab")
+    words = ["groups.apes.sources.b.fasta=bad.fa.gz", "gene_distance=500"]
+    words += ["without_annotation=keep", "groups.apes.sources.b.annotation=bad.bed.gz"]
+    assert run(monkeypatch, *words) == 0
+    said = capsys.readouterr().err.splitlines()
+    for path, count in (("bad.fa.gz", 3), ("bad.bed.gz", 2)):
+        assert any(path in line and f"{count} bytes after" in line for line in said)
+    facts = json.loads(Path("out/manifest.json").read_text())["sources"]
+    assert facts["apes/b"]["bytes_after_compressed_data"] == {"fasta": 3, "annotation": 2}
+    assert "bytes_after_compressed_data" not in facts["human/a"]
+    assert run(monkeypatch, *words) == 0
+    assert "out is up to date" in capsys.readouterr().out
+
+
 def test_sources_are_relative_to_the_config(folder, monkeypatch, capsys):
     Path("bad.fa").write_bytes(GOOD.replace(b"GATTACA", b"CATTACA"))
     (folder / "elsewhere").mkdir()
@@ -171,7 +206,7 @@ def test_bad_settings(folder, monkeypatch, capsys, words, message):
 
 
 ANNOTATIONS = {
-    "names that do not match": ("chr1", 5, 9, 'annotation_names: {"r1": null, "r2": null}'),
+    "names that do not match": ("chr1", 5, 9, "of these records, what the annotation calls it"),
     "names with and without chr": ("chrr1", 5, 9, 'annotation_names: {"r1": "chrr1", "r2": null}'),
     "a negative coordinate": ("r1", -5, 9, "line 1 starts at -5; the first base"),
     "reversed coordinates": ("r1", 9, 5, "line 1 starts at 9 and ends before it, at 5"),

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import fasta
-from data_prep.compressed import Hashed
+from data_prep.compressed import Hashed, bytes_after
 from data_prep.fasta import read_counts, read_fasta, read_pieces
 from data_prep.manifest import file_facts
 from gengram_megatron.errors import UserError
@@ -23,6 +23,7 @@ from gengram_megatron.tokenizer import BASE_IDS
 
 TEXT = b">one first\nACGTN\nACG\n\n>two\nTTT\n"
 EXPECTED = [("one", [8, 5, 6, 7, 9, 8, 5, 6]), ("two", [7, 7, 7])]
+BASES = [ids for _, ids in EXPECTED]
 
 sequences = st.text("ACGTacgtNnRYSWKMBDHV", min_size=1, max_size=60)
 
@@ -171,6 +172,42 @@ def test_a_truncated_file_never_passes(tmp_path, kind, cut):
     packed = PACKERS[kind](DNA)
     path = tmp_path / f"x.fa.{kind}"
     path.write_bytes(packed[: int(len(packed) * cut)])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bgz", "bz2", "xz"])
+@pytest.mark.parametrize(
+    ("after", "count"),
+    [
+        (b"\1\2xyz", 5),
+        (bytes(20) + b"abc\x1f\x8b\xffBZhx" + bytes(70_000), 70_010),
+        (bytes(70_000), 0),
+    ],
+)
+def test_bytes_after_the_compressed_data_are_no_part_of_it(tmp_path, kind, after, count):
+    path = tmp_path / f"x.fa.{kind}"
+    path.write_bytes(PACKERS.get(kind, bgzip)(TEXT) + after)
+    with Hashed(path) as file:
+        assert [piece.ids.tolist() for piece in read_pieces(path, 1, file)] == BASES
+    assert bytes_after(path) == count
+    assert file.facts() == file_facts(path)
+    assert read(path) == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("damage", ["start of the second", "end of the first", "cut", "cut short"])
+def test_a_damaged_stream_is_not_taken_for_bytes_after_the_data(tmp_path, kind, damage):
+    part = PACKERS[kind](DNA)
+    data = bytearray(part * 3)
+    if damage == "start of the second":
+        data[len(part)] ^= 0x55
+    elif damage == "end of the first":
+        data[len(part) - 6] ^= 0x55
+    else:
+        del data[2 * len(part) + (1 if damage == "cut short" else 9) :]
+    path = tmp_path / f"x.fa.{kind}"
+    path.write_bytes(data)
     with pytest.raises(UserError, match="truncated or damaged"):
         read(path)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from math import isfinite
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_packages_that_fail(tiny, tmp_path, one_process):
     put_package(packages, "apex", "0.9", "raise ImportError('it wants another torch')")
     put_package(packages, "deepspeed", "0.19", "import os; os.abort()")
     words = [f"run.dir={tmp_path / 'run'}", *DENSE, *MLA, "train.precision=bf16"]
-    done = doctor(tiny, *words, "--json", "--quick", path=packages)
+    done = doctor(tiny, *words, "--json", "--no-speeds", path=packages)
     found = json.loads(done.stdout)
     assert (done.returncode, found["problems"]) == (0, [])
     software = found["software"]
@@ -94,7 +95,7 @@ def test_packages_that_fail(tiny, tmp_path, one_process):
 def test_what_megatron_needs_fails(tmp_path):
     """Without a config: what is wrong with the machine."""
     put_package(tmp_path, "transformer_engine", "2.1", "raise RuntimeError('no libcudart')")
-    done = doctor("--quick", path=tmp_path)
+    done = doctor("--no-speeds", path=tmp_path)
     assert done.returncode == 1
     assert "transformer-engine" in done.stdout
     assert "megatron-core does not work here: RuntimeError: no libcudart" in done.stdout
@@ -104,11 +105,46 @@ def test_torch_that_fails(tiny, tmp_path):
     """With a config that wants a process for each GPU."""
     packages = tmp_path / "packages"
     put_package(packages, "torch", "9.9", "raise ImportError('no libc10')")
-    done = doctor(tiny, f"run.dir={tmp_path / 'run'}", "--quick", "--json", path=packages)
+    done = doctor(tiny, f"run.dir={tmp_path / 'run'}", "--no-speeds", "--json", path=packages)
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["problems"] == [
         "torch does not work here: ImportError: no libc10"
     ]
+
+
+def test_quick_needs_no_torch_and_says_what_it_left_out(tiny, tmp_path):
+    packages = tmp_path / "packages"
+    put_package(packages, "torch", "9.9", "import time; time.sleep(1000)")
+    put_package(packages, "apex", "0.9", "import time; time.sleep(1000)")
+    words = [tiny, f"run.dir={tmp_path / 'run'}", "--quick"]
+    began = time.monotonic()
+    done = doctor(*words, "--json", path=packages)
+    assert time.monotonic() - began < 3
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["problems"]) == (0, [])
+    assert found["software"]["torch"]["version"] == "9.9"
+    assert found["plan"]["processes"] == 1 and found["folder"]["free_bytes"] > 0
+    assert found["parts"] is found["measured"] is found["folder"]["speed"] is None
+    assert len(found["left_out"]) == 2
+    shown = doctor(*words, path=packages)
+    assert shown.stdout.count("left out: ") == 2 and "torch is built for" not in shown.stdout
+
+
+def test_quick_takes_gpus_from_nvidia_smi(tiny, tmp_path, monkeypatch):
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'Small, 1, 8.0'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    done = doctor(tiny, f"run.dir={tmp_path / 'run'}", "--quick", "--json")
+    found = json.loads(done.stdout)
+    assert found["devices"]["gpus"] == [
+        {"name": "Small", "bytes": 1 << 20, "compute_capability": "8.0"}
+    ]
+    assert done.returncode == 1
+    [problem] = found["problems"]
+    assert "Small has 0.0 GB" in problem
 
 
 @pytest.mark.parametrize("says", ["", "print('Loading ...')"], ids=["nothing", "no JSON"])
@@ -141,7 +177,7 @@ CANNOT_RUN = {
 
 def test_a_config_that_cannot_run_here(tiny):
     words = [word.format(file=tiny) for word in CANNOT_RUN]
-    done = doctor(tiny, "parallel.tensor=2", *words, "--quick")
+    done = doctor(tiny, "parallel.tensor=2", *words, "--no-speeds")
     assert done.returncode == 1, done.stderr
     start = "cannot run here: "
     reasons = [line for line in done.stdout.splitlines() if line.startswith(start)]
@@ -158,7 +194,9 @@ def test_memory_that_does_not_suffice(tiny, tmp_path):
     [on_cpu] = memory_problems(config, 10**15, [])
     assert on_cpu.startswith("3 processes need about 1000000.0 GB each, and this machine has")
     [too_few] = memory_problems(config, 10**9, gpus)
-    assert too_few.startswith("launch.processes is 3, one for each GPU of a node, but torch sees 2")
+    assert too_few.startswith(
+        "launch.processes is 3, one for each GPU of a node, but here there are 2;"
+    )
     [too_small] = memory_problems(config, 30 * 10**9, gpus * 2)
     assert too_small.startswith("a rank needs about 30.0 GB, and small has 24.0 GB")
 

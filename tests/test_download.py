@@ -180,6 +180,27 @@ def test_out_and_parallel_win_over_the_file(server, download):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 500])
+@pytest.mark.parametrize("faults", [{}, {"ranges": False}, {"range_status": 403}])
+def test_a_server_that_refuses_head_is_asked_otherwise(server, download, status, faults):
+    server.add("a", BODY, head_status=status, **faults)
+    server.add("empty", b"", head_status=status, **faults)
+    files = [{"url": f"{server.url}/{name}"} for name in ("a", "empty")]
+    code, said, _ = download("--dry-run", files=files)
+    assert code == 0 and "2 of them to fetch: 1.0 MB" in said and "unknown" not in said
+    assert download(files=files)[0] == 0
+    assert Path("out/a").read_bytes() == BODY and Path("out/empty").read_bytes() == b""
+
+
+@pytest.mark.parametrize(("head", "get"), [(403, 404), (404, 403), (405, 410)])
+def test_what_get_is_refused_with_is_told(server, download, head, get):
+    server.add("a", BODY, head_status=head, status=get)
+    server.add("b", BODY)
+    files = [{"url": f"{server.url}/{name}"} for name in "ab"]
+    check_refused(download(files=files), rf"/a .*\(status {get}\)")
+    assert not Path("out").exists()
+
+
 def test_what_does_not_exist_is_refused_before_anything_is_fetched(server, download):
     server.add("a", BODY)
     files = [{"url": f"{server.url}/{name}"} for name in ("a", "missing")]

@@ -11,6 +11,7 @@ from gengram_megatron.doctor import parts
 from gengram_megatron.doctor.advice import advice
 from gengram_megatron.doctor.examine import _Examination
 from gengram_megatron.errors import UserError
+from gengram_megatron.signals import StopSignals
 from gengram_megatron.training.run import train
 from tests.training.tiny import DENSE, MHA, MLA, write_config
 
@@ -126,7 +127,7 @@ def test_gpus(config, words, capability, says):
 
 def test_a_run_without_a_gpu_is_refused_before_processes_meet(config):
     with pytest.raises(UserError, match="which needs a GPU, and torch sees none here"):
-        train(config(), layout=None)
+        train(config(), layout=None, signals=StopSignals())
 
 
 def test_the_doctor_looks_at_the_oldest_gpu(config):

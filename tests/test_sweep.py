@@ -107,7 +107,7 @@ def test_keys_of_equal_last_words_are_named_in_full(written) -> None:
         ("sweep:\n  grids: {}", ":4: there is no key sweep.grids; did you mean sweep.grid?"),
         ("sweep:\n  runs:\n    a/b: {}", "has an entry 'a/b'; such names must be"),
         ("sweep: {}", "the sweep is empty; give sweep.grid or sweep.runs"),
-        ("", "the key sweep is missing"),
+        ("", "use `gengram train"),
         (
             "sweep:\n  grid: {train.steps: [6, 6]}",
             "two runs of the sweep would share the folder steps-6",

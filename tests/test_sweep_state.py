@@ -65,7 +65,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
         own, steps = Path(run.config.run.dir), run.config.train.steps
         with RunLog(own, run.config, 0) as log:
             log.validation(step=steps, samples=8 * steps, tokens=512 * steps, loss=LOSSES[steps])
-        write_resolved(own, run.config, 0)
+        write_resolved(own, run.config, 0, None)
     return file, folder / "runs"
 
 
@@ -94,8 +94,10 @@ def test_results_do_not_need_the_machines_of_the_runs(trained) -> None:
             done = invoke(file, option, launch)
             assert done.exit_code == 0, done.exception
             assert done.output.count("finished") == 2
-        losses = [row["loss"] for row in json.loads((folder / "results.json").read_text())]
-        assert losses == [*LOSSES.values()]
+        written = json.loads((folder / "results.json").read_text())
+        assert [row["loss"] for row in written] == [*LOSSES.values()]
+        assert json.loads(invoke(file, "--json", launch).output) == written
+        assert json.loads(invoke(file, "--json", "--results", launch).output) == written
         assert isinstance(invoke(file, "--launch", "--dry-run", launch).exception, UserError)
 
 

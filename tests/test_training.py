@@ -216,6 +216,13 @@ def test_config_of_the_first_part_is_kept_when_a_run_goes_on_with_another(runs: 
     assert (kept.optimizer.lr, kept.train.steps, kept.train.stop_at) == (0.01, 10, 4)
     now = load_config(runs["changed"] / "config.yaml", [], Config)
     assert (now.optimizer.lr, now.train.steps, now.train.stop_at) == (0.02, 12, None)
+    (said,) = runs.said["changed_on"]
+    told = [line for line in said.out.splitlines() if line.endswith(" since step 4")]
+    assert told == [
+        "optimizer.lr 0.01 -> 0.02 since step 4",
+        "train.steps 10 -> 12 since step 4",
+        "train.stop_at 4 -> null since step 4",
+    ]
     assert len([*runs["changed"].glob("config*.yaml")]) == 2
 
 

@@ -14,6 +14,9 @@ from gengram_megatron.errors import UserError
 PASSING = (429, 500, 502, 503, 504)
 """Statuses that may be others a moment later."""
 
+BUSY = (429, 502, 503, 504)
+"""Statuses that are the same for any kind of request."""
+
 LONGEST_PAUSE = 120.0
 
 
@@ -50,16 +53,28 @@ class Web:
         return min(self.backoff * 2 ** (failures - 1), LONGEST_PAUSE)
 
     def size(self, url: str) -> int | None:
-        """How many bytes a file has, if the server tells before sending it."""
+        """How many bytes a file has, if the server tells before sending it.
+
+        Some servers refuse HEAD and answer GET: a signed address of S3 answers 403, as its
+        signature is for GET. So where HEAD is refused, the first byte is asked for, and where that
+        is refused too, the whole file, of which nothing is read. What this is refused with counts.
+        """
         try:
             with self._request("HEAD", url, {}) as response:
-                if response.status_code in (405, 501):  # a server without HEAD
-                    return None
-                _check(url, response)
-                length = response.headers.get("Content-Length")
-                return int(length) if length else None
+                if response.status_code < 400:
+                    return _content_length(response)
+                if response.status_code in BUSY:
+                    _check(url, response)
+            with self._request("GET", url, {"Range": "bytes=0-0"}) as response:
+                if response.status_code in (206, 416):
+                    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+                    return int(total) if total.isdecimal() else None
+                if response.status_code < 400:  # a server that does not know ranges
+                    return _content_length(response)
         except requests.RequestException as error:
             raise _unreachable(url, error) from error
+        with self.get(url) as response:
+            return _content_length(response)
 
     @contextmanager
     def get(self, url: str, headers: dict[str, str] | None = None) -> Iterator[requests.Response]:
@@ -89,12 +104,20 @@ class Web:
         return self._own.session
 
 
+def _content_length(response: requests.Response) -> int | None:
+    length = response.headers.get("Content-Length")
+    return int(length) if length else None
+
+
 def _check(url: str, response: requests.Response) -> None:
     status = response.status_code
     if status in (404, 410):
         raise UserError(f"{url} does not exist (status {status}); correct it in the config")
     if status in (401, 403):
-        raise UserError(f"{url} may not be read without a login (status {status})")
+        raise UserError(
+            f"{url} may not be read (status {status}): it needs a login, or it is a signed address "
+            "that has expired"
+        )
     if status >= 400:
         raise UserError(f"{url}: the server answers with status {status}; try again later")
 

@@ -44,9 +44,9 @@ def inspect(
         bool, typer.Option("--json", help="for programs, instead of tables")
     ] = False,
 ) -> None:
-    """Show what is in a data set: counts, composition, N, genes, strands and sources.
+    """Show what is in a data set.
 
-    With --sample it goes from a sample's number back to its source, sequence, coordinates (counted
+    Counts, composition, N, genes, strands and sources. With --sample it goes from a sample's number back to its source, sequence, coordinates (counted
     from 0, half-open) and strand. A sample is a fragment, and its number the one that training
     reads it by. Files are mapped and not loaded, so a large data set answers at once.
     """

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from data_prep.inspect.contents import SplitContents
 from data_prep.inspect.opened import DataSet
 from gengram_megatron.errors import UserError
-from gengram_megatron.files import save_figure
+from gengram_megatron.files import check_writable, save_figure
 from gengram_megatron.tokenizer import BASES
 
 MOST_SOURCES = 30  # bars that stay readable
@@ -28,8 +28,7 @@ def check_ending(out: Path) -> None:
     endings = Figure().canvas.get_supported_filetypes()
     if out.suffix[1:] not in endings:
         raise UserError(f"--report {out}: the name must end in .png, .pdf or .svg")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--report {out}: there is no folder {out.parent}")
+    check_writable(out, "--report")
 
 
 def draw(data: DataSet, said: dict[str, Any], found: dict[str, SplitContents], out: Path) -> None:

@@ -3,11 +3,11 @@
 import math
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from gengram_megatron.checkpoint.store import read_facts
-from gengram_megatron.checkpoint.stored import StoredTensors, read_common
+from gengram_megatron.checkpoint.stored import StoredTensors, missing_files, read_common
+from gengram_megatron.show import print_table
 
 OPTIMIZER = "optimizer."
 """What the names of the optimizer's tensors begin with; all others are weights."""
@@ -48,6 +48,7 @@ def summary(checkpoint: Path) -> dict:
         "seed": facts.seed,
         "layout": facts.layout,
         "has_optimizer": len(weights) < len(stored.names),
+        "missing_files": missing_files(checkpoint),
         "dtypes": sorted({str(stored.dtype(name)).removeprefix("torch.") for name in weights}),
         "parameters": {"total": sum(parameters.values()), **parameters},
         "tables": _tables(stored, weights, facts.tables),
@@ -81,23 +82,29 @@ def _tables(stored: StoredTensors, weights: list[str], known: dict[str, dict]) -
 
 def show(summary: dict) -> None:
     """As tables, for people."""
-    console = Console()
     facts = Table(title=summary["path"], show_header=False)
     facts.add_column("what")
     facts.add_column("number", justify="right")
     for name in ("step", "samples", "tokens", "seed"):
         facts.add_row(name, f"{summary[name]:,}")
     facts.add_row("weights in", ", ".join(summary["dtypes"]))
-    facts.add_row("can be resumed", "yes" if summary["has_optimizer"] else "no, weights only")
+    facts.add_row("can be resumed", _can_be_resumed(summary))
     for name, number in summary["parameters"].items():
         facts.add_row(f"parameters, {name}", f"{number:,}")
     for name, size in summary["bytes"].items():
         facts.add_row(f"bytes, {name}", f"{size:,}")
     for name, value in summary["layout"].items():
         facts.add_row(f"layout, {name.replace('_', ' ')}", "none" if value is None else str(value))
-    console.print(facts)
+    print_table(facts)
     if summary["tables"]:
-        console.print(_table_of_tables(summary["tables"]))
+        print_table(_table_of_tables(summary["tables"]))
+
+
+def _can_be_resumed(summary: dict) -> str:
+    if missing := summary["missing_files"]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"no, {missing[0]}{more}"
+    return "yes" if summary["has_optimizer"] else "no, weights only"
 
 
 def _table_of_tables(tables: list[dict]) -> Table:

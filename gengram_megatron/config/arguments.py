@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+"""Settings of both programs, which their commands inherit."""
+
 ConfigFile = Annotated[
     Path,
     typer.Argument(metavar="CONFIG", help="The YAML file, as shown above.", show_default=False),

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 Path = tuple[str | int, ...]
+ENTRY = "NAME"
+"""Stands in a key's name for a name that a config chooses, such as that of a group."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,28 @@ class Keys:
 
     def __init__(self, schema: type[BaseModel]):
         self._root = schema.model_json_schema()
-        self.all = list(self._walk(self._root, ""))
+        self.all = list(self._walk(self._root, "", entries=False))
+
+    def with_entries(self) -> list[Key]:
+        """All keys, and those of the entries of lists and of maps whose names a config chooses:
+        `data.blend[].path`, `groups.NAME.weight`."""
+        return list(self._walk(self._root, "", entries=True))
+
+    def named(self, name: str) -> list[Key]:
+        """The key of a name, or all keys below a section of that name, from `with_entries`.
+
+        A name of the config's own, such as human in groups.human.weight, counts as NAME, and [] may
+        be left out.
+        """
+        asked = name.replace("[]", "").split(".")
+
+        def fits(key: Key) -> bool:
+            parts = key.name.replace("[]", "").split(".")[: len(asked)]
+            return len(parts) == len(asked) and all(
+                part in (ENTRY, word) for part, word in zip(parts, asked, strict=True)
+            )
+
+        return [key for key in self.with_entries() if fits(key)]
 
     def _deref(self, node: dict) -> dict:
         if "$ref" not in node:
@@ -48,7 +71,7 @@ class Keys:
         choices = node.get("anyOf") or node.get("oneOf") or [node]
         return [self._deref(choice) for choice in choices]
 
-    def _walk(self, group: dict, prefix: str) -> Iterator[Key]:
+    def _walk(self, group: dict, prefix: str, entries: bool) -> Iterator[Key]:
         for name, node in group.get("properties", {}).items():
             node, full = self._deref(node), prefix + name
             inner = [choice for choice in self._choices(node) if "properties" in choice]
@@ -61,7 +84,17 @@ class Keys:
                     node.get("description", "") if not inner else inner[0].get("description", ""),
                 )
             for choice in inner:
-                yield from self._walk(choice, full + ".")
+                yield from self._walk(choice, full + ".", entries)
+            if entries:
+                yield from self._walk_entries(node, full)
+
+    def _walk_entries(self, node: dict, name: str) -> Iterator[Key]:
+        for choice in self._choices(node):
+            below = [(f"{name}.{ENTRY}.", entry) for entry in _free_entries(choice)]
+            below += [(f"{name}[].", choice["items"])] if "items" in choice else []
+            for prefix, entry in below:
+                for group in self._choices(entry):
+                    yield from self._walk(group, prefix, entries=True)
 
     def _at(self, path: Path) -> dict | None:
         nodes = [self._root]
@@ -121,6 +154,16 @@ class Keys:
         leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
         near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
         return [leaves[near[0]]] if near else []
+
+    def suggestion(self, path: Path) -> str:
+        """What to write instead of the wrong key at a path."""
+        meant = self.meant(path)
+        if meant:
+            return f"did you mean {' or '.join(meant)}?"
+        group = dotted(path[:-1])
+        return (
+            f"the keys {f'of {group} ' if group else ''}are {', '.join(self.names_in(path[:-1]))}"
+        )
 
     def _all_names(self) -> list[str]:
         """Every key and group, outer ones first, without entries of lists and free maps."""

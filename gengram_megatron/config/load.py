@@ -1,6 +1,8 @@
 """A config file and `key=value` words to a checked config, and back to YAML."""
 
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +23,44 @@ def load_config(path: Path, overrides: list[str], schema: type[AnySection]) -> A
 
     Raises UserError with one line for each thing that is wrong.
     """
-    tree, problems = with_overrides(read_tree(Path(path)), overrides)
+    tree = read_tree(Path(path))
+    refuse_other_kinds(tree, path, set(schema.model_fields))
+    tree, problems = with_overrides(tree, overrides)
     return check_tree(tree, path, schema, problems)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of config file: the keys that only it has, and the command that takes it."""
+
+    keys: tuple[str, ...]
+    what: str
+    command: str
+
+
+_SWEEP = _Kind(("sweep",), "a sweep", "gengram sweep")
+_KINDS = (
+    _SWEEP,
+    _Kind(("model", "train"), "the config of a run", "gengram train"),
+    _Kind(("groups",), "the config of a data set", "gengram-data build"),
+    _Kind(("ncbi", "indexes", "files"), "a download list", "gengram-data download"),
+)
+
+
+def refuse_other_kinds(tree: Tree, path: Path, allowed: set[str]) -> None:
+    """Raise UserError if a file is of a kind that another command takes, and name that command.
+
+    allowed: the top-level keys of the kind that is wanted. A file that has keys of the wanted kind
+    is one, whatever else it has; but the config of a run with a section sweep is a sweep.
+    """
+    there = [kind for kind in _KINDS if tree.value.keys() & set(kind.keys)]
+    wanted = [kind for kind in there if allowed.intersection(kind.keys)]
+    if there and (not wanted or (there[0] is _SWEEP and _SWEEP not in wanted)):
+        kind = there[0]
+        key = next(key for key in kind.keys if key in tree.value)
+        raise UserError(
+            f"{path}: this is {kind.what}, as its key {key} says: use `{kind.command} {path}`"
+        )
 
 
 def with_overrides(tree: Tree, overrides: list[str]) -> tuple[Tree, list[str]]:
@@ -44,6 +82,8 @@ def check_tree(
     Raises UserError with one line for each thing that is wrong, after the `problems` known before.
     """
     problems = list(problems or [])
+    for key in schema.input_files:
+        tree = _with_absolute_path(tree, key.split("."))
     try:
         # As JSON, because strict checking of JSON takes text for a path and a list for a tuple,
         # yet never text for a number.
@@ -55,6 +95,17 @@ def check_tree(
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def _with_absolute_path(tree: Tree, parts: list[str]) -> Tree:
+    """A tree whose value at a key is an absolute path, if there is a path at all."""
+    found = tree.nearest(tuple(parts))
+    if not isinstance(found.value, str) or not found.value:
+        return tree
+    from_file = found.place != COMMAND_LINE
+    folder = Path(found.place.rpartition(":")[0]).parent if from_file else Path()
+    path = Tree(os.path.abspath(folder / found.value), found.place)
+    return tree.merged_with(tree_at(parts, path))
 
 
 def dump_config(config: Section) -> str:
@@ -99,7 +150,7 @@ def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
             f"such names must be of the pattern {pattern}"
         )
     if error["type"] == "extra_forbidden":
-        return f"{found.place}: there is no key {name}; {_suggestion(where, keys)}"
+        return f"{found.place}: there is no key {name}; {keys.suggestion(where)}"
     if error["type"] == "missing":
         place = path if found is tree or found.place == COMMAND_LINE else found.place
         meaning = f" ({text})" if (text := keys.description(where).rstrip(".")) else ""
@@ -110,11 +161,3 @@ def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
         return f"{place}{was}: {error['ctx']['error']}"
     allowed = keys.allowed(where) or error["msg"].lower()
     return f"{found.place}: {name} is {describe(found.plain())}; it must be {allowed}"
-
-
-def _suggestion(where: tuple[str | int, ...], keys: Keys) -> str:
-    meant = keys.meant(where)
-    if meant:
-        return f"did you mean {' or '.join(meant)}?"
-    group = dotted(where[:-1])
-    return f"the keys {f'of {group} ' if group else ''}are {', '.join(keys.names_in(where[:-1]))}"

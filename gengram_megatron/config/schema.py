@@ -6,7 +6,7 @@ value stand beside it; checks between keys (layouts, divisibility) are in `probl
 
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,10 @@ from gengram_megatron.config.section import Fraction, Name, NonNegative, Positiv
 class Run(Section):
     """Where a run lives, and the seed that decides all its random numbers."""
 
-    dir: Name = Field(description="folder of the run; training resumes from what it holds")
+    dir: Name = Field(
+        description="folder of the run, relative to the current one; training resumes from what it "
+        "holds"
+    )
     seed: NonNegative = Field(1234, description="weights, and the order of the samples")
 
 
@@ -107,7 +110,11 @@ class Model(Section):
     hidden_size: Positive = Field(description="width of the residual stream")
     num_layers: Positive = Field(description="decoder layers")
     num_attention_heads: Positive = Field(description="query heads")
-    num_query_groups: Positive | None = Field(None, description="key-value heads of gqa")
+    num_query_groups: Positive | None = Field(
+        None,
+        description="key-value heads of gqa; null: one for two query heads, or for each where their "
+        "number is odd; null for mha and mla",
+    )
     attention: Literal["mha", "gqa", "mla"] = Field(
         "gqa", description="multi-head, grouped-query or multi-latent attention"
     )
@@ -135,6 +142,18 @@ class Model(Section):
     )
     mla: MultiLatentAttention = MultiLatentAttention()
     gengram: Gengram = Gengram()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_groups(cls, given: Any) -> Any:
+        """The number of groups that null stands for, so that nothing later has to work it out, and
+        the config in a run's folder says it."""
+        if not isinstance(given, dict) or given.get("num_query_groups") is not None:
+            return given
+        heads = given.get("num_attention_heads")
+        if given.get("attention", "gqa") != "gqa" or type(heads) is not int or heads < 1:
+            return given
+        return {**given, "num_query_groups": heads if heads % 2 else heads // 2}
 
 
 class Parallel(Section):
@@ -164,7 +183,7 @@ class Parallel(Section):
 class BlendPart(Section):
     """One built data set of a blend."""
 
-    path: Name = Field(description="folder of a built data set")
+    path: Name = Field(description="folder of a built data set, relative to the current one")
     weight: Annotated[float, Field(gt=0)] = Field(
         description="its share of the samples is its weight over the sum of all weights"
     )
@@ -179,12 +198,18 @@ class BlendPart(Section):
 class Data(Section):
     """What training reads: one data set that `gengram-data build` wrote, or a blend of several."""
 
-    path: Name | None = Field(None, description="folder of a built data set; give path or blend")
+    path: Name | None = Field(
+        None,
+        description="folder of a built data set, relative to the current one, as `gengram-data "
+        "build` wrote it; give path or blend",
+    )
     blend: Annotated[list[BlendPart], Field(min_length=1)] | None = Field(
         None, description="entries {path, weight, name}: built data sets and their shares"
     )
     tokenizer: str | None = Field(
-        None, description="a SentencePiece model to check the ids against; null: the built-in ids"
+        None,
+        description="a SentencePiece model to check the ids against, relative to the file that "
+        "names it; null: the built-in ids",
     )
     workers: NonNegative = Field(1, description="background processes that read samples")
 
@@ -341,8 +366,8 @@ class Checkpoint(Section):
 
     load: Name | None = Field(
         None,
-        description="a checkpoint, or a run's folder for its newest, whose weights a new run "
-        "starts from, with data, optimizer, schedule and steps of its own; seq_length and "
+        description="a checkpoint, or a run's folder for its newest, relative to the current "
+        "folder, whose weights a new run starts from, with data, optimizer, schedule and steps of its own; seq_length and "
         "rotary_base of the model may differ; null: weights drawn from the seed",
     )
     interval: Positive | None = Field(None, description="steps between; null: at the end only")
@@ -374,6 +399,8 @@ class Logging(Section):
 
 class Config(Section):
     """A whole run."""
+
+    input_files: ClassVar[tuple[str, ...]] = ("data.tokenizer",)
 
     run: Run
     model: Model

@@ -1,6 +1,6 @@
 """What the sections of every config file are made of."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,11 @@ Name = Annotated[str, Field(min_length=1)]
 
 class Section(BaseModel):
     """A group of keys. Unknown keys are errors, and numbers are never guessed from strings."""
+
+    input_files: ClassVar[tuple[str, ...]] = ()
+    """Keys of a whole config whose values are files that the user has: a relative one is looked for
+    from the file that names it, or from the current folder where the command line does. Loading
+    makes them absolute, so a copy of the config means the same file wherever it lies."""
 
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False

@@ -202,7 +202,8 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"there is no config file {path}") from None
+        there = "" if path.is_absolute() else f", that is {path.absolute()}"
+        raise UserError(f"there is no config file {path}{there}") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: the file is not UTF-8 text (byte {error.start} cannot be read); save it as UTF-8"

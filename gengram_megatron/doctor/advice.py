@@ -15,7 +15,8 @@ def advice(found: dict, config: Config | None) -> Iterator[str]:
     if devices is None:
         return
     if not devices["gpus"]:
-        yield _without_gpu(devices)
+        if devices["listed_by"] == "torch":
+            yield _without_gpu(devices)
     else:
         yield from _missing(software)
     yield from _measured(found["measured"], devices, config)

@@ -26,7 +26,15 @@ def doctor(
         ),
     ] = None,
     overrides: Overrides = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Measure nothing.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="In three seconds, without torch: no parts of the model, no speeds; GPUs as "
+            "nvidia-smi lists them.",
+        ),
+    ] = False,
+    no_speeds: Annotated[bool, typer.Option("--no-speeds", help="Measure nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say what a machine has, and how a config would run on it.
@@ -44,7 +52,7 @@ def doctor(
     The exit code is 1 if the config cannot run here; the last lines say why.
     """
     loaded = load_config(config, overrides or [], Config) if config else None
-    found = examine(loaded, quick)
+    found = examine(loaded, quick, speeds=not no_speeds)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

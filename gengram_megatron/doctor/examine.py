@@ -1,8 +1,10 @@
 """All that the doctor finds out, as `gengram doctor --json` prints it."""
 
+import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from gengram_megatron.checkpoint.store import estimated_size
@@ -17,31 +19,50 @@ from gengram_megatron.doctor.parts import explained
 from gengram_megatron.doctor.sample import sample
 from gengram_megatron.doctor.software import software
 from gengram_megatron.errors import UserError
+from gengram_megatron.gpus import nvidia_gpus
 from gengram_megatron.launch.job import processes_of_a_node
 
 LINKS_SECONDS = 60
 """For nvidia-smi, which never answers where a driver hangs."""
 
 
-def examine(config: Config | None, quick: bool) -> dict:
+QUICK = [
+    "what torch and megatron-core make of this machine, and the parts of the model (--quick)",
+    "speeds (--quick)",
+]
+NO_SPEEDS = ["speeds of a matrix product, an all-reduce and the disk (--no-speeds)"]
+"""What the two options leave out."""
+
+
+def examine(config: Config | None, quick: bool, speeds: bool = True) -> dict:
     """Under `problems` are the reasons why the config cannot run here; without a config, why
-    none can. quick: nothing is measured."""
-    return _Examination(config, quick).found
+    none can; under `left_out`, what was not looked at.
+
+    Args:
+        quick: starts no process with torch, which takes seconds to import: GPUs are those that
+            nvidia-smi lists.
+        speeds: measure them, unless quick.
+    """
+    return _Examination(config, quick, speeds and not quick).found
 
 
 class _Examination:
     """Fills in what is found out; what cannot be is None, and a problem says why."""
 
-    def __init__(self, config: Config | None, quick: bool):
+    def __init__(self, config: Config | None, quick: bool, speeds: bool):
         self.config = config
         self.problems: list[str] = []
-        self.found = {"software": software(), "devices": None, "links": _links()}
-        self.found["devices"] = self._ask("devices", problem="torch does not work here")
+        links = None if quick else _links()
+        self.found = {"software": software(not quick), "devices": None, "links": links}
+        self.found["devices"] = _listed_devices() if quick else self._devices_of_torch()
         layout = self._layout()
-        self._look_at_parts(layout)
+        self.found["extensions"] = self.found["parts"] = None
+        if not quick:
+            self._look_at_parts(layout)
         self._look_at_size(layout)
-        self.found["folder"] = self._folder(quick)
-        self.found["measured"] = None if quick else self._measured(layout)
+        self.found["folder"] = self._folder(speeds)
+        self.found["measured"] = self._measured(layout) if speeds else None
+        self.found["left_out"] = QUICK if quick else [] if speeds else NO_SPEEDS
         self.found["advice"] = list(advice(self.found, config))
         self.found["problems"] = self.problems
 
@@ -51,6 +72,10 @@ class _Examination:
             return ask(module, given=given)
         except NoAnswer as reason:
             self.problems.append(f"{problem}: {reason}")
+
+    def _devices_of_torch(self) -> dict | None:
+        found = self._ask("devices", problem="torch does not work here")
+        return found and {**found, "listed_by": "torch"}
 
     def _layout(self) -> Layout | None:
         if self.config is None:
@@ -77,7 +102,6 @@ class _Examination:
     def _look_at_parts(self, layout: Layout | None) -> None:
         """What megatron-core found; and of a layout that works, what the parts will be."""
         config, devices = self.config, self.found["devices"]
-        self.found["extensions"] = self.found["parts"] = None
         if devices is None:
             return
         of = None
@@ -110,13 +134,13 @@ class _Examination:
             total, gpus = planned["memory_bytes_per_rank"]["total"], devices["gpus"]
             self.problems += fit.memory_problems(self.config, total, gpus)
 
-    def _folder(self, quick: bool) -> dict | None:
+    def _folder(self, speeds: bool) -> dict | None:
         """The run's folder; without a config, the current one."""
         folder = Path(self.config.run.dir if self.config else ".").absolute()
         try:
             with disk.made(folder):
                 free = disk.room(folder)
-                speed = None if quick else disk.speed(folder)
+                speed = disk.speed(folder) if speeds else None
         except UserError as error:
             self.problems.append(str(error))
             return None
@@ -147,6 +171,17 @@ class _Examination:
             except NoAnswer as reason:
                 if needed:
                     self.problems.append(f"two processes cannot add up numbers: {reason}")
+
+
+def _listed_devices() -> dict:
+    """What devices.py says, as far as it is known without torch."""
+    return {
+        "cuda": None,
+        "nccl": None,
+        "gpus": [asdict(gpu) for gpu in nvidia_gpus()],
+        "threads": len(os.sched_getaffinity(0)),
+        "listed_by": "nvidia-smi",
+    }
 
 
 def _links() -> str | None:

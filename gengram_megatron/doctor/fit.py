@@ -30,8 +30,8 @@ def memory_problems(config: Config, rank: int, gpus: list[dict]) -> Iterator[str
         return
     if processes > len(gpus):
         yield (
-            f"launch.processes is {processes}, one for each GPU of a node, but torch sees "
-            f"{len(gpus)} here; lower it, and change the layout with it"
+            f"launch.processes is {processes}, one for each GPU of a node, but here "
+            f"there are {len(gpus)}; lower it, and change the layout with it"
         )
     smallest = min(gpus, key=lambda gpu: gpu["bytes"])
     if rank > smallest["bytes"]:

@@ -2,49 +2,47 @@
 
 from collections.abc import Iterable, Iterator
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from gengram_megatron.plan.warnings import GB
+from gengram_megatron.show import print_table, print_text
 
 
 def show(found: dict) -> None:
     """What gengram doctor prints."""
-    console = Console()
     software = found["software"].items()
-    console.print(_table("Software", ("package", "version", ""), map(_package, software)))
+    print_table(_table("Software", ("package", "version", ""), map(_package, software)))
     if found["devices"]:
-        console.print(_table("Devices", ("what", "", ""), _devices(found["devices"])))
+        print_table(_table("Devices", ("what", "", ""), _devices(found["devices"])))
     if found["links"]:
-        console.print(Text(found["links"]))
+        print(found["links"])
     if found["extensions"]:
         looked = found["extensions"].items()
         rows = [(part, one["found"] or "nothing", one["where"]) for part, one in looked]
         headings = ("looked for", "found", "by")
-        console.print(_table("Fused parts that megatron-core looks for", headings, rows))
+        print_table(_table("Fused parts that megatron-core looks for", headings, rows))
     if found["parts"]:
         rows = [(part, one["uses"], one["why"]) for part, one in found["parts"].items()]
-        console.print(_table("Parts of the model", ("part", "uses", "why"), rows))
+        print_table(_table("Parts of the model", ("part", "uses", "why"), rows))
     rows = [*_run(found), *_folder(found["folder"]), *_measured(found["measured"])]
     if rows:
-        console.print(_table("The run on this machine", ("what", "", ""), rows))
+        print_table(_table("The run on this machine", ("what", "", ""), rows))
     for kind, lines in (
         ("warning", found["plan"]["warnings"] if found["plan"] else []),
         ("advice", found["advice"]),
+        ("left out", found["left_out"]),
         ("cannot run here", found["problems"]),
     ):
         for line in lines:
-            console.print(f"{kind}: {line}", markup=False, highlight=False, soft_wrap=True)
+            print_text(f"{kind}: {line}")
 
 
 def _table(title: str, headings: tuple, rows: Iterable[tuple]) -> Table:
     table = Table(title=title, title_justify="left", show_header=any(headings[1:]))
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for row in rows:
-        # As Text, because rich would read brackets as markup.
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     return table
 
 
@@ -54,8 +52,11 @@ def _package(item: tuple[str, dict]) -> tuple[str, str, str]:
 
 
 def _devices(devices: dict) -> Iterator[tuple[str, str, str]]:
-    yield "CUDA of torch", devices["cuda"] or "none: torch is built for the CPU", ""
-    yield "NCCL", devices["nccl"] or "none", ""
+    if devices["listed_by"] == "torch":
+        yield "CUDA of torch", devices["cuda"] or "none: torch is built for the CPU", ""
+        yield "NCCL", devices["nccl"] or "none", ""
+    elif not devices["gpus"]:
+        yield "GPU", "none that nvidia-smi lists", ""
     for number, gpu in enumerate(devices["gpus"]):
         text = f"{gpu['bytes'] / GB:.1f} GB, compute capability {gpu['compute_capability']}"
         yield f"GPU {number}", gpu["name"], text

@@ -17,7 +17,7 @@ OPTIONAL = {
 """Their names for pip, and what is imported of each."""
 
 
-def software() -> dict[str, dict]:
+def software(try_imports: bool) -> dict[str, dict]:
     """Version of each package (None: not installed), and why it cannot be imported (None: it can,
     or was not tried)."""
     found = {"python": {"version": platform.python_version(), "error": None}}
@@ -27,7 +27,9 @@ def software() -> dict[str, dict]:
         there = _version(name)
         if there is None and find_spec(package.split(".")[0]):
             there = "unknown"  # put on the path without being installed
-        found[name] = {"version": there, "error": try_import(package) if there else None}
+        found[name] = {"version": there, "error": None}
+        if there and try_imports:
+            found[name]["error"] = try_import(package)
     return found
 
 

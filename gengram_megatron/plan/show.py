@@ -1,10 +1,10 @@
 """A plan as tables, for people."""
 
-from rich.console import Console
 from rich.table import Table
 
 from gengram_megatron.plan.suggest import Suggestion
 from gengram_megatron.plan.warnings import GB
+from gengram_megatron.show import print_table, print_text
 
 SHOWN = 10
 """Layouts that --suggest prints; --json has all."""
@@ -12,21 +12,19 @@ SHOWN = 10
 
 def show(plan: dict) -> None:
     """What gengram plan prints."""
-    console = Console()
-    console.print(_facts(plan))
+    print_table(_facts(plan))
     stage = plan["memory_bytes_per_rank"]["stage"] + 1
     kinds = {k: v for k, v in plan["memory_bytes_per_rank"].items() if k != "stage"}
-    console.print(_bytes(f"Memory of the fullest rank, in pipeline stage {stage}", kinds))
+    print_table(_bytes(f"Memory of the fullest rank, in pipeline stage {stage}", kinds))
     sent = {k.replace("_", " "): v for k, v in plan["bytes_sent_per_rank_and_step"].items() if v}
     if sent:
-        console.print(_bytes("Sent by a rank in a step, at most", sent))
+        print_table(_bytes("Sent by a rank in a step, at most", sent))
     if plan["tables"]:
-        console.print(_tables(plan))
+        print_table(_tables(plan))
         made = plan["projection"]
-        line = f"Key and value are projected from {made['of']}: {made['reason']}"
-        console.print(line, markup=False, highlight=False)
+        print_text(f"Key and value are projected from {made['of']}: {made['reason']}")
     for sentence in plan["warnings"]:
-        console.print(f"warning: {sentence}", markup=False, highlight=False)
+        print_text(f"warning: {sentence}")
 
 
 def _facts(plan: dict) -> Table:
@@ -100,8 +98,5 @@ def show_suggestions(found: list[Suggestion], gpus: int, gigabytes: float) -> No
             f"{time.total:.2f}",
             f"{time.arithmetic:.2f} + {time.bubble:.2f} + {time.communication:.2f}",
         )
-    console = Console()
-    console.print(shown)
-    console.print(
-        f"The first: {found[0].words or 'the config as it is'}", highlight=False, soft_wrap=True
-    )
+    print_table(shown)
+    print_text(f"The first: {found[0].words or 'the config as it is'}")

@@ -1,18 +1,20 @@
 """The command `gengram sweep`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.errors import UserError
+from gengram_megatron.files import check_writable
 from gengram_megatron.launch import slurm
 from gengram_megatron.launch.command import DryRun, Slurm, name_of_start
 from gengram_megatron.launch.job import Job, check_job
 from gengram_megatron.plan.command import smallest_world
+from gengram_megatron.show import print_table, print_text
 from gengram_megatron.sweep import results
 from gengram_megatron.sweep.runs import Runs, read_sweep
 from gengram_megatron.sweep.start import as_array, run_in_turn
@@ -33,6 +35,9 @@ def sweep(
         bool, typer.Option("--results", help="Collect validation losses: table, files, figure.")
     ] = False,
     dry_run: DryRun = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The table of --list or --results for programs.")
+    ] = False,
 ) -> None:
     """Run one config with different settings, and compare.
 
@@ -64,14 +69,19 @@ def sweep(
     loss of the last validation of every finished run, over the first key of the grid. The other
     keys give lines of their own, and runs without that key are horizontal lines.
     """
+    if as_json and (launch or dry_run):
+        raise UserError("--json is for --list and --results; leave out --launch and --dry-run")
     found = read_sweep(config, list(overrides or []))
+    if collect and found.folder.exists():  # where it does not, there are no results yet
+        for file in results.files(found.folder):
+            check_writable(file, "--results:")
     code = 0
     if launch or dry_run:
         code = _start(found, use_slurm, dry_run)
     if collect:
-        _collect(found, config)
+        _collect(found, config, as_json)
     elif list_runs or not (launch or dry_run):
-        _show(found, _states(found))
+        _show(found, _states(found), as_json)
     raise typer.Exit(code)
 
 
@@ -122,24 +132,28 @@ def _say_what_would_start(found: Runs, jobs: list[Job], use_slurm: bool) -> None
         print(*(f"would run {job.run}" for job in jobs), sep="\n")
 
 
-def _collect(found: Runs, path: Path) -> None:
+def _collect(found: Runs, path: Path, as_json: bool) -> None:
     """Print the table, and write the files and the figure."""
-    rows = _show(found, _states(found))
+    rows = _show(found, _states(found), as_json)
     if all(row["loss"] is None for row in rows):
         raise UserError(f"{path}: no run of this sweep is finished; start them with --launch")
-    files = results.write_files(rows, found.folder)
+    results.write_files(rows, found.folder)
     from gengram_megatron.sweep.plot import plot_results
 
-    files.append(found.folder / "results.png")
-    plot_results(rows, next(iter(found.sweep.grid), None), files[-1])
-    print("written:", *files)
+    *_, picture = results.files(found.folder)
+    plot_results(rows, next(iter(found.sweep.grid), None), picture)
+    if not as_json:
+        print("written:", *results.files(found.folder))
 
 
-def _show(found: Runs, states: list[State]) -> list[results.Row]:
+def _show(found: Runs, states: list[State], as_json: bool) -> list[results.Row]:
     """Print the table, and beneath it why a run could not be read; the rows."""
     rows = results.rows(found.runs, states)
-    Console().print(results.shown(rows, f"{len(rows)} runs, each in {found.folder}/<run>"))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return rows
+    print_table(results.shown(rows, f"{len(rows)} runs, each in {found.folder}/<run>"))
     for row, state in zip(rows, states):
         if state.unreadable:
-            print(f"{row['folder']} {state.objection}")
+            print_text(f"{row['folder']} {state.objection}")
     return rows

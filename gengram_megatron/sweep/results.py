@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from gengram_megatron.config.tree import describe, inline_yaml
 from gengram_megatron.files import replacing
@@ -32,6 +31,7 @@ def _row(run: SweepRun, state: State) -> Row:
         "folder": run.config.run.dir,
         "settings": run.settings,
         "state": state.words,
+        "objection": state.objection,
         "step": state.step,
         "steps": state.last,
         "samples": state.step * run.config.train.global_batch_size,
@@ -51,16 +51,14 @@ def shown(found: list[Row], title: str) -> Table:
     losses = [row["loss"] for row in found if row["loss"] is not None]
     table = Table(title=title)
     for heading in ("run", "differs in", "state"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=heading == "run")
     for heading in ("loss, nats", "bits a base"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found:
         settings = (f"{key}={_written(value)}" for key, value in row["settings"].items())
         numbers = ("" if row[name] is None else f"{row[name]:.4f}" for name in NUMBERS)
         best = "bold" if row["loss"] is not None and row["loss"] == min(losses) else None
-        # As Text, because rich would read the brackets of a list as markup.
-        cells = (row["name"], "\n".join(settings), row["state"], *numbers)
-        table.add_row(*map(Text, cells), style=best)
+        table.add_row(row["name"], "\n".join(settings), row["state"], *numbers, style=best)
     return table
 
 
@@ -68,10 +66,15 @@ def _written(value: Any) -> str:
     return describe(value) if isinstance(value, dict) else inline_yaml(value)
 
 
-def write_files(found: list[Row], folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
+    """What --results writes into the folder of a sweep: two tables and the picture."""
+    return [folder / f"results.{ending}" for ending in ("json", "csv", "png")]
+
+
+def write_files(found: list[Row], folder: Path) -> None:
     """Write results.json and results.csv, in full precision."""
-    keys, files = varied(found), [folder / "results.json", folder / "results.csv"]
-    for file in files:
+    keys, (*tables, _) = varied(found), files(folder)
+    for file in tables:
         with replacing(file) as beside, beside.open("w", newline="") as out:
             if file.suffix == ".json":
                 json.dump(found, out, indent=1)
@@ -82,4 +85,3 @@ def write_files(found: list[Row], folder: Path) -> list[Path]:
                 for row in found:
                     settings = [row["settings"].get(key, "") for key in keys]
                     writer.writerow([*settings, *(row[name] for name in plain)])
-    return files

@@ -13,7 +13,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from gengram_megatron.config.load import check_tree, tree_at, with_overrides
+from gengram_megatron.config.load import (
+    check_tree,
+    refuse_other_kinds,
+    tree_at,
+    with_overrides,
+)
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.section import Name, NonNegative, Positive, Section
 from gengram_megatron.config.tree import Tree, inline_yaml, read_tree
@@ -73,7 +78,14 @@ def read_sweep(path: Path, overrides: list[str]) -> Runs:
 
     Raises UserError with one line for each thing that is wrong in the file or in a run.
     """
-    tree, problems = with_overrides(read_tree(path), overrides)
+    tree = read_tree(path)
+    refuse_other_kinds(tree, path, {*Config.model_fields, *SweepFile.model_fields})
+    tree, problems = with_overrides(tree, overrides)
+    if "sweep" not in tree.value:
+        raise UserError(
+            f"{path}: this is the config of a single run: use `gengram train {path}`, or give it a "
+            "section sweep that says what varies"
+        )
     shared = Tree({k: v for k, v in tree.value.items() if k != "sweep"}, tree.place)
     varied = Tree({k: v for k, v in tree.value.items() if k == "sweep"}, tree.place)
     sweep = check_tree(varied, path, SweepFile, problems).sweep

@@ -43,3 +43,10 @@ def agree(
         stop=stops > 0,
         writing=writers > 0,
     )
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank. Called by all ranks."""
+    flags = torch.tensor(flag, dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())

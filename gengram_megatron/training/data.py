@@ -15,6 +15,7 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import BlendPart, Config
 from gengram_megatron.data.batches import microbatches
 from gengram_megatron.data.blend import BlendOrder
+from gengram_megatron.data.checksums import DataFile
 from gengram_megatron.data.dataset import FragmentDataset
 from gengram_megatron.data.order import SampleOrder
 from gengram_megatron.errors import UserError
@@ -61,6 +62,12 @@ class RunData:
     def facts(self) -> list[dict]:
         """What decides, with the seed, which sample stands at each position of the run."""
         return [{"sha256": one.train.sha256, "share": str(one.share)} for one in self.sets]
+
+    @property
+    def files(self) -> list[DataFile]:
+        """All files that the run reads samples from."""
+        splits = [split for one in self.sets for split in (one.train, one.validation)]
+        return [file for split in splits for file in split.files]
 
     def statement(self, samples: int) -> list[str]:
         """How often a run of so many samples goes through each set, a line each, and a warning

@@ -8,6 +8,7 @@ word for numbers that are not finite, so they are written as the strings "NaN", 
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from uuid import uuid4
 
@@ -23,6 +24,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 class RunLog:
     """Writes the measurements of one run. One rank of the job makes one; the others have none.
+    It touches no file before the first measurement, so a job that trains nothing changes none.
 
     A run that was killed has written steps after its last checkpoint, which the resumed run does
     again. Their lines move to metrics.discarded.jsonl, so that metrics.jsonl holds each step once.
@@ -34,17 +36,25 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, config: Config, resume_step: int):
+        self._run_dir, self._config, self._resume_step = Path(run_dir), config, resume_step
+        self._path = self._run_dir / FILE
+        if config.logging.wandb:
+            _import_wandb()  # a missing package is told before the first step
+        self.written = False
+
+    def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        wandb = config.logging.wandb
-        self._wandb = _start_wandb(run_dir, wandb, config) if wandb else None
-        _discard_after(run_dir, resume_step)
-        self._path = run_dir / FILE
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        wandb = self._config.logging.wandb
+        self._wandb = _start_wandb(self._run_dir, wandb, self._config) if wandb else None
+        _discard_after(self._run_dir, self._resume_step)
         self._file = self._path.open("a")
         # purge_step hides the events of steps that are done again.
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._tensorboard = SummaryWriter(
+            str(self._run_dir / "tensorboard"), purge_step=self._resume_step + 1
+        )
+        self.written = True
 
     def train(self, *, step: int, samples: int, tokens: int, loss: float, **others: float) -> None:
         """One training step.
@@ -71,11 +81,13 @@ class RunLog:
 
     def has_validation(self, step: int) -> bool:
         """Whether the run was validated after a step, in this job or in one before it."""
-        entries = read_metrics(self._path)
+        entries = read_metrics(self._path) if self._path.exists() else []
         return any(e["kind"] == "validation" and e["step"] == step for e in entries)
 
     def close(self) -> None:
         """Flush and close everything."""
+        if not self.written:
+            return
         self._file.close()
         self._tensorboard.close()
         if self._wandb:
@@ -90,6 +102,8 @@ class RunLog:
     def _write(
         self, kind: str, step: int, samples: int, tokens: int, loss: float, others: dict[str, float]
     ) -> None:
+        if not self.written:
+            self._open()
         numbers = {"samples": samples, "tokens": tokens, "loss": loss}
         numbers |= {"bits_per_base": loss / math.log(2), **others}
         self._file.write(_to_json({"kind": kind, "step": step, **numbers}) + "\n")
@@ -159,8 +173,7 @@ def _to_float(value: Any) -> Any:
     return float(value) if value in NOT_FINITE else value
 
 
-def _start_wandb(run_dir: Path, settings: WeightsAndBiases, config: Config) -> Any:
-    """The Weights & Biases run of this folder: a new one, or the one it already belongs to."""
+def _import_wandb() -> ModuleType:
     try:
         import wandb
     except ImportError:
@@ -168,6 +181,12 @@ def _start_wandb(run_dir: Path, settings: WeightsAndBiases, config: Config) -> A
             "logging.wandb is set, but the package wandb is missing: "
             "pip install gengram-megatron[wandb], or remove the key"
         ) from None
+    return wandb
+
+
+def _start_wandb(run_dir: Path, settings: WeightsAndBiases, config: Config) -> Any:
+    """The Weights & Biases run of this folder: a new one, or the one it already belongs to."""
+    wandb = _import_wandb()
     id_file = run_dir / "wandb.id"
     if not id_file.exists():
         id_file.write_text(uuid4().hex)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,18 @@ from torch import Tensor
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import NotFinite
 from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.devices import check_gpu
-from gengram_megatron.training.folder import locked, make_folder, write_config
+from gengram_megatron.training.folder import (
+    changed_keys,
+    locked,
+    make_folder,
+    remove_if_unused,
+    write_config,
+)
+from gengram_megatron.training.nodes import check_nodes, telling_all_nodes
 from gengram_megatron.training.processes import end_processes, start_processes
 from gengram_megatron.training.uniform import UniformCheck
 from gengram_megatron.training.waiting import Waiting
@@ -32,21 +40,26 @@ SKIPS = 10
 """Batches that are left out in a row; after the last of them the run stops."""
 
 
-def train(config: Config, layout: Layout) -> int:
+def train(config: Config, layout: Layout, signals: StopSignals) -> int:
     """Train from the newest checkpoint of config.run.dir, or from the start, to the end.
+
+    signals: entered by the caller, who does so before torch is imported.
 
     Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
     """
     check_gpu(config)
-    data, folder = RunData(config), Path(config.run.dir)
-    make_folder(folder)
-    _, rank = world_size_from_environment()
+    folder, (_, rank) = Path(config.run.dir), world_size_from_environment()
+    join = partial(start_processes, layout, config.run.seed, rank, config.train.deterministic)
     with ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(locked(folder))
-        signals = stack.enter_context(StopSignals())
+        with telling_all_nodes(layout.world_size, join):
+            data = RunData(config)
+            make_folder(folder)
+            if rank == 0:
+                stack.enter_context(locked(folder))
+                stack.callback(remove_if_unused, folder)
         stack.callback(end_processes)
-        start_processes(layout, config.run.seed, rank, config.train.deterministic)
+        join()
+        check_nodes(folder, data, signals)
         return _Run(config, layout, data, signals).run()
 
 
@@ -108,16 +121,32 @@ class _Run:
             for line in self.data.statement(self.layout.samples):
                 self._say(line)
             self._say(self._place(beginning))
-            if self._left_to_validate(start):
-                self._validate(start)
+            for line in self._changed_keys(start):
+                self._say(line)
+            if self._left_to_validate(start) and not self._validate(start):
+                return self._stopped(start)
             batches = stack.enter_context(closing(self._batches_from(start)))
             code = self._train_from(start, Waiting(batches))
             if self.first_rank:
                 self.progress.end()
                 self._warn(self.uniform.at_end() if code == 0 else None)
-        if self.first_rank:
+        if self.first_rank and self.log.written:
             self._plot()
         return code
+
+    def _changed_keys(self, start: int) -> list[str]:
+        """What this job has otherwise than the one whose checkpoint it goes on from, a line a key.
+
+        Only on the first rank, which also keeps the earlier config for the record.
+        """
+        if not (self.first_rank and start):
+            self.earlier_config = None
+            return []
+        from gengram_megatron.checkpoint.stored import read_common
+
+        self.earlier_config = read_common(self.state.store.path(start))["config"]
+        changed = changed_keys(self.earlier_config, self.config.model_dump())
+        return [f"{line} since step {start}" for line in changed]
 
     def _batches_from(self, start: int) -> Iterator[Tensor]:
         """Microbatches after a step. To close it ends the processes that read: they ignore the
@@ -133,21 +162,27 @@ class _Run:
         return left[0]
 
     def _train_from(self, start: int, batches: Waiting) -> int:
+        from gengram_megatron.training.agreement import any_rank
+
         settings, last = self.config, self._last_step()
+        if start < last and any_rank(self.signals.received):  # while modules or weights were loaded
+            return self._stopped(start)
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
             result = self._step(step, batches)
             seconds = time.perf_counter() - began
+            if self.first_rank and step == start + 1:
+                write_config(self.folder, self.config, start, self.earlier_config)
             self._report(step, result, seconds, batches.take() / seconds)
             if not result.agreed.finite:
                 self._not_finite(step, result)
             self._warn(self.state.poll(result.agreed.writing))
-            if result.agreed.stop and step < last:
-                # The time left may be short: a validation is left to the job that goes on.
+            # The time left after a request to stop may be short: a validation that is due, or has
+            # begun, is left to the job that goes on.
+            due = _due(step, settings.train.validation_interval, last)
+            if result.agreed.stop or (due and not self._validate(step)):
                 self._save_to_stop(step)
-                return REQUEUE
-            if _due(step, settings.train.validation_interval, last):
-                self._validate(step)
+                return self._stopped(step)
             # After the validation: a run cut between the two would not repeat it.
             at_end = last if settings.checkpoint.at_end else None
             if _due(step, settings.checkpoint.interval, at_end):
@@ -165,11 +200,15 @@ class _Run:
     def _save_to_stop(self, step: int) -> None:
         self._save(step, must=True)
         self.state.wait()
+
+    def _stopped(self, step: int) -> int:
+        """Say that a signal ended this job after a step, and from where the next one goes on."""
         done = f"saved after step {step}" if self.trained else f"nothing to save after step {step}"
         self._say(
             f"{self.folder}: asked by a signal to stop; {done} of {self.layout.steps}. "
             f"Exit code {REQUEUE}: the same command goes on from there"
         )
+        return REQUEUE
 
     def _not_finite(self, step: int, result: _Step) -> None:
         """The policy for a loss or gradient that is not finite; no weight has changed."""
@@ -182,9 +221,11 @@ class _Run:
             return
         self._warn(self.state.wait())
         cause = diagnose(self.chunks, lambda: self._compute(iter(result.microbatches)))
-        raise UserError(
-            f"{found}: {cause}. Training goes on from the last checkpoint if it is started again; "
-            "lower optimizer.lr, or set train.on_nan to skip"
+        newest = self.state.store.newest()
+        again = f"goes on from {newest.name}" if newest else "begins anew, as nothing was saved yet"
+        raise NotFinite(
+            f"{found}: {cause}. The same command {again}; lower optimizer.lr, or set train.on_nan "
+            "to skip"
         )
 
     def _last_step(self) -> int:
@@ -210,8 +251,9 @@ class _Run:
 
         agreed = None
         grad_norm = self.optimizer.step_if(accept)
-        self.schedule.step(self.config.train.global_batch_size)
         if agreed.finite:
+            # A batch that was left out does not advance the schedule, as in Megatron-LM.
+            self.schedule.step(self.config.train.global_batch_size)
             self.trained, self.skipped_in_a_row = True, 0
         skips = self.config.train.on_nan == "skip"
         return _Step(
@@ -258,8 +300,9 @@ class _Run:
             return {}
         return {"rows_touched": self.touched.take(parallel_state.get_data_parallel_group())}
 
-    def _validate(self, step: int) -> None:
-        from gengram_megatron.training.agreement import agree
+    def _validate(self, step: int) -> bool:
+        """A validation after a step; False if a request to stop came before its end."""
+        from gengram_megatron.training.agreement import agree, any_rank
         from gengram_megatron.training.step import forward_backward
 
         for chunk in self.chunks:
@@ -277,6 +320,8 @@ class _Run:
                         self.chunks, part.batches, self.config, self.layout, forward_only=True
                     )
                 )
+                if any_rank(self.signals.received):
+                    return False
             report = None if reports[0] is None else torch.stack(reports).sum(0)
             losses[part.name] = agree(report).loss
         if self.first_rank:
@@ -284,6 +329,7 @@ class _Run:
             named = {f"loss/{name}": nats for name, nats in of_sets.items()}
             self.log.validation(step=step, loss=loss, **named, **self._place_in_data(step))
             self.progress.validation(step=step, loss=loss, of_sets=of_sets)
+        return True
 
     def _report(self, step: int, result: _Step, seconds: float, data_wait: float) -> None:
         tokens = self.config.train.global_batch_size * self.config.model.seq_length
@@ -311,7 +357,6 @@ class _Run:
         from gengram_megatron.training.metrics import RunLog
         from gengram_megatron.training.progress import Progress
 
-        write_config(self.folder, self.config, start)
         self.log = stack.enter_context(RunLog(self.folder, self.config, start))
         self.progress = stack.enter_context(
             Progress(

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -82,6 +83,40 @@ def kill_writer(step: int) -> None:
     FileSystemWriterAsync.write_preloaded_data = staticmethod(killed)
 
 
+def write_elsewhere() -> None:
+    """The second rank's node has a checkpoint's folder of its own: what it writes lies there, and
+    the first rank looks for it for a short time."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from gengram_megatron.checkpoint import state
+
+    state.VISIBLE_SECONDS = 0.5
+    whole = FileSystemWriterAsync.write_preloaded_data
+
+    def apart(*args, write_bucket, **kwargs):
+        path, *rest = write_bucket
+        if Path(path).name.startswith("__1_"):
+            path = Path(path).with_name(f".elsewhere_{Path(path).name}")
+        return whole(*args, write_bucket=(path, *rest), **kwargs)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(apart)
+
+
 def limit_file_size(size: int) -> None:
     """The disk takes no more than so many bytes of a file."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def signal_at(rank: int, method: str, number: signal.Signals, step: int | None = None) -> None:
+    """A rank gets a signal as it enters a method of the run: `__init__`, or one that is called with
+    the number of the step."""
+    from gengram_megatron.training.run import _Run
+
+    whole = getattr(_Run, method)
+
+    def with_signal(self, *args):
+        if dist.get_rank() == rank and step in (None, args[0]):
+            signal.raise_signal(number)
+        return whole(self, *args)
+
+    setattr(_Run, method, with_signal)

@@ -11,15 +11,7 @@ def attention_problems(config: Config) -> Iterator[str]:
     model = config.model
     heads, groups = model.num_attention_heads, model.num_query_groups
     if model.attention == "gqa":
-        if groups is None:
-            yield (
-                "model.attention is gqa, which needs model.num_query_groups: give the number of "
-                "key-value heads, or set model.attention to mha"
-            )
-        else:
-            yield from multiple(
-                "model.num_attention_heads", heads, "model.num_query_groups", groups
-            )
+        yield from multiple("model.num_attention_heads", heads, "model.num_query_groups", groups)
     elif groups not in (None, heads):
         yield (
             f"model.num_query_groups is {groups}, but model.attention is {model.attention}, which "
