@@ -83,7 +83,8 @@ def loss_by_weights(fates: dict[str, np.ndarray], weights: Weights, tokens: int)
             f"tokens; used: {used[group]:,} fragments, {used[group] * tokens:,} tokens), because "
             f"group {scarcest} has no more for its weight"
             for group in fates
-            if lost[group] > WORTH_SAYING * (lost[group] + used[group])
+            if lost[group] >= weights[group]  # fewer is its own rest, not for another's lack
+            and lost[group] > WORTH_SAYING * (lost[group] + used[group])
         ]
     if not losses:
         return None
