@@ -1,18 +1,22 @@
 """The split and the mix, against obvious loops over single bases and fragments."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.fragment import Fate, Record, add_n, count_n, drop_n
+from data_prep.fasta import read_fasta
+from data_prep.fragment import Fate, Record, add_n, count_n, drop_n, grid
 from data_prep.mix import balance, loss_by_weights
 from data_prep.schema import DataConfig, Source
 from data_prep.split import Regions, assign, held_out
 from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import BASE_IDS
 
+HUMAN = Path(__file__).parent.parent / "sample_data/human_GRCh37_chr20_30M-34M.fa.gz"
 GROUPS = {"g": {"sources": {"x": {"fasta": "x.fa"}}}}
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
@@ -168,6 +172,26 @@ def test_blocks_are_spread_evenly_over_a_record_and_not_at_its_ends(rule, length
     expected = (np.arange(blocks) + 0.5) / blocks * len(fates)
     assert np.abs(middles - expected).max() <= 2
     assert held[0] > len(fates) / blocks / 3 and held[-1] < len(fates) * (1 - 1 / blocks / 3)
+
+
+def gc_gaps(gc: np.ndarray, blocks: int) -> np.ndarray:
+    """Mean of validation less that of training, for a split moved to each place along a record."""
+    records = records_of([4 * len(gc)])
+    held = fates_of(records, regions_of(records, 0.05, blocks))[0] == Fate.VALIDATION
+    moved = [np.roll(held, step) for step in range(0, len(gc), 11)]
+    return np.array([gc[mask].mean() - gc[~mask].mean() for mask in moved])
+
+
+def test_the_composition_of_blocks_is_that_of_the_record():
+    telomeres = np.full(8000, 0.44)
+    telomeres[:400] = telomeres[-400:] = 0.56
+    assert gc_gaps(telomeres, 1)[0] > 0.1  # the end is one
+    assert abs(gc_gaps(telomeres, 20)[0]) < 0.015
+    # The DNA that is shipped has no telomere; over all places it is the same.
+    ((_, ids),) = read_fasta(HUMAN)
+    gc = np.isin(grid(ids, 512), BASE_IDS[1:3]).mean(axis=1)
+    one, twenty = (np.sqrt(np.mean(gc_gaps(gc, blocks) ** 2)) for blocks in (1, 20))
+    assert one == pytest.approx(0.024, abs=0.001) and twenty == pytest.approx(0.011, abs=0.001)
 
 
 @pytest.mark.parametrize("order", ["as they are", "reversed", "one long one among them"])
