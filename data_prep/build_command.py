@@ -30,8 +30,8 @@ def build(
     Each record is cut on a grid into fragments of seq_length bases; a fragment and an
     end-of-document token make one document and one training sample. Letter case is folded and
     IUPAC's ambiguity codes are read as N. The groups are mixed by their weights, exactly, without
-    repeating a fragment. The end of each file (or the records or regions you name) is held out
-    for validation; fragments that cross that border are dropped.
+    repeating a fragment. Blocks spread over each record (or the records or regions you name) are
+    held out for validation; fragments that cross a border of one are dropped.
 
     A config in full:
 
@@ -39,7 +39,8 @@ def build(
         output: datasets/apes        # relative to the current folder
         seq_length: 8192
         seed: 1234                   # decides what the mix leaves out, and strands
-        validation: 0.05             # share held out at the end of each file
+        validation: 0.05             # share held out
+        validation_blocks: 20        # blocks a record that it comes in; 1: the end of each file
         max_n_fraction: 0.1          # fragments with more N are dropped
         gene_distance: 5120          # fragments farther than this from every gene are dropped
         total_tokens: 50000000000    # of the train split, at most; left out: all there are
@@ -48,7 +49,7 @@ def build(
         workers: 8                   # processes; left out: the cores, at most a source each
         groups:
           human:
-            weight: 1
+            weight: 1                # parts of the mix; size, in every group: all that there is
             sources:
               chm13:
                 fasta: genomes/chm13.fa.gz
