@@ -140,7 +140,7 @@ def _look_over(
     work.keep_survey(source, settings, survey(source, advance, config))
 
 
-SURVEYED = ("seq_length", "max_n_fraction", "validation", "validation_blocks", "gene_distance")
+SURVEYED = ("seq_length", "max_n_fraction", "validation", "gene_distance")
 """The keys of the data set, beside those of the source, that a survey hangs on."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data_prep.schema import WAYS, DataConfig
+from data_prep.schema import DataConfig
 from gengram_megatron import __version__
 from gengram_megatron.errors import UserError
 from gengram_megatron.files import checksum
@@ -91,8 +91,6 @@ def difference(
     manifest, settings = read_manifest(folder), settings_of(config)
     earlier = _with_defaults(manifest["settings"])
     other = [key for key in settings if settings[key] != earlier.get(key)]
-    if not _holds_out_a_share(config):
-        other = [key for key in other if key != "validation_blocks"]
     if other:
         return f"was built with other settings ({', '.join(other)})"
     damaged = [
@@ -112,26 +110,11 @@ def difference(
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a manifest with what keys that came later would have to be for the same data set:
-    their defaults, but for validation_blocks, before which all was at the end."""
+    """Settings of a manifest with the defaults of keys that came later, which change nothing."""
     try:
-        settings = {"validation_blocks": 1, **settings, "output": "any"}
-        return settings_of(DataConfig.model_validate(settings))
+        return settings_of(DataConfig.model_validate({**settings, "output": "any"}))
     except ValidationError:
         return settings
-
-
-def _holds_out_a_share(config: DataConfig) -> bool:
-    """Whether a share of any source is held out, and not what records, regions or headers name."""
-    sources = [source for group in config.groups.values() for source in group.sources.values()]
-    named = WAYS[1:]
-    return any(
-        source.validation is not None
-        or (
-            config.validation_headers is None and all(getattr(source, way) is None for way in named)
-        )
-        for source in sources
-    )
 
 
 def _contains(recorded: dict | None, facts: dict | None) -> bool:

@@ -40,10 +40,7 @@ class Source(Section):
         description="of the files that fasta stands for, those whose text for the * begins so",
     )
     validation: Share | None = Field(
-        None, description="share of its fragments held out; null: the data set's"
-    )
-    validation_blocks: Positive | None = Field(
-        None, description="blocks of each record in which that share lies; null: the data set's"
+        None, description="share of the bases held out at the end; null: the data set's"
     )
     validation_records: list[str] | None = Field(
         None, description="records held out instead, by name"
@@ -82,13 +79,6 @@ class Source(Section):
     def _one_way(self) -> "Source":
         if sum(getattr(self, way) is not None for way in WAYS) > 1:
             raise ValueError(f"give one of {', '.join(WAYS)}, not several")
-        if self.validation_blocks is not None:
-            for way in WAYS[1:]:
-                if getattr(self, way) is not None:
-                    raise ValueError(
-                        f"validation_blocks is about a share, and {way} names what is held out; "
-                        "leave one of them out"
-                    )
         return self
 
     @model_validator(mode="after")
@@ -125,14 +115,7 @@ class DataConfig(Section):
     seed: NonNegative = Field(1234, description="decides what a mix leaves out, and the strands")
     max_n_fraction: Fraction = Field(0.1, description="fragments with a larger share of N go")
     validation: Share = Field(
-        0.05,
-        description="share held out of each source, of the fragments that the rules about N and "
-        "genes keep",
-    )
-    validation_blocks: Positive = Field(
-        20,
-        description="blocks of each record in which that share lies, evenly over the record; fewer "
-        "in a record whose share has fewer fragments. 1: all at the end of the file",
+        0.05, description="share of each source's bases held out, at the end of its file"
     )
     validation_headers: Regex | None = Field(
         None,
@@ -162,19 +145,6 @@ class DataConfig(Section):
         "each. The data set is the same",
     )
     groups: dict[Name, Group] = Field(min_length=1, description="parts of the mix by name")
-
-    @model_validator(mode="after")
-    def _blocks_are_of_a_share(self) -> "DataConfig":
-        for group, sources in ((name, group.sources) for name, group in self.groups.items()):
-            for name, source in sources.items():
-                blocks, share = source.validation_blocks, source.validation
-                if self.validation_headers is not None and blocks is not None and share is None:
-                    raise ValueError(
-                        f"groups.{group}.sources.{name} has validation_blocks, and what of it is "
-                        "held out is what validation_headers says; give it validation as well, or "
-                        "leave validation_blocks out"
-                    )
-        return self
 
     @model_validator(mode="after")
     def _all_have_genes(self) -> "DataConfig":

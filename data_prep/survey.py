@@ -12,7 +12,7 @@ from data_prep import fragment, genes, split
 from data_prep.chromosomes import with_chromosomes
 from data_prep.compressed import Hashed, bytes_after
 from data_prep.fasta import read_counts
-from data_prep.fragment import Fate, Record
+from data_prep.fragment import Record
 from data_prep.manifest import file_facts
 from data_prep.schema import DataConfig
 from data_prep.sources import Input
@@ -57,20 +57,9 @@ def survey(source: Input, advance: Advance, config: DataConfig) -> Survey:
     if composition["N"] == bases:
         raise UserError(f"{source.path} has no base but N")
     fragment.check_longest(source.path, records, config.seq_length)
-    fates, found_genes = _dropped(source, config, records)
-    kept = [np.flatnonzero(fate == Fate.TRAIN) for fate in fates]
-    held_out = split.held_out(
-        source.settings,
-        config.validation,
-        config.validation_blocks,
-        records,
-        kept,
-        config.seq_length,
-    )
-    for fate, record in zip(fates, records):
-        of_split = split.assign(record, held_out, config.seq_length)
-        decided = (fate == Fate.TRAIN) | (of_split == Fate.STRADDLES)
-        fate[decided] = of_split[decided]
+    held_out = split.held_out(source.settings, config.validation, records)
+    fates = [split.assign(record, held_out, config.seq_length) for record in records]
+    found_genes = _drop(fates, source, config, records)
     facts |= {key: file_facts(path) for key, path in source.files.items() if key != "fasta"}
     after = {key: count for key, path in source.files.items() if (count := bytes_after(path))}
     facts |= {"bytes_after_compressed_data": after} if after else {}
@@ -125,17 +114,16 @@ def _read(
         return file.facts(), records, dict(zip(BASES, composition.tolist()))
 
 
-def _dropped(
-    source: Input, config: DataConfig, records: list[Record]
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """The fates of the fragments of each record as if nothing were held out: which of them the rules
-    about N and genes drop. And what the manifest says of the genes."""
-    fates = [np.full(len(record.n_bases), Fate.TRAIN, dtype=np.uint8) for record in records]
+def _drop(
+    fates: list[np.ndarray], source: Input, config: DataConfig, records: list[Record]
+) -> dict[str, Any]:
+    """Give the fragments of each record that the config does not want their fate, of those still
+    in a split; returns what the manifest says of the genes."""
     for record, fate in zip(records, fates):
         fragment.drop_n(fate, record, config.seq_length, config.max_n_fraction)
     if config.gene_distance is None:
-        return fates, {}
-    return fates, genes.drop_far(
+        return {}
+    return genes.drop_far(
         fates,
         records,
         source.settings,

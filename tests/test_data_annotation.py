@@ -302,13 +302,7 @@ def sample(output: Path, **chr20) -> DataConfig:
     fasta = "sample_data/human_GRCh37_chr20_30M-34M.fa.gz"
     groups = {"human": {"sources": {"chr20": {"fasta": fasta, **chr20}}}}
     return DataConfig.model_validate(
-        {
-            "output": str(output),
-            "seq_length": 512,
-            "gene_distance": 5120,
-            "validation_blocks": 1,
-            "groups": groups,
-        }
+        {"output": str(output), "seq_length": 512, "gene_distance": 5120, "groups": groups}
     )
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from data_prep.build import build
 from data_prep.schema import DataConfig
-from data_prep.split import spread_evenly
 from data_prep.strand import draw
 from gengram_megatron.errors import UserError
 from tests.origins import Origins
@@ -31,7 +30,6 @@ rules = st.fixed_dictionaries(
         "gene_distance": st.sampled_from([None, 0, 3, 11]),
         "reverse_complement": st.sampled_from([0, 0.5, 1]),
         "validation": st.sampled_from([0.1, 0.5]),
-        "validation_blocks": st.sampled_from([1, 2, 20]),
         "validation_headers": st.sampled_from([None, "held"]),
     }
 )
@@ -53,21 +51,15 @@ def slow_documents(records: list, config: DataConfig, split: str) -> list[tuple]
             inside = [(number, base) in held for base in range(start, end)]
             fragment = bases[start:end]
             if all(inside) if split == "validation" else not any(inside):
-                if not slow_kept(bases, start, genes, config):
+                if fragment.count("N") > config.max_n_fraction * length:
+                    continue
+                if config.gene_distance is not None and not slow_near(start, end, genes, config):
                     continue
                 if turned[place]:
                     fragment = "".join(PAIRS[base] for base in reversed(fragment))
                 tokens = [*(IDS[base] for base in fragment), 12]
                 found.append((f"r{number}", start, "+-"[int(turned[place])], tokens))
     return found
-
-
-def slow_kept(bases: str, start: int, genes: list, config: DataConfig) -> bool:
-    """Whether the rules about N and genes keep a fragment."""
-    end = start + config.seq_length
-    if bases[start:end].count("N") > config.max_n_fraction * config.seq_length:
-        return False
-    return config.gene_distance is None or slow_near(start, end, genes, config)
 
 
 def slow_held_out(records: list, config: DataConfig) -> set[tuple[int, int]]:
@@ -79,8 +71,6 @@ def slow_held_out(records: list, config: DataConfig) -> set[tuple[int, int]]:
             for base in range(len(text))
             if held
         }
-    if config.validation_blocks > 1:
-        return slow_blocks(records, config)
     budget = round(config.validation * sum(len(text) for text, *_ in records))
     left, held = budget, set()
     for number in reversed(range(len(records))):
@@ -91,24 +81,6 @@ def slow_held_out(records: list, config: DataConfig) -> set[tuple[int, int]]:
         if taken < length:
             break
     return held
-
-
-def slow_blocks(records: list, config: DataConfig) -> set[tuple[int, int]]:
-    """The bases of the fragments that lie in blocks, of those that the other rules keep."""
-    kept = []
-    for text, genes, _ in records:
-        bases = "".join(base if base in "ACGT" else "N" for base in text.upper())
-        genes = [(first, size) for first, size in genes if first < len(bases)]
-        starts = range(0, len(bases) - config.seq_length + 1, config.seq_length)
-        kept.append([start for start in starts if slow_kept(bases, start, genes, config)])
-    chosen = spread_evenly([*map(len, kept)], config.validation, config.validation_blocks)
-    return {
-        (number, base)
-        for number, spans in enumerate(chosen)
-        for first, end in spans
-        for start in kept[number][first:end]
-        for base in range(start, start + config.seq_length)
-    }
 
 
 def slow_near(start: int, end: int, genes: list, config: DataConfig) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data_prep.fragment import Fate, Record, add_n, count_n, drop_n
 from data_prep.mix import balance
 from data_prep.schema import Source
-from data_prep.split import assign, held_out, spread_evenly
+from data_prep.split import assign, held_out
 from gengram_megatron.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
@@ -19,12 +19,6 @@ def records_of(lengths, seq_length=4):
         Record(f"r{number}", length, np.zeros(length // seq_length, dtype=np.uint32))
         for number, length in enumerate(lengths)
     ]
-
-
-def share_of(records, share, blocks=1, seq_length=4, kept=None):
-    """The regions of a source of which only a share is given; `kept` as of held_out, null: all."""
-    kept = [np.arange(len(record.n_bases)) for record in records] if kept is None else kept
-    return held_out(Source(fasta="x"), share, blocks, records, kept, seq_length)
 
 
 def held_bases(regions, records) -> dict[str, list[bool]]:
@@ -39,10 +33,10 @@ def held_bases(regions, records) -> dict[str, list[bool]]:
 
 
 @settings(deadline=None)  # the machine may be busy
-@given(LENGTHS, st.floats(0, 0.99), st.integers(1, 7), st.sampled_from([1, 2, 3, 20]))
-def test_no_base_is_in_both_splits(lengths, share, seq_length, blocks):
+@given(LENGTHS, st.floats(0, 0.99), st.integers(1, 7))
+def test_no_base_is_in_both_splits(lengths, share, seq_length):
     records = records_of(lengths, seq_length)
-    regions = share_of(records, share, blocks, seq_length)
+    regions = held_out(Source(fasta="x"), share, records)
     held = held_bases(regions, records)
     for record in records:
         for number, fate in enumerate(assign(record, regions, seq_length)):
@@ -55,7 +49,7 @@ def test_no_base_is_in_both_splits(lengths, share, seq_length, blocks):
 @given(LENGTHS, st.floats(0, 0.99))
 def test_the_share_at_the_end_of_a_file(lengths, share):
     records = records_of(lengths)
-    held = held_bases(share_of(records, share), records)
+    held = held_bases(held_out(Source(fasta="x"), share, records), records)
     flags = [flag for record in records for flag in held[record.name]]
     budget = round(share * sum(lengths))
     assert flags == sorted(flags)  # one stretch, at the end of the file
@@ -66,78 +60,12 @@ def test_the_share_at_the_end_of_a_file(lengths, share):
         assert sum(flags) + first.length > budget
 
 
-@settings(deadline=None)  # the machine may be busy
-@given(
-    st.lists(st.lists(st.booleans(), max_size=80), min_size=1, max_size=6),
-    st.floats(0, 0.99),
-    st.integers(2, 25),
-)
-def test_a_share_in_blocks_is_exact_among_the_fragments_that_are_kept(keeps, share, blocks):
-    records = records_of([4 * len(keep) + 3 for keep in keeps])
-    kept = [np.flatnonzero(keep) for keep in keeps]
-    regions = share_of(records, share, blocks, kept=kept)
-    fates = [assign(record, regions, 4) for record in records]
-    held = sum(int((fate[own] == Fate.VALIDATION).sum()) for fate, own in zip(fates, kept))
-    assert held == round(share * sum(map(len, kept)))
-    assert not any((fate == Fate.STRADDLES).any() for fate in fates)
-
-
-@settings(deadline=None)  # the machine may be busy
-@given(st.integers(1, 3000), st.floats(0.001, 0.99), st.integers(2, 40))
-def test_blocks_lie_evenly_over_a_record(size, share, blocks):
-    (spans,) = spread_evenly([size], share, blocks)
-    count = round(share * size)
-    if share * size < 1:  # a record too short for a block, alone in its file
-        assert sum(end - first for first, end in spans) == count
-        return
-    assert len(spans) == min(blocks, count)
-    held = [end - first for first, end in spans]
-    assert sum(held) == count and max(held) - min(held) <= 1
-    firsts, ends = ([span[side] for span in spans] for side in (0, 1))
-    between = [first - end for first, end in zip(firsts[1:], ends)]
-    assert max(between, default=0) - min(between, default=0) <= 1
-    whole_gap = (size - count) / len(spans)
-    assert all(abs(gap - whole_gap / 2) <= 1 for gap in (firsts[0], size - ends[-1]))
-
-
-@settings(deadline=None)  # the machine may be busy
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.floats(0.001, 0.99))
-def test_short_records_are_held_out_whole_and_evenly(sizes, share):
-    sizes = [size for size in sizes if share * size < 1]
-    chosen = spread_evenly(sizes, share, 20)
-    held = [sum(end - first for first, end in spans) for spans in chosen]
-    count = round(share * sum(sizes))
-    assert sum(held) == count
-    assert all(len(spans) <= 1 for spans in chosen)
-    assert sum(0 < some < size for some, size in zip(held, sizes)) <= 1
-    for records in range(1, len(sizes)):  # so many first ones have their share, to half a record
-        due = count * sum(sizes[:records]) / max(sum(sizes), 1)
-        assert abs(sum(held[:records]) - due) <= max(sizes) / 2 + 1e-9
-
-
-def test_one_block_is_the_end_of_the_file_and_many_are_not():
-    records = records_of([4000, 40])
-    assert share_of(records, 0.1) == {"r1": [(0, 40)], "r0": [(3636, 4000)]}
-    spread = share_of(records, 0.1, blocks=4)
-    assert [span[0] // 100 for span in spread["r0"]] == [4, 14, 24, 34]
-    source = Source(fasta="x", validation_blocks=1)
-    kept = [np.arange(len(record.n_bases)) for record in records]
-    assert held_out(source, 0.1, 4, records, kept, 4) == share_of(records, 0.1)
-
-
-@pytest.mark.parametrize("way", ["validation_records", "validation_regions", "validation_headers"])
-def test_blocks_of_what_is_named_are_refused(way):
-    value = "chrX" if way == "validation_headers" else ["r0:1-4"]
-    with pytest.raises(ValueError, match=f"validation_blocks .* {way} "):
-        Source(fasta="x", validation_blocks=2, **{way: value})
-
-
 def test_named_records_and_regions():
     records = records_of([20, 20, 20])
     source = Source(fasta="x.fa", validation_records=["r1"])
-    assert held_out(source, 0.5, 20, records, [], 4) == {"r1": [(0, 20)]}
+    assert held_out(source, 0.5, records) == {"r1": [(0, 20)]}
     source = Source(fasta="x.fa", validation_regions=["r0:13-20", "r0:1-4", "r2:1-1"])
-    assert held_out(source, 0.5, 20, records, [], 4) == {"r0": [(0, 4), (12, 20)], "r2": [(0, 1)]}
+    assert held_out(source, 0.5, records) == {"r0": [(0, 4), (12, 20)], "r2": [(0, 1)]}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +80,7 @@ def test_named_records_and_regions():
 )
 def test_wrong_regions_are_refused(regions, message):
     with pytest.raises(UserError, match=message):
-        held_out(Source(fasta="x.fa", validation_regions=regions), 0, 20, records_of([20]), [], 4)
+        held_out(Source(fasta="x.fa", validation_regions=regions), 0, records_of([20]))
 
 
 @settings(deadline=None)  # the machine may be busy
