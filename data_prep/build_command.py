@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data_prep.build import build as build_data_set
 from data_prep.genes import ignored
+from data_prep.progress import Display
 from data_prep.schema import DataConfig
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
@@ -93,49 +93,6 @@ def build(
     if text := ignored({key: facts["genes"] for key, facts in manifest["sources"].items()}):
         print(text)
     print(f"wrote {settings.output} in {time.perf_counter() - start:.1f} s")
-
-
-class Display:
-    """A line that says what is being done and how fast, and lines that stay.
-
-    Where there is no terminal, such as in a log file, only the lines that stay are shown.
-    """
-
-    def __init__(self, console: Console):
-        self._console = console
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}: {task.completed:,.1f} Mbp"),
-            TextColumn("{task.fields[speed]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> "Display":
-        return self  # it starts with the first report, when the workers are there
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def report(self, doing: str, bases: int) -> None:
-        """So many more bases were gone through."""
-        task = next((task for task in self._progress.tasks if task.description == doing), None)
-        if task is None:
-            self._progress.start()
-            for before in self._progress.task_ids:
-                self._progress.update(before, visible=False)
-            self._progress.add_task(doing, total=None, speed="")
-            return self.report(doing, bases)
-        done = task.completed + bases / 1e6
-        self._progress.update(
-            task.id, completed=done, speed=f"{done / max(task.elapsed or 0, 1e-3):,.0f} Mbp/s"
-        )
-
-    def say(self, text: str) -> None:
-        """Show a line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def _summary(manifest: dict) -> Table:
