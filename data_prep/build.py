@@ -289,7 +289,7 @@ def _prepare(folder: Path, counts: dict[str, int], config: DataConfig) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{config.output} will take {decimal(needed)} and its disk has {decimal(free)} of "
+            f"{Path(config.output).absolute()} will take {decimal(needed)} and its disk has {decimal(free)} of "
             "free space; make room, give another output, or set total_tokens"
         )
     for split, count in counts.items():

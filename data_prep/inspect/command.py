@@ -14,11 +14,11 @@ from data_prep.inspect.sample import locate
 from data_prep.inspect.tables import sample_table, tables
 from data_prep.progress import Display, Phase
 from gengram_megatron.errors import UserError
+from gengram_megatron.show import print_table
 
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="A data set that was built.", show_default=False)
 ]
-WIDE = 160  # columns where there is no terminal to ask
 
 
 def inspect(
@@ -81,8 +81,5 @@ def _show(said: dict, shown, as_json: bool) -> None:
     if as_json:
         print(json.dumps(said, indent=2))
         return
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDE
     for table in shown:
-        console.print(table)
+        print_table(table)
