@@ -2,7 +2,8 @@
 
     python benchmarks/markov.py datasets/sample --orders 1,3,5
 
-What a language model has to beat. A model of order k gives the next base a probability by the
+The losses are kept in the data set's folder, as markov.json, and the pictures of later runs on it
+show them. What a language model has to beat. A model of order k gives the next base a probability by the
 k bases before it, from counts with one added to each of the four bases (so a context that
 training never saw gives each 1/4). Where there are fewer than k bases before it, because the
 fragment starts or an N comes between, the longest context that there is decides. Scored are a
@@ -21,6 +22,7 @@ import numpy as np
 from data_prep.manifest import read_manifest
 from gengram_megatron.errors import EXIT_CODE, UserError, tell
 from gengram_megatron.tokenizer import BASE_IDS
+from gengram_megatron.training.plot import write_markov_levels
 
 HIGHEST_ORDER = 12  # 4^13 counts of 8 bytes are half a gigabyte
 BLOCK = 2048  # fragments at a time
@@ -47,6 +49,16 @@ def markov_nats(folder: Path, orders: list[int]) -> dict[int, float]:
                 sums[order] -= score.sum()
         scored += np.count_nonzero(block[:, 1:] >= 0)
     return {order: float(total / scored) for order, total in sums.items()}
+
+
+def keep(folder: Path, nats: dict[int, float]) -> None:
+    """Write markov.json beside the data; a folder that cannot be written to is told of."""
+    files = read_manifest(folder)["files"]
+    checksums = {split: files[f"{split}.bin"]["sha256"] for split in ("train", "validation")}
+    try:
+        write_markov_levels(folder, checksums, nats)
+    except OSError as error:
+        print(f"not kept for the pictures of later runs: {error}", file=sys.stderr)
 
 
 def _blocks(folder: Path, split: str) -> Iterator[np.ndarray]:
@@ -96,6 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         scores = markov_nats(arguments.folder, arguments.orders)
+        keep(arguments.folder, scores)
     except UserError as error:
         tell(error)
         sys.exit(EXIT_CODE)

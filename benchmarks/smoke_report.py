@@ -11,12 +11,15 @@ import math
 import sys
 from pathlib import Path
 
-from markov import markov_nats
+from markov import keep, markov_nats
 from rich.console import Console
 from rich.table import Table
 
+from gengram_megatron.config.load import load_config
+from gengram_megatron.config.schema import Config
+from gengram_megatron.plan.flops import count_parameters
 from gengram_megatron.training.metrics import read_metrics
-from gengram_megatron.training.plot import plot_loss
+from gengram_megatron.training.plot import plot_loss, short_number
 
 ORDERS = (1, 3, 5)
 
@@ -49,11 +52,25 @@ def last_validation(run: Path) -> float:
     return found[max(key for key in found if key[0] == "validation")]
 
 
+def title(runs: Path) -> str:
+    """Of the picture: what both runs are."""
+    with_memory, without = (
+        count_parameters(load_config(runs / name / "config.yaml", [], Config)).total
+        for name in ("gengram", "without")
+    )
+    tokens = read_metrics(runs / "gengram" / "metrics.jsonl")[-1]["tokens"]
+    return (
+        f"The smoke run, {short_number(tokens)} tokens\n{short_number(with_memory)} parameters "
+        f"with Gengram, {short_number(without)} without"
+    )
+
+
 def result(runs: Path, data: Path) -> int:
     """Print the table, draw loss.png, and return the exit code."""
     console = Console()
     with_memory, without = (last_validation(runs / name) for name in ("gengram", "without"))
     markov = markov_nats(data, ORDERS)
+    keep(data, markov)
     rows = {
         "uniform over A, C, G, T": math.log(4),
         **{f"Markov model of order {order}": nats for order, nats in markov.items()},
@@ -74,7 +91,8 @@ def result(runs: Path, data: Path) -> int:
             "without Gengram": runs / "without/metrics.jsonl",
         },
         picture,
-        {"uniform": math.log(4), **{f"Markov {k}": markov[k] for k in ORDERS}},
+        {f"Markov {k}": markov[k] for k in ORDERS},
+        title(runs),
     )
     same, sentence = resumed_as_unbroken(runs)
     console.print(sentence, highlight=False)

@@ -64,6 +64,24 @@ def check_writable(path: Path, key: str) -> None:
         ) from None
 
 
+def check_folder_writable(folder: Path) -> None:
+    """UserError: a folder, which need not be there yet, cannot be made or written to.
+
+    It is tried out, because what permissions say does not hold for root, for file systems that
+    are mounted read-only, or on a disk that is full.
+    """
+    nearest = folder
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryDirectory(prefix=".gengram-", dir=nearest) as trial:
+            (Path(trial) / "trial").write_bytes(b"\0")
+    except OSError as error:
+        where = "" if nearest == folder else f" in {nearest}"
+        raise UserError(
+            f"{folder} cannot be written to{where}: {error.strerror or error}; give another folder"
+        ) from None
+
+
 class Locked(Exception):
     """Another process holds the lock; the message says which."""
 

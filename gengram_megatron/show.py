@@ -34,14 +34,27 @@ def print_table(table: "Table", console: "Console | None" = None) -> None:
     """
     from rich.console import Console
 
-    # Not is_terminal of a new console, which the variable FORCE_COLOR also makes true of a pipe.
-    there = sys.stdout is not None  # it is None where the shell closed it
-    at_terminal = console.is_terminal if console else there and sys.stdout.isatty()
+    at_terminal = console.is_terminal if console else _stdout_is_terminal()
     console = console or Console()
     if at_terminal:
         _print_for_people(table, console)
     else:
         print(*_lines(table), sep="\n", file=console.file)
+
+
+def print_text(text: str) -> None:
+    """Print a line on standard output, folded at words where that is a terminal."""
+    if _stdout_is_terminal():
+        from rich.console import Console
+
+        text = _fold(text, Console().width)
+    print(text)
+
+
+def _stdout_is_terminal() -> bool:
+    # Not is_terminal of a new rich console, which the variable FORCE_COLOR also makes true of a
+    # pipe. stdout is None where the shell closed it.
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _lines(table: "Table") -> list[str]:
@@ -72,17 +85,17 @@ def _text(cell: object) -> "Text":
 
 
 def _print_for_people(table: "Table", console: "Console") -> None:
-    def print_text(text: object, style: str) -> None:
+    def print_folded(text: object, style: str) -> None:
         if text:
             console.print(_text(_fold(str(text), console.width)), style=style, soft_wrap=True)
 
-    print_text(table.title, "bold")
+    print_folded(table.title, "bold")
     widths = _column_widths(table, console.width)
     if widths is None:
         _print_blocks(table, console)
     else:
         console.print(_fitted(table, widths))
-    print_text(table.caption, "dim")
+    print_folded(table.caption, "dim")
 
 
 def _fold(text: str, width: int) -> str:

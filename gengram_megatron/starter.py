@@ -51,7 +51,7 @@ def init(
         list[Path] | None,
         typer.Argument(
             metavar="PATH",
-            help="FASTA files of a data set, or the folder of the data set that a run reads; "
+            help="FASTA files of a data set, or folders of them; or the data set that a run reads; "
             "without them, what lies in the current folder or below genomes/ and datasets/.",
             show_default=False,
         ),
@@ -82,7 +82,7 @@ def init(
     check_writable(output, "--output")
     machine = find_machine()
     if kind == Kind.data:
-        text = data_text(output, paths or _fasta_files_here(), machine)
+        text = data_text(output, _fasta_files(paths or [Path(), Path("genomes")]), machine)
         then = f"gengram-data build {output}"
     else:
         text = run_text(output, _one_data_set(paths or _data_sets_here()), machine)
@@ -284,9 +284,6 @@ def _aligned(text: str) -> str:
 
 def data_text(output: Path, files: list[Path], machine: Machine) -> str:
     """The config of a data set from FASTA files."""
-    missing = [path for path in files if not path.is_file()]
-    if missing:
-        raise UserError(f"there is no FASTA file {os.path.abspath(missing[0])}")
     bases = sum(
         path.stat().st_size * (1 if path.suffix in (".fa", ".fasta", ".fna") else COMPRESSION)
         for path in files
@@ -328,17 +325,20 @@ def _named(files: list[Path]) -> dict[str, Path]:
     return named
 
 
-def _fasta_files_here() -> list[Path]:
-    found = [
-        path
-        for folder in (Path(), Path("genomes"))
-        if folder.is_dir()
-        for path in sorted(folder.iterdir())
-        if FASTA.search(path.name) and path.is_file()
-    ]
+def _fasta_files(paths: list[Path]) -> list[Path]:
+    """The files among these paths, and those in the folders among them whose names say FASTA."""
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.iterdir())
+            found += [one for one in inside if FASTA.search(one.name) and one.is_file()]
+        elif path.is_file():
+            found.append(path)
+        elif path != Path("genomes"):
+            raise UserError(f"there is no FASTA file {os.path.abspath(path)}")
     if not found:
         raise UserError(
-            "there is no FASTA file in the current folder or in genomes/; name some, as in "
+            f"there is no FASTA file in {', '.join(map(os.path.abspath, paths))}; name some, as in "
             "`gengram init data genomes/chm13.fa.gz`"
         )
     return found

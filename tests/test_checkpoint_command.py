@@ -4,19 +4,24 @@ import io
 import json
 import math
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from gengram_megatron.checkpoint.store import read_facts
+from gengram_megatron.checkpoint.checksums import MANIFEST, write_manifest
+from gengram_megatron.checkpoint.store import CheckpointStore, read_facts
 from gengram_megatron.checkpoint.stored import StoredTensors
+from gengram_megatron.checkpoint.weights_only import Source, write
 from gengram_megatron.cli import main
-from tests.exchange_models import Trained, load, make
+from gengram_megatron.errors import UserError
+from tests.exchange_models import Trained, build, load, make, named
 from tests.layouts.launch import ROOT
 from tests.training.tiny import RUN, environment
 
@@ -70,6 +75,7 @@ def test_inspect_shows_people_the_same(trained, gengram) -> None:
     code, out, _ = gengram("checkpoint", "inspect", trained.run / "checkpoints" / "step_00000003")
     assert code == 0
     total = sum(w.numel() for w in trained.weights.values())
+    assert "yes" in next(line for line in out.splitlines() if "can be resumed" in line)
     for words in (f"{total:,}", "1,536", "15,625", "2, 3", "float32"):
         assert words in out
 
@@ -86,9 +92,15 @@ def test_inspect_opens_no_tensor(trained, tmp_path, gengram) -> None:
         json.loads(gengram("checkpoint", "inspect", path, "--json")[1])
         for path in (copy, checkpoint)
     )
+    tensors = [file.name for file in checkpoint.iterdir() if file.suffix == ".distcp"]
+    assert found["missing_files"] == sorted(f"{name} is missing" for name in tensors)
+    assert whole["missing_files"] == []
     for summary in (found, whole):
-        del summary["path"], summary["bytes"]["files"]
+        del summary["path"], summary["bytes"]["files"], summary["missing_files"]
     assert found == whole
+    _, shown, _ = gengram("checkpoint", "inspect", copy)
+    (line,) = (line for line in shown.splitlines() if "can be resumed" in line)
+    assert "yes" not in line and "no, " in line
 
 
 def test_strip_leaves_the_weights(trained, tmp_path, gengram) -> None:
@@ -122,14 +134,74 @@ def test_description_of_tensors_names_no_modules() -> None:
 
 def test_run_cannot_go_on_without_its_optimizer(trained, tmp_path, gengram, one_process) -> None:
     from gengram_megatron.checkpoint.state import TrainingState
-    from gengram_megatron.errors import UserError
-    from tests.exchange_models import build
 
     config = load(tmp_path, "run")
     gengram("checkpoint", "strip", trained.run, tmp_path / "run" / "checkpoints")
     state = TrainingState(config, one_process, *build(config, one_process), [])
     with pytest.raises(UserError, match="holds weights only, without the optimizer that step 4"):
         state.load_newest()
+
+
+def without_schedule(checkpoint: Path) -> None:
+    """Its checksums are those of what is there; only loading finds that something is not."""
+    common = torch.load(checkpoint / "common.pt", weights_only=False)
+    del common["schedule"]
+    torch.save(common, checkpoint / "common.pt")
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, {})
+
+
+def test_weights_alone_are_not_taken_after_half_a_load(trained, tmp_path, one_process) -> None:
+    """What was loaded of the optimizer would stay, as weights alone do not overwrite it."""
+    from gengram_megatron.checkpoint.state import Beginning, TrainingState
+
+    folder = tmp_path / "run" / "checkpoints"
+    newest = folder / "step_00000003"
+    shutil.copytree(trained.run / "checkpoints" / newest.name, newest)
+    stored, facts = StoredTensors(newest), read_facts(newest)
+    names = list(trained.weights)
+    source = Source(
+        {name: stored.shape(name) for name in names},
+        {name: stored.dtype(name) for name in names},
+        stored.read,
+    )
+    common = {"config": trained.config.model_dump(), "step": 0}
+    write(CheckpointStore(folder), source, common, replace(facts, step=0, samples=0))
+    without_schedule(newest)
+    config = load(tmp_path, "run")
+    with pytest.raises(UserError) as error:
+        TrainingState(config, one_process, *build(config, one_process), []).load_newest()
+    assert "step_00000000" in str(error.value) and "weights only" in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000000", newest.name]
+    newest.rename(tmp_path / newest.name)
+    state = TrainingState(config, one_process, *build(config, one_process), [])
+    assert state.load_newest() == Beginning(0)
+
+
+def test_another_runs_checkpoint_is_not_set_aside(trained, tmp_path, one_process) -> None:
+    """Its newest has tensors that are none; the one before is taken, and that is told."""
+    from gengram_megatron.checkpoint.state import TrainingState
+
+    folder = tmp_path / "source" / "checkpoints"
+    for step in (3, 4):
+        shutil.copytree(trained.run / "checkpoints/step_00000003", folder / f"step_{step:08d}")
+    newest = folder / "step_00000004"
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(bytes(file.stat().st_size))
+    (newest / MANIFEST).unlink()
+    write_manifest(newest, {})
+    config = load(tmp_path, "run", f"checkpoint.load={tmp_path / 'source'}")
+    chunks, *others = build(config, one_process)
+    beginning = TrainingState(config, one_process, chunks, *others, []).load_newest()
+    assert (beginning.step, beginning.origin) == (0, folder / "step_00000003")
+    assert "checkpoint.load: " in beginning.warning
+    assert "step_00000004 (cannot be loaded: " in beginning.warning
+    weights = named(chunks[0])
+    assert all(torch.equal(weights[name], w) for name, w in trained.weights.items())
+    shutil.rmtree(folder / "step_00000003")
+    with pytest.raises(UserError, match=r"checkpoint.load: .*step_00000004"):
+        TrainingState(config, one_process, *build(config, one_process), []).load_newest()
+    assert [path.name for path in folder.iterdir()] == [newest.name]
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -171,6 +243,104 @@ def test_folder_without_checkpoints_is_a_sentence(tmp_path, gengram, command) ->
     code, _, err = gengram(*words)
     assert code == 2 and "is neither a checkpoint of gengram" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.fixture
+def source(trained, tmp_path, gengram) -> dict[str, list]:
+    """The first words of each command that writes, up to where it writes to."""
+    load(tmp_path, "run")  # writes the config
+    gengram("checkpoint", "export", trained.run, tmp_path / "exported")
+    return {
+        "export": ["export", trained.run],
+        "strip": ["strip", trained.run],
+        "import": ["import", tmp_path / "exported", tmp_path / "tiny.yaml"],
+    }
+
+
+WRITERS = ("export", "strip", "import")
+
+
+def target(command: str, out: Path) -> str | Path:
+    return f"run.dir={out}" if command == "import" else out
+
+
+@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize("parent", ["file", "/proc"])
+def test_folder_that_cannot_be_made_is_a_sentence(
+    source, tmp_path, gengram, command, parent
+) -> None:
+    """Told first: what is to be read is not there either."""
+    (tmp_path / "file").touch()
+    out = tmp_path / parent / "out"
+    first, _, *rest = source[command]
+    words = [first, tmp_path / "nothing", *rest, target(command, out)]
+    code, _, err = gengram("checkpoint", *words)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert str(out.parent) in err and "cannot be written" in err and "give another folder" in err
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_full_disk_is_a_sentence_and_leaves_nothing(source, tmp_path, gengram, command) -> None:
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code, _, err = gengram("checkpoint", *source[command], target(command, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert str(out) in err and "cannot be written" in err and "File too large" in err
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".partial")]
+
+
+def unreadable(file: Path) -> None:
+    """Opening it is allowed, and reading it is an error, for root as well."""
+    file.unlink(missing_ok=True)
+    file.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize("command", ["export", "strip"])
+def test_file_of_a_checkpoint_that_cannot_be_read_is_a_sentence(
+    trained, tmp_path, gengram, command
+) -> None:
+    checkpoint = tmp_path / "step_00000003"
+    shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
+    last = max(checkpoint.glob("*.distcp"))
+    unreadable(last)
+    code, _, err = gengram("checkpoint", command, checkpoint, tmp_path / "out")
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert f"{last} cannot be read: Input/output error" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("config.json", unreadable),
+        ("model.safetensors", unreadable),
+        ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:1000])),
+        ("model.safetensors", lambda file: file.write_bytes(b"{}")),
+    ],
+)
+def test_file_of_a_model_that_cannot_be_read_is_a_sentence(
+    source, tmp_path, gengram, name, spoil
+) -> None:
+    file = tmp_path / "exported" / name
+    spoil(file)
+    code, _, err = gengram("checkpoint", *source["import"], f"run.dir={tmp_path / 'back'}")
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert f"{file} cannot be read" in err
+
+
+def test_megatron_folder_that_cannot_be_read_is_a_sentence(tmp_path, gengram) -> None:
+    load(tmp_path, "run")  # writes the config
+    newest = tmp_path / "megatron" / "latest_checkpointed_iteration.txt"
+    newest.parent.mkdir()
+    unreadable(newest)
+    words = ["import", newest.parent, tmp_path / "tiny.yaml", f"run.dir={tmp_path / 'back'}"]
+    code, _, err = gengram("checkpoint", *words)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert f"{newest} cannot be read" in err
 
 
 def test_no_command_holds_the_whole_model(tmp_path) -> None:

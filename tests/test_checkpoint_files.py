@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from typer.testing import CliRunner
 
-from gengram_megatron.checkpoint.checksums import MANIFEST, damage
+from gengram_megatron.checkpoint.checksums import MANIFEST, damage, write_manifest
 from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts
 from gengram_megatron.checkpoint.verify import DAMAGED
 from gengram_megatron.cli import app
@@ -16,12 +19,16 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from tests.training.tiny import RUN
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+TENSORS = "__0_0.distcp"
+
 
 def write(store: CheckpointStore, step: int, **known: str) -> Path:
-    """A checkpoint with two files."""
+    """A checkpoint with all files that one has, and one tensor."""
     partial = store.begin(step)
-    (partial / "weights").write_bytes(b"0123456789" * step)
-    (partial / ".metadata").write_bytes(b"which is where")
+    dcp.save({"weight": torch.arange(10 * step)}, checkpoint_id=partial, no_dist=True)
+    torch.save({"step": step}, partial / "common.pt")
+    (partial / "metadata.json").write_text("{}")
     facts = Facts(format=FORMAT, step=step, samples=step, seed=1, layout={})
     store.finish(partial, facts, known)
     return store.path(step)
@@ -84,18 +91,24 @@ def test_manifest_is_one_that_sha256sum_reads(tmp_path: Path) -> None:
 
 
 def test_checksum_that_a_writer_computed_is_taken_over(tmp_path: Path) -> None:
-    checkpoint = write(CheckpointStore(tmp_path), 3, weights="0" * 64)
-    assert damage(checkpoint) == ["weights is not what was written"]
+    checkpoint = write(CheckpointStore(tmp_path), 3, **{TENSORS: "0" * 64})
+    assert damage(checkpoint) == [f"{TENSORS} is not what was written"]
 
 
 def flip(checkpoint: Path) -> None:
-    content = bytearray((checkpoint / "weights").read_bytes())
+    content = bytearray((checkpoint / TENSORS).read_bytes())
     content[7] ^= 1
-    (checkpoint / "weights").write_bytes(content)
+    (checkpoint / TENSORS).write_bytes(content)
 
 
 def truncate(checkpoint: Path) -> None:
-    (checkpoint / "weights").write_bytes((checkpoint / "weights").read_bytes()[:-1])
+    (checkpoint / TENSORS).write_bytes((checkpoint / TENSORS).read_bytes()[:-1])
+
+
+def unreadable_manifest(checkpoint: Path) -> None:
+    """Not even by root."""
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / MANIFEST).mkdir()
 
 
 def cut_manifest(checkpoint: Path) -> None:
@@ -103,17 +116,39 @@ def cut_manifest(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text("".join(text.splitlines(keepends=True)[:-1]))
 
 
+def forget(name: str) -> Callable[[Path], None]:
+    """A file that was never in the folder, so that its checksum is not expected either."""
+
+    def spoil(checkpoint: Path) -> None:
+        for path in (checkpoint / name, checkpoint / MANIFEST):
+            path.unlink()
+        write_manifest(checkpoint, {})
+
+    return spoil
+
+
+def write_half(checkpoint: Path) -> None:
+    truncate(checkpoint)
+    write_manifest(checkpoint, {})
+
+
 WAYS = {
-    "flipped": (flip, "weights is not what was written"),
-    "truncated": (truncate, "weights is not what was written"),
+    "flipped": (flip, f"{TENSORS} is not what was written"),
+    "truncated": (truncate, f"{TENSORS} is not what was written"),
     "missing": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
     "added": (lambda path: (path / "more").touch(), f"{MANIFEST} lacks more"),
-    "manifest_cut": (cut_manifest, f"{MANIFEST} lacks weights"),
+    "manifest_cut": (cut_manifest, f"{MANIFEST} lacks metadata.json"),
     "manifest_gone": (lambda path: (path / MANIFEST).unlink(), f"{MANIFEST} is missing"),
+    **{
+        f"without {name}": (forget(name), f"{name} is missing")
+        for name in (TENSORS, ".metadata", "common.pt", "metadata.json")
+    },
+    "written_in_part": (write_half, f"{TENSORS} has "),
     "manifest_empty_line": (
         lambda path: (path / MANIFEST).write_text("\n"),
         f"{MANIFEST} is not a list of checksums and names",
     ),
+    "manifest_unreadable": (unreadable_manifest, f"{MANIFEST} cannot be read: "),
     "manifest_binary": (
         lambda path: (path / MANIFEST).write_bytes(b"\xff\xfe"),
         f"{MANIFEST} is not a list of checksums and names",
@@ -127,13 +162,22 @@ def test_verify_names_what_is_wrong(tmp_path: Path, way: str) -> None:
     good, bad = write(store, 1), write(store, 2)
     spoil, expected = WAYS[way]
     spoil(bad)
-    for path, lines in ((bad, [f"{bad}: {expected}"]), (good, [f"{good}: whole, 3 files"])):
+    for path, line in ((bad, f"{bad}: {expected}"), (good, f"{good}: whole, 5 files")):
         said = CliRunner().invoke(app, ["checkpoint", "verify", str(path)])
-        assert said.output.splitlines() == lines
+        (found,) = said.output.splitlines()
+        assert found.startswith(line)
         assert said.exit_code == (DAMAGED if path == bad else 0)
     said = CliRunner().invoke(app, ["checkpoint", "verify", str(tmp_path)])
-    assert said.output.splitlines() == [f"{good}: whole, 3 files", f"{bad}: {expected}"]
+    whole, damaged = said.output.splitlines()
+    assert whole == f"{good}: whole, 5 files" and damaged.startswith(f"{bad}: {expected}")
     assert said.exit_code == DAMAGED
+
+
+def test_verify_misses_the_description_of_a_checkpoint_in_a_run(tmp_path: Path) -> None:
+    bad = write(CheckpointStore(tmp_path / "checkpoints"), 1)
+    forget("gengram.json")(bad)
+    said = CliRunner().invoke(app, ["checkpoint", "verify", str(tmp_path)])
+    assert said.output == f"{bad}: gengram.json is missing\n" and said.exit_code == DAMAGED
 
 
 @pytest.mark.parametrize("way", ["flipped", "missing", "added", "manifest_gone"])

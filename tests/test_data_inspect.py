@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,45 @@ def test_the_report_is_a_picture(here, monkeypatch, capsys, tmp_path):
     assert picture.shape == (960, 1680, 4)
     assert 0.01 < np.mean(picture[..., :3].min(axis=-1) < 0.5) < 0.5  # neither blank nor filled
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [{"all": 1}, {"human": 1, "apes": 3}, {"human": 2, "apes": 45}, {f"g{i}": 2 for i in range(9)}],
+)
+def test_no_legend_of_the_report_hides_a_bar_and_no_text_another(tmp_path, monkeypatch, groups):
+    from data_prep.inspect import picture
+    from data_prep.inspect.contents import contents, describe
+    from data_prep.inspect.opened import DataSet
+
+    monkeypatch.chdir(tmp_path)
+    config = {"output": "set", "seq_length": LENGTH, "validation": 0.1, "groups": {}}
+    for group, count in groups.items():
+        config["groups"][group] = {"sources": {}}
+        for number in range(count):
+            name = f"GCA_{number:09}_{group}"
+            text = random_text(LENGTH * (60 + 3 * number), 100 * len(config["groups"]) + number)
+            Path(f"{name}.fa").write_text(f">c\n{text}\n")
+            config["groups"][group]["sources"][name] = {"fasta": f"{name}.fa"}
+    Path("set.yaml").write_text(json.dumps(config))
+    assert run(monkeypatch, "build", "set.yaml") == 0
+    data = DataSet(Path("set"))
+    found = contents(data, None, lambda count: None)
+    figure = picture.page(data, describe(data, found, False), found)
+    figure.draw_without_rendering()
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    boxes = [legend.get_window_extent() for legend in legends if legend is not None]
+    assert len(boxes) == 3
+    for axes in figure.axes:
+        bars = [patch.get_window_extent() for patch in axes.patches]
+        assert bars and not any(box.overlaps(bar) for box in boxes for bar in bars)
+        for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+            labels = [label.get_window_extent() for label in ticks if label.get_text()]
+            assert not any(one.overlaps(other) for one, other in pairwise(labels))
+        title = axes.title.get_window_extent()
+        assert figure.bbox.x0 <= title.x0 and title.x1 <= figure.bbox.x1
+        if axes.yaxis_inverted():  # horizontal bars: a single one does not fill the page
+            assert max(bar.height for bar in bars) < 0.15 * figure.bbox.height
 
 
 def test_distributions_in_the_report(here, monkeypatch, tmp_path):

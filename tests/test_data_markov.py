@@ -74,3 +74,16 @@ def test_the_script_prints_a_line_for_each_order(data_set, monkeypatch, capsys):
     markov.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["order 1", "order 3"]
+
+
+def test_what_was_counted_is_kept_for_the_pictures_of_runs(data_set, capsys):
+    from data_prep.manifest import read_manifest
+    from gengram_megatron.training.plot import markov_levels
+
+    nats = markov.markov_nats(data_set, [0, 2])
+    markov.keep(data_set, nats)
+    files = read_manifest(data_set)["files"]
+    checksums = {split: files[f"{split}.bin"]["sha256"] for split in ("train", "validation")}
+    kept = {"Markov 0": nats[0], "Markov 2": nats[2]}
+    assert markov_levels(data_set, checksums) == kept
+    assert capsys.readouterr().err == ""

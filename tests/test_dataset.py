@@ -1,6 +1,7 @@
 """Data sets as training opens them: what they hold, and what is said of those it cannot use."""
 
 import json
+import os
 import pickle
 from itertools import islice
 from pathlib import Path
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 
 from gengram_megatron.data.batches import microbatches
+from gengram_megatron.data.checksums import CHECKED, check, not_checked_yet
 from gengram_megatron.data.dataset import FragmentDataset
 from gengram_megatron.data.order import SampleOrder
 from gengram_megatron.errors import UserError
+from gengram_megatron.signals import StopSignals
 from gengram_megatron.tokenizer import EOD
+from gengram_megatron.training import nodes
 from tests.built_sets import random_fragments, write_set
 
 LENGTH, COUNT = 16, 40
@@ -115,3 +119,75 @@ def test_a_missing_file_and_an_unknown_split_are_named(folder):
     (folder / "train.bin").unlink()
     assert "train.bin is missing" in refused(folder)
     assert "lists no test.bin" in refused(folder, split="test")
+
+
+@pytest.fixture
+def train(folder, tmp_path, monkeypatch) -> FragmentDataset:
+    """The training split, and a cache folder of the user's that is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return FragmentDataset(folder, "train", LENGTH)
+
+
+def checked(dataset: FragmentDataset) -> list[str]:
+    """Checks the files of a split; names of those that had to be read."""
+    files = not_checked_yet(dataset.files)
+    for file in files:
+        assert sum(check(file)) == file.path.stat().st_size
+    return [file.path.name for file in files]
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_file_is_read_once_until_it_changes(train, tmp_path, writable):
+    if not writable:  # nobody, not even root, can write a file there
+        (train.folder / CHECKED).mkdir()
+    assert checked(train) == ["train.bin", "train.idx"] and checked(train) == []
+    assert (tmp_path / "cache").exists() is not writable
+    (train.folder / "train.idx").touch()
+    assert checked(train) == ["train.idx"] and checked(train) == []
+
+
+def test_a_file_is_read_each_time_where_nothing_can_be_remembered(train, tmp_path):
+    (train.folder / CHECKED).mkdir()
+    (tmp_path / "cache").write_text("no folder")
+    assert checked(train) == checked(train) == ["train.bin", "train.idx"]
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx"])
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_changed_byte_is_found_in_a_set_that_was_whole(train, name, keeps_time):
+    checked(train)
+    path = train.folder / name
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    if keeps_time:  # as a copy of the folder would
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):  # what was found damaged is not remembered as whole
+        with pytest.raises(UserError) as error:
+            checked(FragmentDataset(train.folder, "train", LENGTH))
+        assert str(path) in str(error.value)
+        assert f"gengram-data verify {train.folder}" in str(error.value)
+
+
+def test_notes_that_are_damaged_are_made_again(train):
+    for content in ("", "[]", "{", '{"train.bin": 3}'):
+        (train.folder / CHECKED).write_text(content)
+        assert checked(train) == ["train.bin", "train.idx"]
+        assert checked(train) == []
+
+
+def test_checking_that_takes_long_says_how_far_it_is(train, one_process, monkeypatch, capsys):
+    monkeypatch.setattr(nodes, "TURN_SECONDS", -1)  # a turn a block
+    nodes.check_content(train.files, StopSignals())
+    size = train.files[0].path.stat().st_size
+    share = size / (size + train.files[1].path.stat().st_size)
+    assert f"checking data: {share:.0%} of " in capsys.readouterr().out
+    nodes.check_content(train.files, StopSignals())
+    assert capsys.readouterr().out == ""
+
+
+def test_a_request_to_stop_leaves_the_rest_unchecked(train, one_process):
+    signals = StopSignals()
+    signals.received = True
+    nodes.check_content(train.files, signals)
+    assert [file.path.name for file in not_checked_yet(train.files)] == ["train.bin", "train.idx"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gengram_megatron.plan.flops import PEAK_BF16_FLOPS
 from tests.exchange_models import load
 from tests.observed import KINDS, observe, same_model
 from tests.test_attention import SHAPES, make_attention, make_inputs
@@ -232,6 +233,11 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     losses = [entry["loss"] for entry in resumed]
     assert losses[0] == expected[0], "the state was not restored"
     assert losses == expected, "the state was restored, but a kernel is not deterministic"
+    for entry in (entry for entry in whole if entry["kind"] == "train"):
+        assert 0 < entry["peak_memory_bytes"] < torch.cuda.get_device_properties(0).total_memory
+        known = torch.cuda.get_device_name() in PEAK_BF16_FLOPS
+        assert ("model_flops_utilisation" in entry) == known
+        assert 0 < entry.get("model_flops_utilisation", 0.5) < 1
 
 
 def test_prepare_replaces_nothing():

@@ -1,20 +1,16 @@
-"""What a run writes about itself: metrics.jsonl and its views, the progress line, loss.png."""
+"""What a run writes about itself: metrics.jsonl and its views."""
 
-import io
 import json
 import math
 import sys
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.training.metrics import RunLog, read_metrics
-from gengram_megatron.training.plot import plot_loss
-from gengram_megatron.training.progress import Progress, duration
 
 LOSS = 1.3312345678901234
 
@@ -166,70 +162,3 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
     assert started[0]["config"]["model"]["seq_length"] == 16
     assert [entry["step"] for entry in logged] == [1, 2]
     assert logged[0]["train/loss"] == LOSS
-
-
-def show(terminal: bool, steps=range(1, 121), interval=60) -> str:
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=160, highlight=False)
-    with Progress(total_steps=400, interval=interval, console=console) as progress:
-        for step in steps:
-            progress.step(
-                step=step,
-                loss=1.3312,
-                lr=9.1e-5,
-                grad_norm=0.83,
-                tokens_per_second=12345.4,
-                seconds=60.0 if step % 10 == 0 else 0.7,
-                data_wait=0.0 if step % 10 == 0 else 0.01,
-            )
-        progress.validation(step=120, loss=1.3, of_sets={})
-        progress.validation(step=120, loss=1.3, of_sets={"human": 1.2, "apes": 1.4})
-        progress.end()
-    return screen.getvalue()
-
-
-LINE = (
-    "step 120/400  loss 1.3312 nats  1.9205 bits/base  lr 9.1e-05  grad 0.83  "
-    "12,345 tokens/s  wait 0.0%  3m16s left"
-)
-
-
-def test_a_log_gets_a_line_at_each_interval_and_one_a_validation():
-    lines = show(terminal=False).splitlines()
-    assert len(lines) == 5
-    assert lines[1] == LINE
-    validation = "step 120/400  validation loss 1.3000 nats  1.8755 bits/base"
-    assert lines[2:4] == [validation, f"{validation}  human 1.2000  apes 1.4000"]
-    # 108 steps of 0.7 s, a hundredth of it waiting, and 12 of a minute
-    assert lines[4] == "120 steps in 13m16s, 0.10% of it waiting for samples"
-
-
-def test_a_log_gets_the_last_step_too():
-    assert show(terminal=False, steps=[399, 400]).startswith("step 400/400")
-
-
-def test_a_terminal_gets_one_line_that_changes():
-    screen = show(terminal=True)
-    assert LINE in screen and "step 7/400" in screen
-    assert "validation loss" in screen
-
-
-@pytest.mark.parametrize(
-    "seconds, shown",
-    [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18_420, "5h07m"), (183_600, "2d03h")],
-)
-def test_durations(seconds, shown):
-    assert duration(seconds) == shown
-
-
-def test_the_plot_draws_runs_references_and_broken_numbers(tmp_path):
-    write(tmp_path / "a", range(1, 60))
-    write(tmp_path / "b", range(1, 4), loss=math.nan)
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "metrics.jsonl").write_text("")
-    out = tmp_path / "loss.png"
-    runs = {name: tmp_path / name / "metrics.jsonl" for name in "abc"}
-    plot_loss(runs, out, {"uniform": math.log(4)})
-    assert out.read_bytes().startswith(b"\x89PNG")
-    plot_loss({"run": runs["c"]}, out)
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["loss.png"]

@@ -1,7 +1,15 @@
 """Tables as people and programs get them: nothing cut, no name or number broken."""
 
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -9,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gengram_megatron.show import print_table
+from tests.layouts.launch import ROOT
+from tests.training.tiny import environment
 
 NAMES = ("layers-3-6-10_window-21_seed-1", "model.gengram.share_reverse_complements")
 NUMBERS = ("1,234,567,890", "7.4012 GB")
@@ -66,3 +76,36 @@ def test_in_a_pipe_a_row_is_a_line_between_tabs(capsys, monkeypatch):
         *([name, number, SENTENCE] for name, number in zip(NAMES, NUMBERS)),
         ["two lines", "", "first; second with a tab"],
     ]
+
+
+TABLES = {
+    "plan": ["plan", "configs/smoke/cpu.yaml", "--nproc", "4"],
+    "suggestions": ["plan", "configs/smoke/cpu.yaml", "--suggest", "--gpus", "4"],
+    "sweep": ["sweep", "configs/sweeps/windows_cpu.yaml"],
+    "keys": ["config", "--keys", "model.gengram"],
+    "doctor": ["doctor", "configs/smoke/cpu.yaml", "--quick"],
+}
+
+
+@pytest.mark.parametrize("words", TABLES.values(), ids=TABLES)
+def test_commands_at_a_terminal_of_80_columns(words):
+    """All that a pipe gets is there at a terminal too, and nothing is longer than a line."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    variables = {**environment(), "TERM": "xterm"}
+    del variables["COLUMNS"]
+    command = [sys.executable, "-m", "gengram_megatron", *words]
+    with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        with suppress(OSError):  # EIO: the other side is closed
+            while part := os.read(main, 65536):
+                shown += part
+    os.close(main)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    piped = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    whole = {word for line in piped.stdout.splitlines() for word in re.split(r"[\s;#]+", line)}
+    headings = {"what", "number", "kind"}  # of tables that show none to people
+    assert whole - headings <= set(re.split(r"[\s;│┃]+", text))

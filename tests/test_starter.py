@@ -112,6 +112,7 @@ def test_from_genomes_to_a_trained_model(tmp_path, monkeypatch):
     [
         (["init", "data"], "no FASTA file"),
         (["init", "data", "nowhere.fa"], "nowhere.fa"),
+        (["init", "data", "/proc/self/task"], "/proc/self/task"),
         (["init", "run"], "no data set in datasets/"),
         (["init", "run", "nowhere"], "nowhere is not a data set"),
         (["init", "--output", "no/a.yaml"], "there is no folder no"),

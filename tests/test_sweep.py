@@ -3,9 +3,11 @@
 import csv
 import json
 import math
+import re
 import signal
 from pathlib import Path
 
+import matplotlib
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -14,7 +16,7 @@ from gengram_megatron.cli import app
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
-from gengram_megatron.sweep.plot import series
+from gengram_megatron.sweep.plot import plot_results, series
 from gengram_megatron.sweep.runs import read_sweep
 from tests.layouts.launch import ROOT
 from tests.plan.configs import SWEEPS
@@ -179,6 +181,16 @@ def test_lines_of_the_figure() -> None:
         {"baseline": [1.4]},
     )
     assert series(found[-1:], None) == ({"": {"baseline": [1.4]}}, {})
+
+
+@pytest.mark.parametrize("name, slanted", [("run", False), ("a_run_with_a_long_name", True)])
+def test_names_below_the_figure_are_slanted_where_they_would_overlap(tmp_path, name, slanted):
+    out = tmp_path / "results.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_results([row(f"{name}_{number}", 1.3) for number in range(8)], None, out)
+    texts = re.findall(rf"<text ([^>]*)>{name}_\d</text>", out.read_text())
+    assert len(texts) == 8
+    assert [("rotate(-40" in text) for text in texts] == [slanted] * 8
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
         own, steps = Path(run.config.run.dir), run.config.train.steps
         with RunLog(own, run.config, 0) as log:
             log.validation(step=steps, samples=8 * steps, tokens=512 * steps, loss=LOSSES[steps])
-        write_resolved(own, run.config, 0)
+        write_resolved(own, run.config, 0, None)
     return file, folder / "runs"
 
 

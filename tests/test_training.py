@@ -94,6 +94,20 @@ def test_selective_recomputation_changes_no_more_than_rounding(runs: Runs, name:
     assert loss == pytest.approx(losses(runs[name]), rel=1e-5)
 
 
+def test_a_run_that_learns_nothing_says_so_once_and_at_its_end(runs: Runs) -> None:
+    (said,) = runs.said["stuck"]
+    lines = said.out.splitlines()
+    warnings = [
+        (line, number) for number, line in enumerate(lines) if "optimizer.lr (1e-09)" in line
+    ]
+    assert len(warnings) == 2
+    (first, number), (last, _) = warnings
+    assert first.startswith("warning: step 100: ") and lines[number - 1].startswith("step 100/101")
+    assert last == lines[-1] and last.startswith("warning: this job ends")
+    others = {name: ranks[0].out for name, ranks in runs.said.items() if name != "stuck"}
+    assert not [name for name, out in others.items() if "model.init_std" in out]
+
+
 # What a layout must not change
 
 LAYOUTS = [name for name, words in {**TWO, **FOUR}.items() if words[: len(SHORT)] == SHORT]

@@ -29,6 +29,8 @@ def read_manifest(folder: Path) -> dict[str, str]:
         return {name: digest for digest, name in (line.split("  ") for line in lines)}
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {error.strerror}") from None
     except ValueError:
         raise ValueError(f"{MANIFEST} is not a list of checksums and names") from None
 

@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from gengram_megatron.checkpoint.access import check_readable, reading
 from gengram_megatron.checkpoint.verify import verify
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.files import check_folder_writable
 
 app = typer.Typer(
     help="Look at checkpoints, and carry them in and out.",
@@ -42,7 +44,8 @@ def inspect(
     from gengram_megatron.checkpoint.stored import find_checkpoint
     from gengram_megatron.checkpoint.summary import show, summary
 
-    found = summary(find_checkpoint(path))
+    with reading(path):
+        found = summary(find_checkpoint(path))
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -64,10 +67,14 @@ def strip(
     What remains can be inspected and exported, and a new run can start from its weights
     (checkpoint.load); the run itself cannot go on from it. PATH stays as it is.
     """
+    check_folder_writable(out)
     from gengram_megatron.checkpoint.stored import find_checkpoint
     from gengram_megatron.checkpoint.weights_only import strip as strip_checkpoint
 
-    print(strip_checkpoint(find_checkpoint(path), out))
+    with reading(path):
+        checkpoint = find_checkpoint(path)
+        check_readable(checkpoint.iterdir())
+    print(strip_checkpoint(checkpoint, out))
 
 
 @app.command()
@@ -81,7 +88,7 @@ def export(
         float, typer.Option(min=1e-6, max=5, help="Gigabytes of weights in one file at most.")
     ] = 5,
 ) -> None:
-    """Write a model for Hugging Face's transformers: safetensors, config and tokenizer.
+    """Write a model for Hugging Face's transformers: safetensors, configs, tokenizer, model card.
 
     A model without memory becomes a stock Llama (dense) or Mixtral (experts). One with Gengram
     memory brings its code along and is loaded with trust_remote_code=True. Models with MLA, and
@@ -92,10 +99,13 @@ def export(
       python -c 'from transformers import AutoModelForCausalLM as Model
       Model.from_pretrained("exported", trust_remote_code=True)'
     """
+    check_folder_writable(out.parent)
     from gengram_megatron.checkpoint.exchange.export import export as export_checkpoint
     from gengram_megatron.checkpoint.stored import find_checkpoint
 
-    checkpoint = find_checkpoint(path)
+    with reading(path):
+        checkpoint = find_checkpoint(path)
+        check_readable(checkpoint.iterdir())
     export_checkpoint(checkpoint, out, int(largest_file * 1e9))
     print(f"wrote {out} from {checkpoint}")
 
@@ -118,6 +128,7 @@ def import_(
     0 from these weights. A model other than CONFIG's is refused.
     """
     loaded = load_config(config, overrides or [], Config)
+    check_folder_writable(Path(loaded.run.dir) / "checkpoints")
     from gengram_megatron.checkpoint.exchange.importing import import_model
 
     print(import_model(path, loaded))

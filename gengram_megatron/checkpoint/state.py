@@ -11,6 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
+from gengram_megatron.checkpoint.agreed import CannotLoad, on_all_ranks
 from gengram_megatron.checkpoint.checksums import damage
 from gengram_megatron.checkpoint.contents import CONTENT, MegatronContents
 from gengram_megatron.checkpoint.origin import check_same_model, origins
@@ -30,12 +31,15 @@ from gengram_megatron.checkpoint.store import (
     estimated_size,
     read_facts,
 )
+from gengram_megatron.checkpoint.stored import WRITTEN, missing_files
 from gengram_megatron.checkpoint.writer import Writer
 from gengram_megatron.checkpoint.zero import ZeroContents
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
+from gengram_megatron.training.folder import VISIBLE_SECONDS
+from gengram_megatron.training.processes import gather
 
 
 class TrainingState:
@@ -58,6 +62,7 @@ class TrainingState:
         self._save: _Save | None = None
         self._failed = 0
         self._stall = 0.0
+        self._partly_loaded = False
 
     def save(self, step: int, must: bool = False) -> str | None:
         """Write a checkpoint; with checkpoint.asynchronous only the copy is waited for.
@@ -143,14 +148,28 @@ class TrainingState:
 
     def _finish(self, save: "_Save") -> None:
         save.writer.join()
-        died = self._gather(dist.get_rank() if save.writer.died else None)
+        died = gather(dist.get_rank() if save.writer.died else None)
         if any(rank is not None for rank in died):
             ranks = ", ".join(str(rank) for rank in died if rank is not None)
             raise UserError(f"the process that writes for rank {ranks} died")
         checksums = {}
-        for own in self._gather(save.writer.finalize()):
+        for own in gather(save.writer.finalize()):
             checksums |= own
-        self._on_first_rank(lambda: self.store.finish(save.partial, save.facts, checksums))
+        self._on_first_rank(lambda: self._publish(save, checksums))
+
+    def _publish(self, save: "_Save", checksums: dict[str, str]) -> None:
+        """Make a written checkpoint the newest, if all that its ranks wrote is in its folder."""
+        end = time.monotonic() + VISIBLE_SECONDS
+        # What another node has written may be seen here only some seconds later.
+        while (missing := missing_files(save.partial, WRITTEN)) and time.monotonic() < end:
+            time.sleep(0.2)
+        if missing:
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"what the ranks have written is not all there: {missing[0]}{more}; run.dir must be "
+                "one folder that all nodes share"
+            )
+        self.store.finish(save.partial, save.facts, checksums)
 
     def _note_failure(self, cause: str, must: bool) -> str:
         self._failed += 1
@@ -159,23 +178,34 @@ class TrainingState:
             raise UserError(sentence)
         return f"{sentence}; training goes on, and the next one is tried"
 
-    def _gather(self, own) -> list:
-        """What every rank has, on every rank."""
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-        return found
+    def _load_newest_usable(
+        self, checkpoints: list[Path], load: Callable[[Path], int]
+    ) -> tuple[Path | None, int, dict[Path, str]]:
+        """Load the newest of some checkpoints, which are in the order of their steps; one that is
+        damaged or cannot be loaded is passed over. What an attempt has loaded before it failed is
+        overwritten by the next.
 
-    def _newest_whole(self, checkpoints: list[Path]) -> tuple[Path | None, dict[Path, str]]:
-        """Of checkpoints in the order of their steps the last one that is not damaged, and what is
-        wrong with those after it."""
-        damaged = {}
+        load: loads a checkpoint on all ranks; returns the step to go on from.
+
+        Returns the checkpoint, or None if there is none; its step; and what is wrong with each one
+        that was passed over.
+        """
+        unusable = {}
         for path in reversed(checkpoints):
-            found = self._gather(damage(path, dist.get_rank(), dist.get_world_size()))
-            problems = sorted({problem for own in found for problem in own})
+            problems = self._problems(path)
             if not problems:
-                return path, damaged
-            damaged[path] = f"{path.name} ({'; '.join(problems)})"
-        return None, damaged
+                try:
+                    return path, load(path), unusable
+                except CannotLoad as error:
+                    problems = [f"cannot be loaded: {error}"]
+            unusable[path] = f"{path.name} ({'; '.join(problems)})"
+        return None, 0, unusable
+
+    def _problems(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint's files; ranks read them together."""
+        found = gather(damage(path, dist.get_rank(), dist.get_world_size()))
+        problems = sorted({problem for own in found for problem in own})
+        return problems or self._on_first_rank(lambda: missing_files(path))
 
     def _set_aside(self, damaged: dict[Path, str], path: Path) -> str:
         def rename() -> None:
@@ -186,28 +216,38 @@ class TrainingState:
         return f"damaged, and set aside: {', '.join(damaged.values())}; going on from {path.name}"
 
     def load_newest(self) -> "Beginning":
-        """Go on from the newest checkpoint of the run's folder that is not damaged; without any,
+        """Go on from the newest checkpoint of the run's folder that can be loaded; without any,
         start from the weights of checkpoint.load, if it is given."""
-        path, damaged = self._newest_whole(self._on_first_rank(self.store.checkpoints))
+        checkpoints = self._on_first_rank(self.store.checkpoints)
+        path, step, unusable = self._load_newest_usable(checkpoints, self._resume)
         if path is not None:
-            return Beginning(
-                self._resume(path), self._set_aside(damaged, path) if damaged else None
-            )
-        if damaged:
+            return Beginning(step, self._set_aside(unusable, path) if unusable else None)
+        if unusable:
             raise UserError(
                 f"all checkpoints of {self.store.folder} are damaged: "
-                f"{', '.join(damaged.values())}; bring one back, or start in another run.dir"
+                f"{', '.join(unusable.values())}; bring one back, or start in another run.dir"
             )
         return Beginning() if self.config.checkpoint.load is None else self._start_from_another()
 
     def _resume(self, path: Path) -> int:
         """All of a checkpoint; returns its step."""
+        facts, common, stored = on_all_ranks(lambda: self._read_and_check(path))
+        if "optimizer" not in common:
+            return self._start_from_own_weights(path, facts)
+        self._partly_loaded = True
+        on_all_ranks(lambda: self._load(path, facts, common, stored))
+        return facts.step
+
+    def _read_and_check(self, path: Path) -> tuple[Facts, dict, set[str]]:
+        """What a checkpoint says of itself: its facts, what its ranks have in common, and the names
+        of what it holds in parts. UserError if it is another run's."""
         facts = read_facts(path)
         self._check(path, facts)
         common, stored = dist_checkpointing.load_common_state_dict(str(path)), names(path)
         check_same_model(path, common["config"]["model"], self.config, new_run=False)
-        if "optimizer" not in common:
-            return self._start_from_own_weights(path, facts)
+        return facts, common, stored
+
+    def _load(self, path: Path, facts: Facts, common: dict, stored: set[str]) -> None:
         self.contents.load(path, stored, adam_steps(common["optimizer"]))
         self.schedule.load_state_dict(common["schedule"])
         own = random_states()
@@ -217,7 +257,6 @@ class TrainingState:
             set_random_states(state["random"])
         else:
             draw_anew(self.config.run.seed, facts.step)
-        return facts.step
 
     def _start_from_own_weights(self, path: Path, facts: Facts) -> int:
         """Begin a run with imported weights, which lie in its folder, in the place of drawn ones."""
@@ -227,20 +266,33 @@ class TrainingState:
                 "needs: put the whole checkpoint in its place, or name it in checkpoint.load of a "
                 "run with another run.dir"
             )
-        self.contents.start_from_weights(path)
+        if self._partly_loaded:
+            raise UserError(
+                f"no checkpoint of {self.store.folder} after {path.name} can be loaded, and that one "
+                "holds weights only: move the others away to start from it again, or bring one back"
+            )
+        on_all_ranks(lambda: self.contents.start_from_weights(path))
         return 0
 
     def _start_from_another(self) -> "Beginning":
         """A new run with weights of another run's checkpoint in the place of drawn ones."""
-        path, damaged = self._newest_whole(self._on_first_rank(lambda: origins(self.config)))
+        candidates = self._on_first_rank(lambda: origins(self.config))
+        path, _, unusable = self._load_newest_usable(candidates, self._take_weights)
+        warning = f"checkpoint.load: damaged, {', '.join(unusable.values())}" if unusable else None
         if path is None:
-            raise UserError(f"checkpoint.load: damaged, {', '.join(damaged.values())}")
+            raise UserError(warning)
+        return Beginning(0, warning, origin=path)
+
+    def _take_weights(self, path: Path) -> int:
+        """The weights of another run's checkpoint."""
+        on_all_ranks(lambda: self._check_weights(path))
+        on_all_ranks(lambda: self.contents.start_from_weights(path))
+        return 0
+
+    def _check_weights(self, path: Path) -> None:
         common = dist_checkpointing.load_common_state_dict(str(path))
         check_same_model(path, common["config"]["model"], self.config, new_run=True)
         self._check_tables(path, read_facts(path))
-        self.contents.start_from_weights(path)
-        warning = f"checkpoint.load: damaged, {', '.join(damaged.values())}" if damaged else None
-        return Beginning(0, warning, origin=path)
 
     def _check(self, path: Path, facts: Facts) -> None:
         samples = facts.step * self.config.train.global_batch_size

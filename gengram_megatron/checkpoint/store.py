@@ -150,15 +150,21 @@ def estimated_size(config: Config) -> int:
     return count_parameters(config).total * (weight + 12)
 
 
+class UnreadableCheckpoint(UserError):
+    """A checkpoint's own description cannot be read: it is damaged, or it is no checkpoint."""
+
+
 def read_facts(checkpoint: Path) -> Facts:
     """The facts of a checkpoint, or one sentence why it cannot be read."""
     try:
-        facts = Facts(**json.loads((checkpoint / FACTS).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of gengram: {error}") from None
-    if facts.format != FORMAT:
-        raise UserError(
-            f"{checkpoint} has format {facts.format}, this version reads {FORMAT}: "
-            "use the version of gengram that wrote it"
-        )
-    return facts
+        found = json.loads((checkpoint / FACTS).read_text())
+        if (format := found["format"]) == FORMAT:
+            return Facts(**found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UnreadableCheckpoint(
+            f"{checkpoint} is not a checkpoint of gengram: {error}"
+        ) from None
+    raise UserError(
+        f"{checkpoint} has format {format}, this version reads {FORMAT}: "
+        "use the version of gengram that wrote it"
+    )

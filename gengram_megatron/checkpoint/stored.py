@@ -6,6 +6,7 @@ classes that describe tensors are taken.
 """
 
 import pickle
+from collections.abc import Iterable
 from enum import Enum, EnumType
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from gengram_megatron.checkpoint.store import checkpoints_at
+from gengram_megatron.checkpoint.store import FACTS, checkpoints_at
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 
 METADATA = ".metadata"
 COMMON = "common.pt"
+FORMAT_NOTE = "metadata.json"
+WRITTEN = (METADATA, COMMON, FORMAT_NOTE)
+"""What megatron-core writes of a checkpoint besides the files of its tensors, which .metadata names."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -59,6 +63,30 @@ def read_config(checkpoint: Path) -> Config:
             f"{checkpoint} was written with a config whose {key} this version does not know: use "
             "the version of gengram that wrote it"
         ) from None
+
+
+def missing_files(checkpoint: Path, needed: Iterable[str] = (*WRITTEN, FACTS)) -> list[str]:
+    """What a checkpoint lacks that loading it takes, a phrase each; none if all of it is there.
+
+    The files of tensors are those that torch's description of them names: checksums say nothing of
+    a file that never was in the folder, such as one that a rank of another node wrote elsewhere.
+
+    needed: the other files that must be there.
+    """
+    found = [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
+    if not (checkpoint / METADATA).is_file():
+        return found
+    try:
+        ends = _Reader(checkpoint).ends()
+    except (UserError, AttributeError) as error:  # the latter of what is no place in a file
+        return [*found, str(error)]
+    for name, end in sorted(ends.items()):
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (size := path.stat().st_size) < end:
+            found.append(f"{name} has {size:,} bytes and {METADATA} names {end:,}")
+    return found
 
 
 class StoredTensors:
@@ -136,13 +164,21 @@ class _Reader(dcp.FileSystemReader):
         try:
             with path.open("rb") as file:
                 self._metadata = _MetadataUnpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # damaged pickles have many errors
             raise UserError(f"{path} cannot be read: {error}") from None
         if not isinstance(self._metadata, Metadata):
             raise UserError(f"{path} does not describe the tensors of a checkpoint")
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         return self._metadata
+
+    def ends(self) -> dict[str, int]:
+        """The files that hold tensors, by name, and how many bytes of each are described."""
+        ends: dict[str, int] = {}
+        for place in (self._metadata.storage_data or {}).values():
+            end = place.offset + place.length
+            ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+        return ends
 
 
 class _Ignored:

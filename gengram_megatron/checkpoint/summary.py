@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from gengram_megatron.checkpoint.store import read_facts
-from gengram_megatron.checkpoint.stored import StoredTensors, read_common
+from gengram_megatron.checkpoint.stored import StoredTensors, missing_files, read_common
 from gengram_megatron.show import print_table
 
 OPTIMIZER = "optimizer."
@@ -48,6 +48,7 @@ def summary(checkpoint: Path) -> dict:
         "seed": facts.seed,
         "layout": facts.layout,
         "has_optimizer": len(weights) < len(stored.names),
+        "missing_files": missing_files(checkpoint),
         "dtypes": sorted({str(stored.dtype(name)).removeprefix("torch.") for name in weights}),
         "parameters": {"total": sum(parameters.values()), **parameters},
         "tables": _tables(stored, weights, facts.tables),
@@ -87,7 +88,7 @@ def show(summary: dict) -> None:
     for name in ("step", "samples", "tokens", "seed"):
         facts.add_row(name, f"{summary[name]:,}")
     facts.add_row("weights in", ", ".join(summary["dtypes"]))
-    facts.add_row("can be resumed", "yes" if summary["has_optimizer"] else "no, weights only")
+    facts.add_row("can be resumed", _can_be_resumed(summary))
     for name, number in summary["parameters"].items():
         facts.add_row(f"parameters, {name}", f"{number:,}")
     for name, size in summary["bytes"].items():
@@ -97,6 +98,13 @@ def show(summary: dict) -> None:
     print_table(facts)
     if summary["tables"]:
         print_table(_table_of_tables(summary["tables"]))
+
+
+def _can_be_resumed(summary: dict) -> str:
+    if missing := summary["missing_files"]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"no, {missing[0]}{more}"
+    return "yes" if summary["has_optimizer"] else "no, weights only"
 
 
 def _table_of_tables(tables: list[dict]) -> Table:

@@ -24,13 +24,16 @@ def verify(
 ) -> None:
     """Read all files of checkpoints and compare them with their checksums.
 
-    Names what is wrong, and exits with code 1 if anything is. Training does the same with the
+    Also looks whether all files are there that the checkpoint's own list of tensors names. Names what is wrong, and exits with code 1 if anything is. Training does the same with the
     checkpoint that it goes on from, and takes the one before if it is damaged.
     """
     found = checkpoints_at(path)
     if not found:
         raise UserError(f"{path} is no checkpoint, and no folder of a run that has any")
-    damaged = {checkpoint: damage(checkpoint) for checkpoint in found}
+    from gengram_megatron.checkpoint.stored import missing_files
+
+    # A damaged list of tensors is not worth reading.
+    damaged = {checkpoint: damage(checkpoint) or missing_files(checkpoint) for checkpoint in found}
     for checkpoint, problems in damaged.items():
         for problem in problems:
             print(f"{checkpoint}: {problem}")

@@ -4,6 +4,7 @@ A run starts from one in its folder as if its weights had been drawn (state.py).
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from gengram_megatron.checkpoint.store import CheckpointStore, Facts, read_facts
-from gengram_megatron.checkpoint.stored import COMMON, StoredTensors, read_common
+from gengram_megatron.checkpoint.stored import COMMON, FORMAT_NOTE, StoredTensors, read_common
 from gengram_megatron.checkpoint.summary import OPTIMIZER
 from gengram_megatron.errors import UserError
 
@@ -63,11 +64,25 @@ def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) ->
     }
     # A file a tensor, because torch keeps what it wrote until a file is done.
     writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
-    _save(described, writer, _OneByOne(source.read))
-    torch.save(common, partial / COMMON)
-    (partial / "metadata.json").write_text(json.dumps(FILE_FORMAT))
-    store.finish(partial, facts)
+    try:
+        _save(described, writer, _OneByOne(source.read))
+        torch.save(common, partial / COMMON)
+        (partial / FORMAT_NOTE).write_text(json.dumps(FILE_FORMAT))
+        store.finish(partial, facts)
+    except (OSError, RuntimeError) as error:
+        if why := _system_error(error):
+            raise UserError(f"{whole} cannot be written: {why.strerror or why}") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return whole
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The error of the system, such as a full disk, behind one that torch's writer made of it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _save(described: dict[str, Tensor], writer: dcp.StorageWriter, planner: "_OneByOne") -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.manifest import MANIFEST, read_manifest
+from gengram_megatron.data.checksums import DataFile
 from gengram_megatron.data.missing import no_data_set
 from gengram_megatron.errors import UserError
 from gengram_megatron.platform import prepare
@@ -23,12 +24,18 @@ class FragmentDataset:
 
     Attributes:
         sha256: checksum of the fragments, by the data set's manifest.
+        files: those that hold the split, with their checksums by the manifest.
     """
 
     def __init__(self, folder: Path, split: str, seq_length: int, key: str = "data.path"):
         self._arguments = (folder, split, seq_length, key)
-        manifest = _check(Path(folder), split, seq_length, key)
-        self.sha256: str = manifest["files"][f"{split}.bin"]["sha256"]
+        self.folder, self.key = Path(folder), key
+        manifest = _check(self.folder, split, seq_length, key)
+        self.files = [
+            DataFile(self.folder / name, manifest["files"][name]["sha256"])
+            for name in (f"{split}.bin", f"{split}.idx")
+        ]
+        self.sha256: str = self.files[0].sha256
         self._fragments = _open(Path(folder) / split)
 
     def __len__(self) -> int:
@@ -73,7 +80,7 @@ def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any
 
 def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
     """Raises UserError unless a file is as long as the manifest has it. (Comparing checksums
-    would read all of it; that is the work of `gengram-data verify`.)"""
+    reads all of it, so a run's start does that once a data set: checksums.py.)"""
     if facts is None:
         raise UserError(f"{path.parent / MANIFEST} lists no {path.name}; build the data set again")
     if not path.is_file():

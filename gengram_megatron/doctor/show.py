@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 
 from gengram_megatron.plan.warnings import GB
-from gengram_megatron.show import print_table
+from gengram_megatron.show import print_table, print_text
 
 
 def show(found: dict) -> None:
@@ -34,7 +34,7 @@ def show(found: dict) -> None:
         ("cannot run here", found["problems"]),
     ):
         for line in lines:
-            print(f"{kind}: {line}")
+            print_text(f"{kind}: {line}")
 
 
 def _table(title: str, headings: tuple, rows: Iterable[tuple]) -> Table:

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from gengram_megatron.plan.suggest import Suggestion
 from gengram_megatron.plan.warnings import GB
-from gengram_megatron.show import print_table
+from gengram_megatron.show import print_table, print_text
 
 SHOWN = 10
 """Layouts that --suggest prints; --json has all."""
@@ -22,9 +22,9 @@ def show(plan: dict) -> None:
     if plan["tables"]:
         print_table(_tables(plan))
         made = plan["projection"]
-        print(f"Key and value are projected from {made['of']}: {made['reason']}")
+        print_text(f"Key and value are projected from {made['of']}: {made['reason']}")
     for sentence in plan["warnings"]:
-        print(f"warning: {sentence}")
+        print_text(f"warning: {sentence}")
 
 
 def _facts(plan: dict) -> Table:
@@ -99,4 +99,4 @@ def show_suggestions(found: list[Suggestion], gpus: int, gigabytes: float) -> No
             f"{time.arithmetic:.2f} + {time.bubble:.2f} + {time.communication:.2f}",
         )
     print_table(shown)
-    print(f"The first: {found[0].words or 'the config as it is'}")
+    print_text(f"The first: {found[0].words or 'the config as it is'}")

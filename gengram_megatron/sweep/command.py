@@ -14,7 +14,7 @@ from gengram_megatron.launch import slurm
 from gengram_megatron.launch.command import DryRun, Slurm, name_of_start
 from gengram_megatron.launch.job import Job, check_job
 from gengram_megatron.plan.command import smallest_world
-from gengram_megatron.show import print_table
+from gengram_megatron.show import print_table, print_text
 from gengram_megatron.sweep import results
 from gengram_megatron.sweep.runs import Runs, read_sweep
 from gengram_megatron.sweep.start import as_array, run_in_turn
@@ -155,5 +155,5 @@ def _show(found: Runs, states: list[State], as_json: bool) -> list[results.Row]:
     print_table(results.shown(rows, f"{len(rows)} runs, each in {found.folder}/<run>"))
     for row, state in zip(rows, states):
         if state.unreadable:
-            print(f"{row['folder']} {state.objection}")
+            print_text(f"{row['folder']} {state.objection}")
     return rows

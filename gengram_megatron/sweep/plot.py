@@ -12,6 +12,9 @@ from gengram_megatron.sweep.results import Row
 from gengram_megatron.sweep.runs import SEED
 from gengram_megatron.training.plot import decorate
 
+COLUMNS = 75
+"""Characters that fit side by side below the axis."""
+
 Losses = dict[str, list[float]]
 """Losses, in nats a base, of the runs at a place of the axis; more than one where seeds vary."""
 
@@ -37,7 +40,9 @@ def plot_results(found: list[Row], key: str | None, out: Path) -> None:
     for number, (name, losses) in enumerate(levels.items(), start=len(lines)):
         label = f"{name} {mean(losses):.4f}"
         axes.axhline(mean(losses), color=f"C{number}", linestyle=":", label=label)
-    axes.set_xticks(range(len(places)), places)
+    crowded = sum(len(place) + 2 for place in places) > COLUMNS
+    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axes.set_xticks(range(len(places)), places, **slanted)
     axes.set_xlabel(_leaf(key) if key else "run")
     decorate(axes, "validation loss")
     save_figure(figure, out, dpi=150)

@@ -15,6 +15,7 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import BlendPart, Config
 from gengram_megatron.data.batches import microbatches
 from gengram_megatron.data.blend import BlendOrder
+from gengram_megatron.data.checksums import DataFile
 from gengram_megatron.data.dataset import FragmentDataset
 from gengram_megatron.data.order import SampleOrder
 from gengram_megatron.errors import UserError
@@ -62,6 +63,12 @@ class RunData:
         """What decides, with the seed, which sample stands at each position of the run."""
         return [{"sha256": one.train.sha256, "share": str(one.share)} for one in self.sets]
 
+    @property
+    def files(self) -> list[DataFile]:
+        """All files that the run reads samples from."""
+        splits = [split for one in self.sets for split in (one.train, one.validation)]
+        return [file for split in splits for file in split.files]
+
     def statement(self, samples: int) -> list[str]:
         """How often a run of so many samples goes through each set, a line each, and a warning
         for each that it repeats more than once."""
@@ -91,9 +98,7 @@ class RunData:
     def validations(self, layout: Layout, data_rank: int) -> Iterator[Validation]:
         """One validation, set by set."""
         for one in self.sets:
-            samples, limit = len(one.validation), self.config.train.validation_samples
-            if limit is not None:
-                samples = min(samples, ceil(limit * one.share))
+            samples = self._validation_samples(one)
             batches = microbatches(
                 one.validation,
                 SampleOrder(len(one.validation), VALIDATION_SEED),
@@ -102,7 +107,19 @@ class RunData:
                 workers=0,
                 **self._batches(layout, data_rank),
             )
-            yield Validation(one.name, ceil(samples / self.config.train.global_batch_size), batches)
+            yield Validation(one.name, self._steps(samples), batches)
+
+    @property
+    def validation_steps(self) -> int:
+        """Steps of one validation, over all sets."""
+        return sum(self._steps(self._validation_samples(one)) for one in self.sets)
+
+    def _validation_samples(self, one: BuiltSet) -> int:
+        samples, limit = len(one.validation), self.config.train.validation_samples
+        return samples if limit is None else min(samples, ceil(limit * one.share))
+
+    def _steps(self, samples: int) -> int:
+        return ceil(samples / self.config.train.global_batch_size)
 
     def in_all(self, losses: dict[str, float]) -> float:
         """The loss over all sets, nats a base: in the shares that training has of them, so it may

@@ -13,6 +13,9 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.files import Locked, lock, replacing
 
 LOCK = ".lock"
+VISIBLE_SECONDS = 10.0
+"""For so long a node looks in the run's folder for a file that another one has written: network
+file systems remember for some seconds that a file was not there."""
 
 
 def make_folder(folder: Path) -> None:

@@ -64,8 +64,11 @@ class RunLog:
             samples, tokens: trained on since the start of the run.
             loss: mean of the step, nats a base.
             others: any other numbers; the usual ones are grad_norm, lr, load_balance_loss,
-                tokens_per_second (over all ranks), seconds (of this step) and data_wait (the
-                share of them that the slowest rank waited for samples).
+                router_z_loss, rows_touched (of the memory tables), tokens_per_second (over all
+                ranks), seconds (of this step), data_wait (the share of them that the slowest rank
+                waited for samples), save_stall (seconds that training waited for checkpoints
+                since the step before), skipped (1 for a batch that was left out), and on GPUs
+                peak_memory_bytes and model_flops_utilisation (see gpu_use.py).
         """
         self._write("train", step, samples, tokens, loss, others)
 

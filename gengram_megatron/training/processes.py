@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,13 @@ def _compute_deterministically() -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs, and changes nothing
+
+
+def gather(own: Any) -> list:
+    """What every rank has, on every rank, in the order of the ranks."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def end_processes() -> None:

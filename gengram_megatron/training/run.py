@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,9 @@ from gengram_megatron.training.folder import (
     remove_if_unused,
     write_config,
 )
+from gengram_megatron.training.nodes import check_nodes, telling_all_nodes
 from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.training.uniform import UniformCheck
 from gengram_megatron.training.waiting import Waiting
 from gengram_megatron.training.watchdog import Watchdog
 
@@ -45,15 +48,18 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
     Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
     """
     check_gpu(config)
-    data, folder = RunData(config), Path(config.run.dir)
-    make_folder(folder)
-    _, rank = world_size_from_environment()
+    folder, (_, rank) = Path(config.run.dir), world_size_from_environment()
+    join = partial(start_processes, layout, config.run.seed, rank, config.train.deterministic)
     with ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(locked(folder))
-            stack.callback(remove_if_unused, folder)
+        with telling_all_nodes(layout.world_size, join):
+            data = RunData(config)
+            make_folder(folder)
+            if rank == 0:
+                stack.enter_context(locked(folder))
+                stack.callback(remove_if_unused, folder)
         stack.callback(end_processes)
-        start_processes(layout, config.run.seed, rank, config.train.deterministic)
+        join()
+        check_nodes(folder, data, signals)
         return _Run(config, layout, data, signals).run()
 
 
@@ -80,6 +86,7 @@ class _Run:
         from gengram_megatron.model.gengram.touched import RowsTouched
         from gengram_megatron.platform.report import implementations
         from gengram_megatron.training.engines import build_engine
+        from gengram_megatron.training.gpu_use import GpuUse
         from gengram_megatron.training.optimizer import build_schedule
 
         self.config, self.layout, self.data, self.signals = config, layout, data, signals
@@ -94,9 +101,11 @@ class _Run:
         gengram = config.model.gengram
         self.touched = RowsTouched(kmer_tables(gengram)) if gengram.enabled else None
         self.implementations = implementations(self.chunks, self.optimizer)
+        self.gpu_use = GpuUse.of_run(config, layout.world_size)
         self.first_rank = dist.get_rank() == 0
         self.folder = Path(config.run.dir)
         self.skipped_in_a_row = 0
+        self.uniform = UniformCheck(config, layout.samples)
 
     def run(self) -> int:
         """All steps that are left, or until a signal; the exit code."""
@@ -120,6 +129,7 @@ class _Run:
             code = self._train_from(start, Waiting(batches))
             if self.first_rank:
                 self.progress.end()
+                self._warn(self.uniform.at_end() if code == 0 else None)
         if self.first_rank and self.log.written:
             self._plot()
         return code
@@ -297,11 +307,14 @@ class _Run:
 
         for chunk in self.chunks:
             chunk.eval()
-        losses = {}
+        losses, done = {}, 0
         for part in self.data.validations(self.layout, self.data_rank):
             reports = []
             for _ in range(part.steps):
                 self.watchdog.mark(step, "validating")
+                if self.first_rank:
+                    self.progress.validating(step=step, done=done, total=self.data.validation_steps)
+                done += 1
                 reports.append(
                     forward_backward(
                         self.chunks, part.batches, self.config, self.layout, forward_only=True
@@ -319,9 +332,10 @@ class _Run:
         return True
 
     def _report(self, step: int, result: _Step, seconds: float, data_wait: float) -> None:
+        tokens = self.config.train.global_batch_size * self.config.model.seq_length
+        gpu_use = self.gpu_use.of_step(tokens / seconds)
         if not self.first_rank:
             return
-        tokens = self.config.train.global_batch_size * self.config.model.seq_length
         shown = {
             "step": step,
             "loss": result.agreed.loss,
@@ -330,14 +344,14 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
             "data_wait": data_wait,
+            **gpu_use,
         }
         self.progress.step(**shown)
         others = dict(result.others)
         if stall := self.state.take_stall():
             others["save_stall"] = stall
-        if torch.cuda.is_available():
-            others["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         self.log.train(**shown, **self._place_in_data(step), **others)
+        self._warn(self.uniform.after_step(step, result.agreed.loss))
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
         from gengram_megatron.training.metrics import RunLog
@@ -345,7 +359,12 @@ class _Run:
 
         self.log = stack.enter_context(RunLog(self.folder, self.config, start))
         self.progress = stack.enter_context(
-            Progress(self.layout.steps, self.config.logging.interval)
+            Progress(
+                self.layout.steps,
+                self.config.logging.interval,
+                validation_interval=self.config.train.validation_interval,
+                validation_steps=self.data.validation_steps,
+            )
         )
 
     def _place(self, beginning: "Beginning") -> str:
@@ -371,10 +390,19 @@ class _Run:
         return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
 
     def _plot(self) -> None:
-        from gengram_megatron.training.plot import plot_loss
+        from gengram_megatron.training.plot import markov_levels, plot_loss, run_title
 
-        name = self.folder.name
-        plot_loss({name: self.folder / "metrics.jsonl"}, self.folder / "loss.png")
+        levels = {}
+        if self.config.data.path is not None:
+            (one,) = self.data.sets
+            checksums = {"train": one.train.sha256, "validation": one.validation.sha256}
+            levels = markov_levels(Path(self.config.data.path), checksums)
+        plot_loss(
+            {self.folder.name: self.folder / "metrics.jsonl"},
+            self.folder / "loss.png",
+            levels,
+            run_title(self.config, self.layout.samples * self.config.model.seq_length),
+        )
 
     def _watchdog(self) -> Watchdog:
         started = [time.strftime("%Y-%m-%dT%H-%M-%S")]

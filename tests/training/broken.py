@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -80,6 +81,25 @@ def kill_writer(step: int) -> None:
         return whole(*args, write_bucket=write_bucket, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(killed)
+
+
+def write_elsewhere() -> None:
+    """The second rank's node has a checkpoint's folder of its own: what it writes lies there, and
+    the first rank looks for it for a short time."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from gengram_megatron.checkpoint import state
+
+    state.VISIBLE_SECONDS = 0.5
+    whole = FileSystemWriterAsync.write_preloaded_data
+
+    def apart(*args, write_bucket, **kwargs):
+        path, *rest = write_bucket
+        if Path(path).name.startswith("__1_"):
+            path = Path(path).with_name(f".elsewhere_{Path(path).name}")
+        return whole(*args, write_bucket=(path, *rest), **kwargs)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(apart)
 
 
 def limit_file_size(size: int) -> None:

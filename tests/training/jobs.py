@@ -47,6 +47,17 @@ LARGE = (
     "checkpoint.at_end=false",
 )
 
+# Steps too small to learn anything in, as many as it takes to be told so.
+STUCK = (
+    *DENSE,
+    "train.steps=101",
+    "train.global_batch_size=2",
+    "model.num_layers=1",
+    "model.gengram.enabled=false",
+    "optimizer={lr: 1e-9, min_lr: 1e-9}",
+    "checkpoint.at_end=false",
+)
+
 ALONE = {
     **{name: (*OVERFIT, *model) for name, model in MODELS.items()},
     **{f"{name}_bf16": (*OVERFIT, *MODELS[name], *BF16) for name in RECOMPUTED},
@@ -64,6 +75,7 @@ ALONE = {
     "changed": (*SCHEDULE, "train.stop_at=4"),
     "changed_on": (*SCHEDULE, "run.dir=FOLDER/changed", "optimizer.lr=0.02", "train.steps=12"),
     "only_warmup": (*DENSE, "train.steps=2", "optimizer.warmup_fraction=1"),
+    "stuck": STUCK,
     "no_data": ("data.path=/nowhere/dna",),
 }
 TWO = {

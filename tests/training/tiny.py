@@ -87,6 +87,7 @@ def entries(run: Path, kind: str | None = None) -> list[dict]:
 def numbers(run: Path, kind: str | None = None) -> list[dict]:
     """What must not change from run to run: all measured numbers but those of the clock."""
     clock = ("seconds", "tokens_per_second", "data_wait", "save_stall")
+    clock += ("model_flops_utilisation", "peak_memory_bytes")  # on GPUs
     return [{k: v for k, v in e.items() if k not in clock} for e in entries(run, kind)]
 
 

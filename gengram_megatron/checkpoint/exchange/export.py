@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gengram_megatron.checkpoint.exchange.card import model_card
 from gengram_megatron.checkpoint.exchange.huggingface import (
     check_expressible,
     check_installed,
@@ -35,19 +36,33 @@ def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> Non
         raise UserError(f"{checkpoint} cannot be exported: it lacks {missing[0]}")
     if out.exists():
         raise UserError(f"{out} is there already; give another folder")
+    card = model_card(checkpoint, config)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_weights(partial, stored, weights, largest_file)
-    write_description(partial, config)
-    for path in (*partial.iterdir(), partial):
-        flush(path)
-    os.rename(partial, out)
+    try:
+        _write_weights(partial, stored, weights, largest_file)
+        write_description(partial, config)
+        (partial / "README.md").write_text(card)
+        _share(partial)
+        for path in (*partial.iterdir(), partial):
+            flush(path)
+        os.rename(partial, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Let those read the files who may read the folder: the umask decided that, and safetensors
+    writes files that only their owner may read."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)
 
 
 def _write_weights(folder: Path, stored: StoredTensors, weights: list[Weight], limit: int) -> None:
-    from safetensors.torch import save_file
-
     sizes = {
         part.name: math.prod(part.shape) * stored.dtype(weight.key).itemsize
         for weight in weights
@@ -62,10 +77,20 @@ def _write_weights(folder: Path, stored: StoredTensors, weights: list[Weight], l
             waiting.setdefault(file, {})[name] = tensor
             left[file] -= 1
             if not left[file]:
-                save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+                _save(waiting.pop(file), folder / file)
     if len(left) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, too, is one of these and no OSError
+        raise UserError(f"{file} cannot be written: {error}") from None
 
 
 def _files(sizes: dict[str, int], limit: int) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""What an exported model's folder says of it: config.json, tokenizer, and the code of its memory."""
+"""What an exported model's folder says of it: config.json, generation_config.json, tokenizer, and
+the code of its memory."""
 
 import importlib.util
 import json
@@ -9,8 +10,9 @@ from pathlib import Path
 from gengram_megatron.config.schema import Config, Model
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
-from gengram_megatron.tokenizer import BASES, EOD, IUPAC_AMBIGUOUS, NAMES, PIECES
+from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD, IUPAC_AMBIGUOUS, NAMES, PIECES
 
+PAD = PIECES.index("[PAD]")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 CODE = Path(__file__).parent / "hub_code"
 CODE_FILES = ("configuration_gengram.py", "modeling_gengram.py")
@@ -66,7 +68,7 @@ def model_config(config: Config) -> dict:
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": EOD,
-        "pad_token_id": PIECES.index("[PAD]"),
+        "pad_token_id": PAD,
     }
     if experts:
         settings |= {
@@ -110,10 +112,26 @@ def _gengram(model: Model) -> dict:
     }
 
 
+def generation_config(model: Model) -> dict:
+    """generation_config.json: what `generate` does unless it is told otherwise."""
+    # EOD is not suppressed, because generated text could not end otherwise. Training here does not
+    # score EOD as a label, so a model of ours gives it next to no probability; one that was
+    # imported may have learned it.
+    possible = {*BASE_IDS, EOD}
+    return {
+        "bos_token_id": None,
+        "eos_token_id": EOD,
+        "pad_token_id": PAD,
+        "suppress_tokens": [n for n in range(model.vocab_size) if n not in possible],
+    }
+
+
 def write_description(folder: Path, config: Config) -> None:
-    """All files but the weights."""
-    (folder / "config.json").write_text(json.dumps(model_config(config), indent=2) + "\n")
-    tokenizer().save(str(folder / "tokenizer.json"))
+    """All files but the weights and the model card."""
+    _write_json(folder / "config.json", model_config(config))
+    _write_json(folder / "generation_config.json", generation_config(config.model))
+    # Not by the tokenizer itself, whose errors, such as a full disk, are no OSError.
+    (folder / "tokenizer.json").write_text(tokenizer().to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.model.seq_length,
@@ -124,11 +142,19 @@ def write_description(folder: Path, config: Config) -> None:
         "mask_token": "[MASK]",
         "eos_token": "[EOD]",
         "clean_up_tokenization_spaces": False,
+        # Behind a prompt that is padded on the right, generated text would go on from the padding.
+        "padding_side": "left",
+        # Llama and Mixtral take no token types, which a tokenizer gives by default.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _write_json(folder / "tokenizer_config.json", settings)
     if config.model.gengram.enabled:
         for name in CODE_FILES:
             shutil.copyfile(CODE / name, folder / name)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def tokenizer():

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gengram_megatron.checkpoint import weights_only
+from gengram_megatron.checkpoint.access import check_readable, reading
 from gengram_megatron.checkpoint.exchange.huggingface import (
     DTYPES,
     check_expressible,
@@ -53,7 +55,8 @@ def import_model(path: Path, config: Config) -> Path:
     store = CheckpointStore(Path(config.run.dir) / "checkpoints")
     if store.newest():
         raise UserError(f"{store.folder} holds checkpoints already; give another run.dir")
-    foreign = _open(path, config)
+    with reading(path):
+        foreign = _open(path, config)
     _check_names(path, foreign)
     dtype = getattr(torch, DTYPES[config.train.dtype])
     weights = {weight.key: weight for weight in foreign.weights}
@@ -100,20 +103,32 @@ def _check_names(path: Path, foreign: Foreign) -> None:
 
 def _huggingface(path: Path, config: Config) -> Foreign:
     check_installed()
-    from safetensors import safe_open
-
     check_expressible(config.model)
+    weights = sorted(path.glob("*.safetensors"))
+    check_readable([path / HUGGINGFACE_CONFIG, *weights])
     _check_settings(path, config)
     files = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+    for file in weights:
+        with _safetensors(file) as tensors:
             files |= dict.fromkeys(tensors.keys(), file)
 
     def read(name: str) -> Tensor:
-        with safe_open(files[name], framework="pt") as tensors:
+        with _safetensors(files[name]) as tensors:
             return tensors.get_tensor(name)
 
     return Foreign(set(files), read, huggingface_weights(config.model))
+
+
+@contextmanager
+def _safetensors(file: Path) -> Iterator:
+    """A file of safetensors, open for reading."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def _check_settings(path: Path, config: Config) -> None:
@@ -132,6 +147,7 @@ def _check_settings(path: Path, config: Config) -> None:
 
 
 def _megatron(folder: Path, config: Config) -> Foreign:
+    check_readable(file for file in folder.rglob("*") if not file.is_dir())
     tensors, model = open_megatron(folder), config.model
     _check_arguments(folder, tensors, config)
     # The published code has the memory's weights in every layer, and uses them in some.

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gengram_megatron.checkpoint.access import check_readable
 from gengram_megatron.checkpoint.exchange.untrusted import StandIn, read_untrusted
 from gengram_megatron.checkpoint.stored import COMMON, METADATA, StoredTensors
 from gengram_megatron.errors import UserError
@@ -60,7 +61,8 @@ def find_megatron(path: Path) -> Path | None:
     """The folder of one iteration that `path` means: itself, or the newest in it."""
     newest = path / NEWEST
     if newest.is_file():
-        text = newest.read_text().strip()
+        check_readable([newest])
+        text = newest.read_text(errors="replace").strip()
         path = path / (f"iter_{int(text):07d}" if text.isdigit() else text)
     ranks = any(path.glob(f"mp_rank_*/{RANK_FILE}"))
     return path if ranks or (path / METADATA).is_file() else None

@@ -25,6 +25,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 from .configuration_gengram import GengramLlamaConfig, GengramMixtralConfig
 
 COMPLEMENT = (3, 2, 1, 0, 4)  # of the digits of A C G T N
+PADDING = -1  # in the place of a token that the attention mask hides, and before the text
 
 
 class Kmers:
@@ -33,17 +34,19 @@ class Kmers:
     ids: a table [b, reach + s]; a k-mer that holds another token than A C G T N, or that begins
     before the text, has the id one past the table's last row.
     documents: [b, reach + s], or None where memory may look across documents.
+    padding: [b, s], whether each of the s tokens is padding.
     """
 
     def __init__(self, tokens, length: int, gengram: dict):
-        """tokens: [b, at least length], the last `length` of them new."""
+        """tokens: [b, at least length], the last `length` of them new; PADDING is no token."""
+        self.padding = tokens[:, -length:] == PADDING
         largest = max(table["k"] for table in gengram["tables"])
         self.window, self.dilation = gengram["window"], largest
         self.reach = max(
             (self.window or largest) - 1, largest - 1, (gengram["conv_kernel"] - 1) * largest
         )
         tokens = tokens[:, -(length + self.reach) :]
-        tokens = F.pad(tokens, (length + self.reach - tokens.shape[1], 0), value=-1)
+        tokens = F.pad(tokens, (length + self.reach - tokens.shape[1], 0), value=PADDING)
         digits = torch.full_like(tokens, -1, dtype=torch.int64)
         for digit, token in enumerate(gengram["token_ids"]):
             digits[tokens == token] = digit
@@ -152,6 +155,8 @@ class GengramMemory(nn.Module):
             return F.silu(self.norm_o(gated))
         if self.output == "plain":
             return gated
+        # Padding is neither looked up nor convolved, whatever its hidden state is.
+        gated = gated.masked_fill(kmers.padding[..., None], 0)
         return gated + self.short_conv(remember(cache, gated, self.place), kmers)
 
     def _features(self, kmers: Kmers):
@@ -227,26 +232,53 @@ class LayerWithMemory:
 class ModelWithMemory:
     """What a decoder gets around."""
 
-    def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        **kwargs,
+    ):
         if input_ids is None:
             raise ValueError("memory is looked up by token ids: give input_ids, not inputs_embeds")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
+        # Layers that are computed again for their gradients would append to a cache twice.
+        recomputes = self.training and self.gradient_checkpointing
+        if use_cache is None:
+            # Training reads no cache, so there is none unless it is asked for: other libraries,
+            # such as FSDP, have layers computed again without a word to the model.
+            use_cache = self.config.use_cache and not (self.training and torch.is_grad_enabled())
+        if use_cache and past_key_values is None and not recomputes:
             past_key_values = DynamicCache(config=self.config)
-        cache, tokens = None, input_ids
-        if past_key_values is not None:
+        tokens = visible(input_ids, attention_mask)
+        cache, seen = None, tokens
+        if past_key_values is not None and not recomputes:
             if not isinstance(past_key_values, DynamicCache):
                 raise ValueError("memory keeps what came before in a DynamicCache, and in no other")
             cache = MemoryCache(past_key_values, self.config.num_hidden_layers)
-            tokens = cache.append(input_ids.unsqueeze(-1), 0).squeeze(-1)
+            seen = cache.append(tokens.unsqueeze(-1), 0).squeeze(-1)
         return super().forward(
             input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            kmers=Kmers(tokens, input_ids.shape[1], self.config.gengram),
+            kmers=Kmers(seen, input_ids.shape[1], self.config.gengram),
             memory_cache=cache,
             **kwargs,
         )
+
+
+def visible(input_ids, attention_mask):
+    """input_ids [b, s], with PADDING for those that the mask hides.
+
+    attention_mask: [b, earlier + s], 0 or False for padding. Masks of other forms say which token
+    sees which, not which are padding, and hide none.
+    """
+    if attention_mask is None or getattr(attention_mask, "ndim", 0) != 2:
+        return input_ids
+    return input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, PADDING)
 
 
 class GengramLlamaLayer(LayerWithMemory, LlamaDecoderLayer):

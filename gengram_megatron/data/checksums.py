@@ -1,0 +1,112 @@
+"""Whether the files of a data set are what was built: compared with the manifest's checksums.
+
+Reading all of a large data set takes minutes, so it is done once: a file that was found whole is
+remembered with its size and the times of its last changes, and is read again only when one of these
+differs. They are remembered beside the data, or, where that folder cannot be written to, in the
+user's cache folder; where neither can be written, each run reads the files again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from gengram_megatron.errors import UserError
+
+CHECKED = ".checked.json"
+"""Lies beside a data set's files: which of them were compared with their checksums."""
+BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of a data set, and the checksum that the data set's manifest has of it."""
+
+    path: Path
+    sha256: str
+
+
+def not_checked_yet(files: Iterable[DataFile]) -> list[DataFile]:
+    """The files that were never compared with their checksums, or have changed since."""
+    return [file for file in files if _fingerprint(file) not in _remembered(file)]
+
+
+def check(file: DataFile) -> Iterator[int]:
+    """Read a file and compare it with its checksum; yields the bytes of each block that was read.
+
+    Raises UserError if its content is not what was built.
+    """
+    digest, before = hashlib.sha256(), _fingerprint(file)
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    try:
+        with file.path.open("rb", buffering=0) as opened:
+            while size := opened.readinto(buffer):
+                digest.update(buffer[:size])
+                yield size
+    except OSError as error:
+        raise UserError(
+            f"{file.path} cannot be read: {error.strerror}; copy or build the data set again"
+        ) from None
+    if digest.hexdigest() != file.sha256:
+        raise UserError(
+            f"{file.path} is damaged: its checksum is not the one in the data set's manifest; "
+            f"`gengram-data verify {file.path.parent}` lists what is wrong; copy or build the data "
+            "set again"
+        )
+    if _fingerprint(file) == before:
+        _remember(file, before)
+
+
+def _fingerprint(file: DataFile) -> dict[str, int | str]:
+    """What is remembered of a file. The time at which its content or attributes last changed is
+    part of it, because a copy of a whole folder keeps the time of its content."""
+    found = file.path.stat()
+    return {
+        "sha256": file.sha256,
+        "bytes": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "ctime_ns": found.st_ctime_ns,
+    }
+
+
+def _places(file: DataFile) -> Iterator[Path]:
+    """Where it may be remembered that a file was checked, the best first."""
+    folder = file.path.parent
+    yield folder / CHECKED
+    with suppress(RuntimeError):  # a user without a home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+        yield cache / "gengram" / "checked_data" / f"{name}.json"
+
+
+def _remembered(file: DataFile) -> list[dict]:
+    """What each place has of a file."""
+    return [known[file.path.name] for known in map(_read, _places(file)) if file.path.name in known]
+
+
+def _read(place: Path) -> dict[str, dict]:
+    try:
+        known = json.loads(place.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(file: DataFile, fingerprint: dict[str, int | str]) -> None:
+    """Note in the first place that can be written to that a file was found whole."""
+    for place in _places(file):
+        # Processes of several nodes may write at the same time: each beside, under its own name.
+        beside = place.with_name(f"{place.name}.{uuid4().hex[:8]}")
+        try:
+            if place.parent != file.path.parent:
+                place.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps({**_read(place), file.path.name: fingerprint}, indent=1))
+            beside.replace(place)
+            return
+        except OSError:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
