@@ -98,8 +98,8 @@ def build(
                 chromosomes: genomes/*.chromAlias.txt  # for the headers
                 validation_headers: "chromosome 20[^0-9]"
 
-    A relative fasta or annotation is looked for from the folder of CONFIG, also when it comes
-    from a base file or from the command line. The output appears only when it is complete; if it
+    A relative fasta or annotation is looked for from the folder of the file that names it, or from
+    the current folder if the command line does. The output appears only when it is complete; if it
     exists and is up to date, nothing is done. Run it again after an interruption: until it is
     complete, what is done lies in OUTPUT.building, and it goes on from there.
     """
