@@ -21,6 +21,7 @@ from data_prep.followed import Followed
 from data_prep.fragment import Fate
 from data_prep.genes import notes
 from data_prep.origins import ORIGIN, write_records
+from data_prep.progress import Phase, Report
 from data_prep.schema import DataConfig
 from data_prep.sources import Input, inputs
 from data_prep.survey import Survey, changed, survey
@@ -28,9 +29,6 @@ from data_prep.work import Work, work_on
 from data_prep.workers import Advance, Workers
 from data_prep.write import INDEX_BYTES, SPLITS, Part, prepare_split, tokens_path, write_part
 from gengram_megatron.errors import UserError
-
-Report = Callable[[str, int], None]
-"""Is told what is being done, and how many more bases it was done to."""
 
 Say = Callable[[str], None]
 """Is told, in a sentence, what the user should know."""
@@ -93,7 +91,9 @@ def _checksums(
     sources: list[Input], workers: Workers, report: Report
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Sizes and checksums of the files of all sources."""
-    found = workers.run(_facts, sources, partial(report, "checking the sources"))
+    size = sum(path.stat().st_size for source in sources for path in source.files.values())
+    phase = Phase("checking the sources", size, "bytes")
+    found = workers.run(_facts, sources, partial(report, phase))
     return {source.key: facts for source, facts in found}
 
 
@@ -101,7 +101,7 @@ def _facts(source: Input, advance: Advance) -> dict[str, Any]:
     facts = {}
     for kind, path in source.files.items():
         facts[kind] = manifest.file_facts(path)
-        advance(0)
+        advance(facts[kind]["bytes"])
     return {**facts.pop("fasta"), **facts}
 
 
@@ -125,7 +125,9 @@ def _survey(
         )
     left.sort(key=lambda source: source.path.stat().st_size, reverse=True)
     look_over = partial(_look_over, config=config, work=work, settings=settings)
-    for source, _ in workers.run(look_over, left, partial(report, "looking over")):
+    size = sum(source.path.stat().st_size for source in left)
+    phase = Phase("looking over", size, "bytes")
+    for source, _ in workers.run(look_over, left, partial(report, phase)):
         surveys[source.key] = work.survey_of(source, settings)
         if surveys[source.key] is None:
             raise changed(source.path)
@@ -227,11 +229,15 @@ def _write(
         for part in parts:
             if work.is_written(part.source):
                 _tell(files, part)
-        for part, _ in workers.run(write, left, partial(report, "writing")):
+        bases = sum(int(part.survey.lengths.sum()) for part in left)
+        phase = Phase("writing", bases, "bases")
+        for part, _ in workers.run(write, left, partial(report, phase)):
             work.mark_written(part.source)
             _tell(files, part)
         _write_records(sources, surveys, work.data)
-        return {file.path.name: file.facts() for file in files}
+        unhashed = sum(file.path.stat().st_size - file.hashed for file in files)
+        hashing = partial(report, Phase("computing checksums", unhashed, "bytes"))
+        return {file.path.name: file.facts(hashing) for file in files}
 
 
 @contextmanager
@@ -285,7 +291,7 @@ def _prepare(folder: Path, counts: dict[str, int], config: DataConfig) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{config.output} will take {decimal(needed)} and its disk has {decimal(free)} of "
+            f"{Path(config.output).absolute()} will take {decimal(needed)} and its disk has {decimal(free)} of "
             "free space; make room, give another output, or set total_tokens"
         )
     for split, count in counts.items():

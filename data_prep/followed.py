@@ -1,12 +1,16 @@
 """The checksum of a file that is still being written."""
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 AT_A_TIME = 1 << 20
 """Bytes that are read and hashed at a time."""
+
+POLL = 0.1
+"""Seconds between two looks at how far the thread is."""
 
 
 class Followed:
@@ -46,10 +50,18 @@ class Followed:
         if complete:
             self._thread.submit(self._hash_to, self._ends[complete - 1])
 
-    def facts(self) -> dict[str, Any]:
-        """Size and SHA-256 of the whole file, to be asked for when all parts are written."""
-        size = self.path.stat().st_size
-        self._thread.submit(self._hash_to, size).result()
+    def facts(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+        """Size and SHA-256 of the whole file, to be asked for when all parts are written; `advance`
+        is told meanwhile how many more bytes were gone through."""
+        size, told = self.path.stat().st_size, self.hashed
+        rest = self._thread.submit(self._hash_to, size)
+        ended = False
+        while not ended:
+            ended = bool(wait([rest], POLL).done)
+            hashed = self.hashed
+            advance(hashed - told)
+            told = hashed
+        rest.result()
         return {"bytes": size, "sha256": self._digest.hexdigest()}
 
     def _hash_to(self, end: int) -> None:

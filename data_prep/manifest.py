@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a built data set; UserError if the folder is none, or of another format."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} is not a data set: it has no {MANIFEST}")
+        raise UserError(f"{path.parent.absolute()} is not a data set: it has no {MANIFEST}")
     try:
         manifest = json.loads(path.read_text())
         found = manifest["format"]

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -30,7 +30,7 @@ class Source(Section):
 
     fasta: str = Field(
         min_length=1,
-        description="plain, gzip, bgzip, bzip2, xz or zstd; relative to the config file's folder. "
+        description="plain, gzip, bgzip, bzip2, xz or zstd; relative to the file that names it. "
         "A * in its name stands for any text: of one file, or if the source is called *, of many, "
         "each a source named by that text",
     )
@@ -67,7 +67,7 @@ class Source(Section):
         None,
         min_length=1,
         description="its genes, for gene_distance: GTF, GFF3 or BED, compressed or not; relative "
-        "to the config file's folder; the * is that of fasta",
+        "to the file that names it; the * is that of fasta",
     )
     annotation_names: dict[str, str | None] = Field(
         {}, description="record: its name in the annotation, where that differs; null: no genes"
@@ -134,6 +134,8 @@ class Group(Section):
 
 class DataConfig(Section):
     """A data set: what it is made from, how it is cut, and where it goes."""
+
+    input_files: ClassVar[tuple[str, ...]] = tuple(f"groups.*.sources.*.{key}" for key in STARRED)
 
     output: str = Field(min_length=1, description="folder to write; relative to the current one")
     seq_length: Positive = Field(description="bases a fragment, and so a training sample")

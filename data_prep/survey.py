@@ -101,6 +101,7 @@ def _read(
     """Size and checksum of the FASTA, its records, and how often it has each base."""
     composition = np.zeros(len(BASES), dtype=np.int64)
     records: list[Record] = []
+    told = 0  # bytes of the file
     with Hashed(source.path) as file:
         all_blocks = read_counts(source.path, file)
         for (name, header), blocks in groupby(all_blocks, key=lambda it: (it.name, it.header)):
@@ -111,9 +112,11 @@ def _read(
                     with_n.append(fragment.count_n(length, block.ids, seq_length))
                 length += bases
                 composition += block.composition
-                advance(bases)
+                advance(file.bytes - told)
+                told = file.bytes
             n_bases = fragment.add_n(with_n, length, seq_length)
             records.append(Record(name, length, n_bases, header))
+        advance(file.bytes - told)
         return file.facts(), records, dict(zip(BASES, composition.tolist()))
 
 

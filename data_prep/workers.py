@@ -15,7 +15,7 @@ from gengram_megatron.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
-"""Is told how many more bases were gone through."""
+"""Is told how much more was gone through, in bases or in bytes of files."""
 
 POLL = 0.1
 """Seconds between two looks at how far the workers are."""
@@ -46,10 +46,10 @@ class Workers:
             # Forked, because to import all anew takes longer than a chromosome; and at once, as
             # long as no progress is drawn by a thread and no lock is held.
             context = multiprocessing.get_context("fork")
-            self._bases = context.Value("Q", 0)
+            self._amount = context.Value("Q", 0)
             self._stop = context.Value("b", 0, lock=False)
             self._pool = ProcessPoolExecutor(
-                self._count, context, _start_worker, (self._bases, self._stop)
+                self._count, context, _start_worker, (self._amount, self._stop)
             )
             self._pool.submit(int).result()
         return self
@@ -63,7 +63,7 @@ class Workers:
         self, function: Callable[[Task, Advance], Result], tasks: list[Task], advance: Advance
     ) -> Iterator[tuple[Task, Result]]:
         """Each task and its result, in the order in which they are finished. `advance` is told
-        of the bases that all workers together went through."""
+        how much all workers together went through."""
         if self._pool is None:
             yield from ((task, function(task, advance)) for task in tasks)
             return
@@ -81,14 +81,14 @@ class Workers:
             ) from None
 
     def _taken(self) -> int:
-        """The bases that workers went through since the last look; 0 if that cannot be said now, as
-        a worker that was killed holds the lock for ever."""
-        lock = self._bases.get_lock()
+        """How much workers went through since the last look; 0 if that cannot be said now, as a
+        worker that was killed holds the lock for ever."""
+        lock = self._amount.get_lock()
         if not lock.acquire(timeout=POLL):
             return 0
-        bases, self._bases.value = self._bases.value, 0
+        amount, self._amount.value = self._amount.value, 0
         lock.release()
-        return bases
+        return amount
 
 
 def _keep_freed_memory() -> None:
@@ -102,11 +102,11 @@ def _keep_freed_memory() -> None:
 
 
 _shared: dict[str, Any] = {}
-"""A worker's view of what all share: the bases gone through, and whether to stop."""
+"""A worker's view of what all share: how much was gone through, and whether to stop."""
 
 
-def _start_worker(bases: Any, stop: Any) -> None:
-    _shared.update(bases=bases, stop=stop)
+def _start_worker(amount: Any, stop: Any) -> None:
+    _shared.update(amount=amount, stop=stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; one process answers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -120,8 +120,8 @@ def _run(function: Callable[[Task, Advance], Result], task: Task) -> Result:
     return function(task, _advance)
 
 
-def _advance(bases: int) -> None:
+def _advance(amount: int) -> None:
     if _shared["stop"].value:
         raise Stopped
-    with _shared["bases"].get_lock():
-        _shared["bases"].value += bases
+    with _shared["amount"].get_lock():
+        _shared["amount"].value += amount

@@ -13,6 +13,7 @@ from data_prep import write
 from data_prep.build import build
 from data_prep.manifest import file_facts, read_manifest
 from data_prep.origins import ORIGIN
+from data_prep.progress import Phase
 from data_prep.schema import DataConfig
 from gengram_megatron.errors import UserError
 from gengram_megatron.platform import prepare
@@ -364,8 +365,8 @@ def test_a_folder_that_is_no_data_set_is_never_replaced(genomes):
 
 
 def test_a_source_that_changes_between_its_two_readings(genomes):
-    def meddle(doing: str, bases: int) -> None:
-        if doing == "writing":
+    def meddle(phase: Phase, amount: int) -> None:
+        if phase.name == "writing":
             write_fasta(genomes / "b.fa", {f"s{i}": "ACGTACGTA" for i in range(9)})
 
     with pytest.raises(UserError, match=r"b\.fa was changed while it was read"):
@@ -379,8 +380,8 @@ def test_a_source_that_changes_between_its_two_readings(genomes):
 def take_the_place(genomes: Path) -> None:
     """A build in whose place another data set appears, so that it cannot end."""
 
-    def meddle(doing: str, bases: int) -> None:
-        if doing == "writing":
+    def meddle(phase: Phase, amount: int) -> None:
+        if phase.name == "writing":
             (genomes / "out").mkdir(exist_ok=True)
             (genomes / "out" / "manifest.json").write_text("of another process")
 

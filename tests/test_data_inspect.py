@@ -142,19 +142,19 @@ def test_tables_show_the_same_numbers(here, monkeypatch, capsys):
     shown = capsys.readouterr().out
     rows = {}
     for line in shown.splitlines():
-        cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+        cells = line.split("\t")
         rows.setdefault(cells[0], []).append(cells[1:])
     train, a = said["splits"]["train"], said["sources"]["human/a"]
     assert rows["train"][0][0] == f"{train['fragments']:,}"
-    assert rows["train"][0][2] == f"{100 * train['strands']['-'] / train['fragments']:.2f} %"
+    assert rows["train"][0][2] == f"{100 * train['strands']['-'] / train['fragments']:.2f}"
     assert rows["train"][0][7:] == [
-        f"{100 * train['composition']['N']:.2f} %",
-        f"{100 * train['gc']:.2f} %",
+        f"{100 * train['composition']['N']:.2f}",
+        f"{100 * train['gc']:.2f}",
     ]
-    of_a, fates_of_a, chr1 = rows["human/a"][:3]
-    assert of_a[0] == f"{a['train']['fragments']:,}" and of_a[1] == "50.00 %"
+    trained_a, _, fates_of_a, chr1 = rows["human/a"][:4]
+    assert trained_a[:3] == ["train", f"{a['train']['fragments']:,}", "50.00"]
     assert fates_of_a[:3] == ["2", "2,000", "2"] and chr1[:2] == ["chr1", "1,500"]
-    assert rows["apes/b"][1][2] == "none, keep"
+    assert rows["apes/b"][2][2] == "none, keep"
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -267,7 +267,7 @@ def test_distributions_in_the_report(here, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nowhere"], "there is no folder nowhere; gengram-data build makes data sets"),
+        (["nowhere"], "there is no folder .*nowhere; gengram-data build makes data sets"),
         (["."], ". is not a data set: it has no manifest.json"),
         (["out", "--sample", "9999"], r"no sample 9999 in split train of out; it has samples 0 to"),
         (["out", "--sample", "-1"], "there is no sample -1 in split train"),

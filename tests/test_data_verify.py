@@ -368,7 +368,7 @@ def test_a_manifest_that_cannot_be_used(copy, monkeypatch, capsys, damage, sente
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nowhere"], "there is no folder nowhere"),
+        (["nowhere"], "nowhere; gengram-data build makes data sets"),
         (["."], "is not a data set: it has no manifest.json"),
         (["out", "--against-sources", "other.yaml"], "only one of them has the sources apes/d"),
     ],

@@ -40,7 +40,7 @@ def test_freed_memory_is_not_mapped_anew(count):
 
 
 def _killed_while_it_counts(_: int, __: Advance) -> None:
-    workers._shared["bases"].get_lock().acquire()
+    workers._shared["amount"].get_lock().acquire()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

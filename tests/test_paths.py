@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.download.schema import DownloadConfig
 from data_prep.schema import DataConfig
 from data_prep.sources import inputs
 from gengram_megatron.config.load import dump_config, load_config
@@ -81,6 +82,29 @@ def test_train_says_so_before_it_starts(here):
     run = here / "runs_of_mine/run.yaml"
     done = gengram("train", run, f"data.path={here / 'nowhere'}")
     assert done.returncode == 2 and f"there is no folder {here / 'nowhere'}" in done.stderr
+
+
+def test_genomes_are_relative_to_the_file_that_names_them(here):
+    base = Path("shared/data.yaml")
+    base.write_text(DATA.format("datasets/tiny").replace("one.fa", "one.fa, annotation: one.gtf"))
+    config = Path("configs/data/mine.yaml")
+    two = "two: {fasta: two.fa}, three: {fasta: /abs/three.fa}"
+    config.write_text(f"base: ../../shared/data.yaml\ngroups: {{all: {{sources: {{{two}}}}}}}\n")
+    words = ["groups.all.sources.one.chromosomes=names.txt", "gene_distance=1"]
+    words += ["without_annotation=keep"]
+    sources = load_config(config, words, DataConfig).groups["all"].sources
+    folder = here / "configs/data"
+    assert (folder / sources["one"].fasta).resolve() == here / "shared/one.fa"
+    assert (folder / sources["one"].annotation).resolve() == here / "shared/one.gtf"
+    assert (folder / sources["one"].chromosomes).resolve() == here / "names.txt"
+    assert not Path(sources["one"].fasta).is_absolute()  # the manifest names no machine's folders
+    assert (sources["two"].fasta, sources["three"].fasta) == ("two.fa", "/abs/three.fa")
+    tables = "output: a\nindexes: {b: {table: https://example.org/a.csv}, c: {table: d.csv}}\n"
+    base.write_text(tables)
+    config.write_text("base: ../../shared/data.yaml\n")
+    indexes = load_config(config, [], DownloadConfig).indexes
+    assert indexes["b"].table == "https://example.org/a.csv"
+    assert (folder / indexes["c"].table).resolve() == here / "shared/d.csv"
 
 
 def test_a_missing_genome_is_named_in_full(here):

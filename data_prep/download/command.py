@@ -50,7 +50,7 @@ def download(
             - GCF_008728515.1
         indexes:
           hprc:
-            table: hprc.index.csv    # CSV or TSV; path from the folder of CONFIG, or URL
+            table: hprc.index.csv    # CSV or TSV; path relative to this file, or URL
             url: assembly            # column of the files' addresses: http, https or s3
             md5: assembly_md5        # column of checksums, or of addresses of .md5 files
             rows:                    # only these; all rows without it

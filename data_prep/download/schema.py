@@ -1,6 +1,6 @@
 """Every key of a download list: its name, type, default and meaning."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,7 +29,7 @@ class Index(Section):
     """A table with the address of a file in each row, such as HPRC's index of its assemblies."""
 
     table: str = Field(
-        min_length=1, description="CSV or TSV: a URL, or a path from the config file's folder"
+        min_length=1, description="CSV or TSV: a URL, or a path relative to the file that names it"
     )
     url: str = Field("assembly", min_length=1, description="column of the files' addresses")
     md5: str | None = Field(
@@ -53,6 +53,8 @@ class File(Section):
 
 class DownloadConfig(Section):
     """A download list: what to fetch, from where, and where it goes."""
+
+    input_files: ClassVar[tuple[str, ...]] = ("indexes.*.table",)
 
     output: str = Field(min_length=1, description="folder to fill; relative to the current one")
     parallel: Positive = Field(4, description="files at a time")

@@ -1,23 +1,24 @@
 """The command `gengram-data inspect`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from data_prep.inspect.contents import contents, describe
+from data_prep.inspect.contents import contents, describe, fragments_to_count
 from data_prep.inspect.opened import DataSet
 from data_prep.inspect.sample import locate
 from data_prep.inspect.tables import sample_table, tables
+from data_prep.progress import Display, Phase
 from gengram_megatron.errors import UserError
+from gengram_megatron.show import print_table
 
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="A data set that was built.", show_default=False)
 ]
-WIDE = 160  # columns where there is no terminal to ask
 
 
 def inspect(
@@ -63,11 +64,10 @@ def inspect(
         from data_prep.inspect import picture  # here, because matplotlib takes a second to load
 
         picture.check_ending(report)
-    console = Console(stderr=True)
-    quiet = not console.is_terminal  # a log file needs no bar
-    with Progress(console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task("counting bases", total=None)
-        found = contents(data, None if every else fragments, lambda n: progress.advance(task, n))
+    most = None if every else fragments
+    counting = Phase("counting bases", fragments_to_count(data, most), "fragments")
+    with Display(Console(stderr=True)) as display:
+        found = contents(data, most, partial(display.report, counting))
     said = describe(data, found, sequences)
     _show(said, tables(said), as_json)
     if report is not None:
@@ -81,8 +81,5 @@ def _show(said: dict, shown, as_json: bool) -> None:
     if as_json:
         print(json.dumps(said, indent=2))
         return
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDE
     for table in shown:
-        console.print(table)
+        print_table(table)

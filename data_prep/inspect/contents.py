@@ -57,6 +57,14 @@ def contents(data: DataSet, most: int | None, report: Report) -> dict[str, Split
     return {name: _split_contents(data, name, most, report) for name in data.facts.splits}
 
 
+def fragments_to_count(data: DataSet, most: int | None) -> int:
+    """The fragments whose bases `contents` counts."""
+    return sum(
+        split.fragments if most is None else min(split.fragments, most)
+        for split in data.facts.splits.values()
+    )
+
+
 def _split_contents(data: DataSet, name: str, most: int | None, report: Report) -> SplitContents:
     count = data.facts.splits[name].fragments
     looked = count if most is None else min(count, most)

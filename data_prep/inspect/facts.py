@@ -78,7 +78,9 @@ def read_facts(folder: Path) -> Facts:
     """The manifest of a data set. UserError if the folder is none, or its manifest is of another
     version or lacks something."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; gengram-data build makes data sets")
+        raise UserError(
+            f"there is no folder {folder.absolute()}; gengram-data build makes data sets"
+        )
     try:
         return Facts.model_validate(read_manifest(folder))
     except ValidationError as error:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from data_prep.fate_table import add_fates
 from gengram_megatron.tokenizer import BASES
 
 Said = dict[str, Any]
@@ -40,7 +41,8 @@ def sample_table(place: Said) -> Table:
 
 def _splits(said: Said) -> Table:
     title = f"{said['folder']}: fragments of {said['seq_length']:,} bases and an end-of-document"
-    table = _table(title, "split", ["fragments", "tokens", "reverse", *BASES, "GC"])
+    percents = ["reverse %", *(f"{base} %" for base in BASES), "GC %"]
+    table = _table(title, "split", ["fragments", "tokens", *percents])
     for name, split in said["splits"].items():
         composition = [_percent(split["composition"][base]) for base in BASES]
         cells = [f"{split['fragments']:,}", f"{split['tokens']:,}", _reverse(split), *composition]
@@ -54,29 +56,32 @@ def _splits(said: Said) -> Table:
 
 
 def _sources(said: Said) -> Table:
-    splits = list(said["splits"])
-    headings = [word for name in splits for word in (name, "share", "reverse", "N", "GC")]
-    table = _table("Where the fragments come from", "", headings)
+    """A row for each split of each source and group."""
+    table = Table(title="Where the fragments come from")
+    for heading in ("source or group", "split"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("fragments", "share %", "reverse %", "N %", "GC %"):
+        table.add_column(heading, justify="right")
     for group, of_group in said["groups"].items():
         parts = {key: own for key, own in said["sources"].items() if key.startswith(f"{group}/")}
         for key, own in {**parts, group: of_group}.items():
-            cells = []
-            for name in splits:
-                whole, part = said["splits"][name]["fragments"], own[name]
+            for name, split in said["splits"].items():
+                whole, part = split["fragments"], own[name]
                 share = part["fragments"] / whole if whole else None
-                cells += [f"{part['fragments']:,}", _percent(share), _reverse(part)]
+                cells = [f"{part['fragments']:,}", _percent(share), _reverse(part)]
                 cells += [_percent(part["composition"]["N"]), _percent(part["gc"])]
-            table.add_row(key, *cells, style="bold" if key == group else None)
+                table.add_row(key, name, *cells, style="bold" if key == group else None)
         table.add_section()
+    table.caption = "share: of the split's fragments."
     return table
 
 
 def _fates(said: Said) -> Table:
-    fates = list(next(iter(said["sources"].values()))["fates"])
-    headings = ["sequences", "bases", "genes", *(fate.replace("_", " ") for fate in fates)]
-    table = _table("What became of each source's fragments", "", headings)
-    for key, own in said["sources"].items():
-        counts = [f"{own['fates'][fate]:,}" for fate in fates]
+    headings = ["sequences", "bases", "genes"]
+    table = _table("What became of each source's fragments", "source", headings)
+    sources = said["sources"]
+    fates = add_fates(table, [own["fates"] for own in sources.values()])
+    for (key, own), counts in zip(sources.items(), fates):
         table.add_row(key, f"{own['records']:,}", f"{own['bases']:,}", _genes(own), *counts)
     return table
 
@@ -111,4 +116,4 @@ def _reverse(part: Said) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f} %"
+    return "-" if share is None else f"{100 * share:.2f}"

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_prep.inspect.command import Folder
 from data_prep.inspect.opened import DataSet
+from data_prep.progress import Display
 from data_prep.schema import DataConfig
 from data_prep.verify.run import problems
 from data_prep.verify.sources import source_paths
@@ -46,22 +46,8 @@ def verify(
     size = sum(facts.bytes for facts in data.facts.files.values())
     bases = sum(facts.bases for facts in data.facts.sources.values()) if sources else 0
     start, found = time.perf_counter(), 0
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,  # a log file needs no bar
-    ) as progress:
-        task = progress.add_task("starting", total=size + bases)
-
-        def report(doing: str, amount: int) -> None:
-            progress.update(task, description=doing, advance=amount)
-
-        for found, problem in enumerate(problems(data, sources, report), start=1):
+    with Display(Console(stderr=True)) as display:
+        for found, problem in enumerate(problems(data, sources, display.report), start=1):
             if found <= limit:
                 print(problem, flush=True)
     seconds = time.perf_counter() - start

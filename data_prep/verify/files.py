@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,11 @@ import numpy as np
 from data_prep.inspect.opened import DataSet
 from data_prep.manifest import MANIFEST
 from data_prep.origins import RECORDS, origins_path
+from data_prep.progress import Phase, Report
 from data_prep.verify.tally import Tally
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
 
 BLOCK = 1 << 24  # bytes read at a time, about
-
-Report = Callable[[str, int], None]
-"""Is told what is being read, and how many more bytes of it were."""
 
 _IS_BASE = np.isin(np.arange(256), BASE_IDS)
 
@@ -24,6 +23,8 @@ def check_files(data: DataSet, report: Report) -> Iterator[str]:
     """Problems of files, each read once."""
     splits = data.facts.splits
     needed = {RECORDS}
+    size = sum(facts.bytes for facts in data.facts.files.values())
+    reading = partial(report, Phase("reading", size, "bytes"))
     for split in splits:
         needed |= {f"{split}.bin", f"{split}.idx", origins_path(data.folder, split).name}
     for name in sorted(needed | data.facts.files.keys()):
@@ -35,7 +36,7 @@ def check_files(data: DataSet, report: Report) -> Iterator[str]:
             continue
         split = name.removesuffix(".bin")
         tokens = Tokens(data.seq_length) if name.endswith(".bin") and split in splits else None
-        digest = _read(path, tokens, lambda count, name=name: report(f"reading {name}", count))
+        digest = _read(path, tokens, reading)
         if not fault and digest != data.facts.files[name].sha256:
             yield f"{path}: the checksum of its content is not the one in {MANIFEST}"
         if tokens is not None:

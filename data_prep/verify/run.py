@@ -5,8 +5,9 @@ from pathlib import Path
 
 from data_prep.inspect.opened import DataSet
 from data_prep.origins import RECORDS, origins_path
+from data_prep.progress import Report
 from data_prep.verify.counts import check_counts, check_sequences
-from data_prep.verify.files import Report, check_files
+from data_prep.verify.files import check_files
 from data_prep.verify.index import check_index
 from data_prep.verify.places import check_places
 from data_prep.verify.sources import Ordered, check_source

@@ -12,10 +12,10 @@ from data_prep.fasta import read_fasta
 from data_prep.inspect.contents import count_fragments
 from data_prep.inspect.opened import DataSet, Sequence, Split
 from data_prep.manifest import MANIFEST, file_facts
+from data_prep.progress import Phase, Report
 from data_prep.schema import DataConfig
 from data_prep.sources import inputs
 from data_prep.strand import turn
-from data_prep.verify.files import Report
 from data_prep.verify.tally import Tally
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, BASES
@@ -70,6 +70,8 @@ def _compare(
     numbers = [n for n, sequence in enumerate(data.sequences) if sequence.source == key]
     wrong = {name: Tally() for name in splits}
     composition = np.zeros(len(BASES), dtype=np.int64)
+    bases = sum(facts.bases for facts in data.facts.sources.values())
+    phase = Phase("comparing with the sources", bases, "bases")
     for number, record in zip_longest(numbers, read_fasta(path)):
         expected = None if number is None else data.sequences[number]
         there = None if record is None else Sequence(key, record[0], len(record[1]))
@@ -83,7 +85,7 @@ def _compare(
         composition += [np.count_nonzero(ids == base) for base in BASE_IDS]
         for split, opened in splits.items():
             wrong[split].add(_differing(opened, number, ids, data.seq_length))
-        report(f"comparing with {key}", len(ids))
+        report(phase, len(ids))
     for split, tally in wrong.items():
         if tally.count:
             yield f"split {split}: {tally} with other bases than {path} has at their coordinates"

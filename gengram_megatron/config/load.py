@@ -82,8 +82,9 @@ def check_tree(
     Raises UserError with one line for each thing that is wrong, after the `problems` known before.
     """
     problems = list(problems or [])
+    folder = None if schema.absolute_inputs else Path(os.path.normpath(path)).parent
     for key in schema.input_files:
-        tree = _with_absolute_path(tree, key.split("."))
+        tree = _with_input_path(tree, key.split("."), folder)
     try:
         # As JSON, because strict checking of JSON takes text for a path and a list for a tuple,
         # yet never text for a number.
@@ -97,15 +98,24 @@ def check_tree(
     return config
 
 
-def _with_absolute_path(tree: Tree, parts: list[str]) -> Tree:
-    """A tree whose value at a key is an absolute path, if there is a path at all."""
-    found = tree.nearest(tuple(parts))
-    if not isinstance(found.value, str) or not found.value:
+def _with_input_path(tree: Tree, parts: list[str], folder: Path | None) -> Tree:
+    """A tree whose values at a key are paths that hold wherever they are read: relative to a folder,
+    or absolute where that is None. Values that are no paths, URLs among them, stay."""
+    if parts and isinstance(tree.value, dict):
+        children = {
+            name: _with_input_path(child, parts[1:], folder) if parts[0] in ("*", name) else child
+            for name, child in tree.value.items()
+        }
+        return Tree(children, tree.place)
+    if parts or not isinstance(tree.value, str) or not tree.value or "://" in tree.value:
         return tree
-    from_file = found.place != COMMAND_LINE
-    folder = Path(found.place.rpartition(":")[0]).parent if from_file else Path()
-    path = Tree(os.path.abspath(folder / found.value), found.place)
-    return tree.merged_with(tree_at(parts, path))
+    from_file = tree.place != COMMAND_LINE
+    named_in = Path(tree.place.rpartition(":")[0]).parent if from_file else Path()
+    if folder is None:
+        return Tree(os.path.abspath(named_in / tree.value), tree.place)
+    if named_in == folder or os.path.isabs(tree.value):
+        return tree
+    return Tree(os.path.relpath(named_in / tree.value, folder), tree.place)
 
 
 def dump_config(config: Section) -> str:

@@ -401,6 +401,7 @@ class Config(Section):
     """A whole run."""
 
     input_files: ClassVar[tuple[str, ...]] = ("data.tokenizer",)
+    absolute_inputs: ClassVar[bool] = True  # a run's folder and checkpoints hold copies
 
     run: Run
     model: Model

@@ -1,0 +1,113 @@
+"""How far a command is, how fast, and when it will be done: a line at a terminal, lines in a log."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Where lines are printed, because there is no terminal on which one could be kept up to date."""
+
+UNITS = {"bases": (1e6, "Mbp"), "bytes": (1e6, "MB")}
+"""How many of a unit make one of the unit that is shown, and the name of that one."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a command's work, whose size is known when it begins."""
+
+    name: str
+    total: int
+    unit: str  # of the total, a key of UNITS or a plural that is shown as it is
+
+
+Report = Callable[[Phase, int], None]
+"""Is told what is being done, and how much more of it was done."""
+
+
+def share_done(phase: Phase, done: int, seconds: float) -> dict[str, str]:
+    """What is shown of a phase: share, amount, speed and time left, as texts."""
+    scale, unit = UNITS.get(phase.unit, (1, phase.unit))
+    digits = 1 if scale > 1 else 0
+    share = min(done / phase.total, 1.0) if phase.total else 1.0
+    left = ""  # nothing is known before something is done
+    if share:
+        left = f"{timedelta(seconds=round(seconds * (1 - share) / share))} left"
+    return {
+        "share": f"{int(100 * share)} %",
+        "amount": f"{done / scale:,.{digits}f} of {phase.total / scale:,.{digits}f} {unit}",
+        "speed": f"{done / scale / max(seconds, 1e-3):,.0f} {unit}/s",
+        "left": left,
+    }
+
+
+class Display:
+    """A line that says what is being done, and lines that stay.
+
+    At a terminal the line is kept up to date. In a log file, a pipe, or a terminal that cannot move
+    its cursor (TERM=dumb), such a line is printed now and then.
+
+    Args:
+        console: where to.
+        seconds_between_lines: of a log.
+        clock: seconds, counted from any moment.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._console = console
+        self._seconds_between_lines = seconds_between_lines
+        self._clock = clock
+        self._phase: Phase | None = None
+        self._done, self._begun, self._printed = 0, 0.0, clock()
+        self._prints_lines = not console.is_terminal or console.is_dumb_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            *(TextColumn(f"{{task.fields[{field}]}}") for field in ("share", "speed", "left")),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=self._prints_lines,
+        )
+
+    def __enter__(self) -> "Display":
+        return self  # the line starts with the first report, when the workers are there
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def report(self, phase: Phase, amount: int) -> None:
+        """So much more of a phase is done; a phase that was not reported before begins with it."""
+        now = self._clock()
+        if phase != self._phase:
+            self._phase, self._done, self._begun = phase, 0, now
+            self._begin(phase)
+        self._done += amount
+        shown = share_done(phase, self._done, now - self._begun)
+        if not self._prints_lines:
+            self._progress.update(self._progress.task_ids[0], completed=self._done, **shown)
+        elif now - self._printed >= self._seconds_between_lines:
+            self._printed = now
+            self.say(f"{phase.name}: {', '.join(filter(None, shown.values()))}")
+
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _begin(self, phase: Phase) -> None:
+        if self._prints_lines:
+            return
+        self._progress.start()
+        for before in self._progress.task_ids:
+            self._progress.remove_task(before)
+        shown = share_done(phase, 0, 0)
+        self._progress.add_task(phase.name, total=phase.total, **shown)
