@@ -303,7 +303,7 @@ def data_text(output: Path, files: list[Path], machine: Machine) -> str:
 output: {inline_yaml(f"datasets/{output.stem}")}\t# the folder to write, relative to the current folder
 seq_length: {length}\t# bases a fragment, and so a training sample
 seed: 1234\t# decides what a mix of groups leaves out
-validation: 0.05\t# share of each source's bases held out for validation
+validation: 0.05\t# share of each source held out for validation, in blocks spread over it
 max_n_fraction: 0.1\t# fragments with a larger share of N are dropped
 reverse_complement: 0\t# share of the fragments written as the other strand
 groups:\t# several groups are mixed by their weights
