@@ -233,9 +233,10 @@ def _write(
             work.mark_written(part.source)
             _tell(files, part)
         _write_records(sources, surveys, work.data)
-        unhashed = sum(file.path.stat().st_size - file.hashed for file in files)
-        hashing = partial(report, Phase("computing checksums", unhashed, "bytes"))
-        return {file.path.name: file.facts(hashing) for file in files}
+        hashed = [file.hashed for file in files]
+        rest = sum(file.path.stat().st_size for file in files) - sum(hashed)
+        hashing = partial(report, Phase("computing checksums", rest, "bytes"))
+        return {file.path.name: file.facts(hashing, told) for file, told in zip(files, hashed)}
 
 
 @contextmanager

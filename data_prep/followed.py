@@ -50,10 +50,12 @@ class Followed:
         if complete:
             self._thread.submit(self._hash_to, self._ends[complete - 1])
 
-    def facts(self, advance: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    def facts(
+        self, advance: Callable[[int], None] = lambda count: None, told: int = 0
+    ) -> dict[str, Any]:
         """Size and SHA-256 of the whole file, to be asked for when all parts are written; `advance`
-        is told meanwhile how many more bytes were gone through."""
-        size, told = self.path.stat().st_size, self.hashed
+        is told meanwhile how many more bytes were gone through, from byte `told` on."""
+        size = self.path.stat().st_size
         rest = self._thread.submit(self._hash_to, size)
         ended = False
         while not ended:
