@@ -142,7 +142,7 @@ def _look_over(
     work.keep_survey(source, settings, survey(source, advance, config))
 
 
-SURVEYED = ("seq_length", "max_n_fraction", "validation", "gene_distance")
+SURVEYED = ("seq_length", "max_n_fraction", "validation", "validation_blocks", "gene_distance")
 """The keys of the data set, beside those of the source, that a survey hangs on."""
 
 
@@ -192,6 +192,8 @@ def _mix(
     fewer = mix.balance(groups, weights, config.seed, tokens, total, config.allow_fewer)
     if fewer:
         say(f"{fewer}; all that there are is taken")
+    if loss := mix.loss_by_weights(groups, weights, tokens):
+        say(loss)
     fates = {}
     for source in sources:
         count = len(surveys[source.key].fates)

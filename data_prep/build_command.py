@@ -51,8 +51,8 @@ def build(
     Each record is cut on a grid into fragments of seq_length bases; a fragment and an
     end-of-document token make one document and one training sample. Letter case is folded and
     IUPAC's ambiguity codes are read as N. The groups are mixed by their weights, exactly, without
-    repeating a fragment. The end of each file (or the records or regions you name) is held out
-    for validation; fragments that cross that border are dropped.
+    repeating a fragment. Blocks spread over each record (or the records or regions you name) are
+    held out for validation; fragments that cross a border of one are dropped.
 
     A config in full, with every key; `--keys` says of each what it may be:
 
@@ -60,7 +60,8 @@ def build(
         output: datasets/apes          # relative to the current folder
         seq_length: 8192               # bases a fragment, and so a sample
         seed: 1234                     # decides what the mix leaves out, and strands
-        validation: 0.05               # share held out at the end of each file
+        validation: 0.05               # share held out
+        validation_blocks: 20          # blocks a record; 1: the end of each file
         validation_headers: null       # as of `others` below, of sources without own
         max_n_fraction: 0.1            # fragments with more N are dropped
         gene_distance: 5120            # and those farther than this from every gene
@@ -71,7 +72,7 @@ def build(
         workers: 8                     # processes; null: the cores
         groups:
           human:
-            weight: 1
+            weight: 1                  # parts of the mix; size in all groups: all of each
             sources:
               chm13:
                 fasta: genomes/chm13.fa.gz

@@ -89,7 +89,7 @@ def difference(
     write, in words; None if it is up to date. Its files are compared by size: reading them all
     is the work of a verification. The sources are read only if all else agrees."""
     manifest, settings = read_manifest(folder), settings_of(config)
-    earlier = _with_defaults(manifest["settings"])
+    earlier = _with_defaults(manifest["settings"], config)
     other = [key for key in settings if settings[key] != earlier.get(key)]
     if other:
         return f"was built with other settings ({', '.join(other)})"
@@ -109,10 +109,21 @@ def difference(
     return f"was built from other sources ({', '.join(changed)} changed)" if changed else None
 
 
-def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a manifest with the defaults of keys that came later, which change nothing."""
+def _with_defaults(settings: dict[str, Any], config: DataConfig) -> dict[str, Any]:
+    """Settings of a manifest with the defaults of keys that came later, which change nothing.
+
+    A data set from before validation_blocks was split by the rule that is now 1, unless nothing
+    was held out by a share: then any number is as good.
+    """
+    by_share = any(
+        source.is_split_by_share(config.validation_headers)
+        for group in config.groups.values()
+        for source in group.sources.values()
+    )
+    blocks = 1 if by_share else config.validation_blocks
     try:
-        return settings_of(DataConfig.model_validate({**settings, "output": "any"}))
+        complete = {"validation_blocks": blocks, **settings, "output": "any"}
+        return settings_of(DataConfig.model_validate(complete))
     except ValidationError:
         return settings
 

@@ -1,6 +1,8 @@
 """The groups' shares of a split, exact to the fragment, and the size of the training split."""
 
+from itertools import pairwise
 from math import ceil
+from typing import Literal
 
 import numpy as np
 
@@ -12,10 +14,16 @@ LEFT_OUT = {
     Fate.VALIDATION: Fate.LEFT_OUT_OF_VALIDATION,
 }
 
+Weights = dict[str, int | Literal["size"]]
+"""The weight of each group: a number for all of them, or size for all of them."""
+
+WORTH_SAYING = 0.1
+"""The share of a group that the weights may leave out without a sentence about it."""
+
 
 def balance(
     fates: dict[str, np.ndarray],
-    weights: dict[str, int],
+    weights: Weights,
     seed: int,
     tokens: int,
     total_tokens: int | None,
@@ -25,27 +33,28 @@ def balance(
 
     `fates` holds each group's fragments and is changed in place. All fragments have the same
     length, so a ratio of fragments is one of tokens. The group that is scarcest for its weight
-    keeps all it can; the others lose fragments at random, the seed deciding which. With
-    `total_tokens` all lose them, until the training split has as many as go into that total;
-    a fragment has `tokens`. If the groups hold fewer, that is an error; with `allow_fewer` all
-    that they hold is taken, and a sentence about it returned.
+    keeps all it can; the others lose fragments at random, the seed deciding which. Where the
+    weights are size, all keep all. With `total_tokens` all lose them, until the training split has
+    as many as go into that total; a fragment has `tokens`. If the groups hold fewer, that is an
+    error; with `allow_fewer` all that they hold is taken, and a sentence about it returned.
     """
     fewer = None
     for split, left_out in LEFT_OUT.items():
         have = {group: int(np.count_nonzero(fate == split)) for group, fate in fates.items()}
         for group, count in have.items():
-            if count < weights[group]:
-                raise UserError(_too_few(split, group, weights[group], fates[group]))
-        unit = min(count // weights[group] for group, count in have.items())
+            needed = 1 if weights[group] == "size" else weights[group]
+            if count < needed:
+                raise UserError(_too_few(split, group, needed, fates[group]))
+        keep = _most(have, weights)
         if split == Fate.TRAIN and total_tokens is not None:
-            most, unit = unit, _unit_of_total(weights, tokens, total_tokens)
-            if unit > most:
-                fewer = _too_few_tokens(have, weights, tokens, unit, total_tokens)
+            most, keep = keep, _of_total(have, weights, tokens, total_tokens)
+            if any(keep[group] > most[group] for group in have):
+                fewer = _too_few_tokens(have, keep, tokens, total_tokens)
                 if not allow_fewer:
-                    raise UserError(f"{fewer}; {_remedy(most, weights, tokens)}")
-                unit = most
+                    raise UserError(f"{fewer}; {_remedy(sum(most.values()) * tokens)}")
+                keep = most
         for place, (group, fate) in enumerate(fates.items()):
-            surplus = have[group] - unit * weights[group]
+            surplus = have[group] - keep[group]
             random = np.random.default_rng([seed, split, place])
             # One group after the other: of millions of fragments, numbers take hundreds of MB.
             surplus_ones = random.choice(have[group], surplus, replace=False)
@@ -53,32 +62,91 @@ def balance(
     return fewer
 
 
-def _unit_of_total(weights: dict[str, int], tokens: int, total_tokens: int) -> int:
-    """The fragments for each part of the weights that make up the total."""
-    parts = sum(weights.values())
+def loss_by_weights(fates: dict[str, np.ndarray], weights: Weights, tokens: int) -> str | None:
+    """Say which groups lose much to their weights, and how to keep it; None if none does.
+
+    `fates` is what balance has left. What total_tokens leaves out is not the weights' doing: as
+    long as every group has fragments to spare, the mix could be larger.
+    """
+    if "size" in weights.values():
+        return None
+    losses = []
+    for split, left_out in LEFT_OUT.items():
+        used = {group: int(np.count_nonzero(fate == split)) for group, fate in fates.items()}
+        lost = {group: int(np.count_nonzero(fate == left_out)) for group, fate in fates.items()}
+        scarcest = min(lost, key=lambda group: lost[group] // weights[group])
+        if lost[scarcest] >= weights[scarcest]:
+            continue
+        losses += [
+            f"{_share(lost[group], used[group])} of group {group} is left out of the "
+            f"{split.name.lower()} split ({lost[group]:,} fragments, {lost[group] * tokens:,} "
+            f"tokens; used: {used[group]:,} fragments, {used[group] * tokens:,} tokens), because "
+            f"group {scarcest} has no more for its weight"
+            for group in fates
+            if lost[group] >= weights[group]  # fewer is its own rest, not for another's lack
+            and lost[group] > WORTH_SAYING * (lost[group] + used[group])
+        ]
+    if not losses:
+        return None
+    ratio = ", ".join(f"{group} {weight}" for group, weight in weights.items())
+    return (
+        f"by the weights ({ratio}), {'; '.join(losses)}. To use all of every group, set weight: "
+        "size in each; to keep the ratio as well, build each group as a data set of its own and "
+        "train on data.blend, which repeats the smaller ones"
+    )
+
+
+def _share(lost: int, used: int) -> str:
+    """The lost part of a whole, in percent, never rounded up to all of it."""
+    return f"{int(1000 * lost / (lost + used)) / 10} %"
+
+
+def _most(have: dict[str, int], weights: Weights) -> dict[str, int]:
+    """The most fragments of each group that make up a split, of those that it has."""
+    if "size" in weights.values():
+        return dict(have)
+    unit = min(count // weights[group] for group, count in have.items())
+    return {group: unit * weights[group] for group in have}
+
+
+def _of_total(
+    have: dict[str, int], weights: Weights, tokens: int, total_tokens: int
+) -> dict[str, int]:
+    """The fragments of each group that make up the total, whether it has them or not. By size they
+    are in the ratio of what the groups have, exact to a fragment."""
+    by_size = "size" in weights.values()
+    parts = 1 if by_size else sum(weights.values())
     if total_tokens < parts * tokens:
         raise UserError(
-            f"total_tokens is {total_tokens:,}; it must be at least {parts * tokens:,}, one "
-            f"fragment of {tokens:,} tokens for each part of the groups' weights"
+            f"total_tokens is {total_tokens:,}; it must be at least {parts * tokens:,}, "
+            f"{_least(by_size, tokens)}"
         )
-    return total_tokens // (parts * tokens)
+    unit = total_tokens // (parts * tokens)
+    if not by_size:
+        return {group: unit * weights[group] for group in have}
+    ends = np.cumsum([0, *have.values()]).tolist()
+    ends = [unit * end // ends[-1] for end in ends]
+    return {group: end - start for group, (start, end) in zip(have, pairwise(ends))}
+
+
+def _least(by_size: bool, tokens: int) -> str:
+    """Say in words what the smallest total is."""
+    each = "" if by_size else " for each part of the groups' weights"
+    return f"one fragment of {tokens:,} tokens{each}"
 
 
 def _too_few_tokens(
-    have: dict[str, int], weights: dict[str, int], tokens: int, unit: int, total_tokens: int
+    have: dict[str, int], keep: dict[str, int], tokens: int, total_tokens: int
 ) -> str:
     """Say what each group has of what the total takes from it."""
-    said = [
-        _has(group, count * tokens, unit * weights[group] * tokens) for group, count in have.items()
-    ]
+    said = [_has(group, count * tokens, keep[group] * tokens) for group, count in have.items()]
     return (
         f"total_tokens is {total_tokens:,}, and the sources hold fewer for the train split: "
         f"{'; '.join(said)}"
     )
 
 
-def _remedy(most: int, weights: dict[str, int], tokens: int) -> str:
-    possible = most * sum(weights.values()) * tokens
+def _remedy(possible: int) -> str:
     return (
         f"add sources, ask for at most {possible:,}, or set allow_fewer to true for all that "
         "there are"

@@ -40,7 +40,10 @@ class Source(Section):
         description="of the files that fasta stands for, those whose text for the * begins so",
     )
     validation: Share | None = Field(
-        None, description="share of the bases held out at the end; null: the data set's"
+        None, description="share of the fragments held out; null: the data set's"
+    )
+    validation_blocks: Positive | None = Field(
+        None, description="blocks of a record that this share comes in; null: the data set's"
     )
     validation_records: list[str] | None = Field(
         None, description="records held out instead, by name"
@@ -77,8 +80,14 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> "Source":
-        if sum(getattr(self, way) is not None for way in WAYS) > 1:
+        ways = [way for way in WAYS if getattr(self, way) is not None]
+        if len(ways) > 1:
             raise ValueError(f"give one of {', '.join(WAYS)}, not several")
+        if self.validation_blocks is not None and ways and ways != ["validation"]:
+            raise ValueError(
+                f"validation_blocks says where a share is held out, and {ways[0]} names what is; "
+                "leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -92,6 +101,18 @@ class Source(Section):
             raise ValueError("only chooses among the files of a fasta with a *")
         return self
 
+    @property
+    def has_validation_rule(self) -> bool:
+        """Whether the source says itself what is held out, so that the data set's
+        validation_headers do not apply to it."""
+        return any(getattr(self, key) is not None for key in (*WAYS, "validation_blocks"))
+
+    def is_split_by_share(self, default_headers: str | None) -> bool:
+        """Whether a share of the source is held out, and not what some key names; `default_headers`
+        are the data set's validation_headers."""
+        named = any(getattr(self, way) is not None for way in WAYS if way != "validation")
+        return not named and (default_headers is None or self.has_validation_rule)
+
 
 WAYS = ("validation", "validation_records", "validation_regions", "validation_headers")
 """The keys of a source that say what of it is held out."""
@@ -103,7 +124,11 @@ STARRED = ("fasta", "annotation", "chromosomes")
 class Group(Section):
     """Sources that count as one in the mix."""
 
-    weight: Positive = Field(1, description="parts of the mix, by tokens; 1 and 1: half each")
+    weight: Positive | Literal["size"] = Field(
+        1,
+        description="parts of the mix, by tokens; 1 and 1: half each, so that a larger group is cut "
+        "to the smaller one's size. size, in every group: all of every group",
+    )
     sources: dict[SourceName, Source] = Field(min_length=1, description="FASTA files by name")
 
 
@@ -116,8 +141,11 @@ class DataConfig(Section):
     seq_length: Positive = Field(description="bases a fragment, and so a training sample")
     seed: NonNegative = Field(1234, description="decides what a mix leaves out, and the strands")
     max_n_fraction: Fraction = Field(0.1, description="fragments with a larger share of N go")
-    validation: Share = Field(
-        0.05, description="share of each source's bases held out, at the end of its file"
+    validation: Share = Field(0.05, description="share of each source's fragments held out")
+    validation_blocks: Positive = Field(
+        20,
+        description="blocks that this share comes in, evenly spread over each record long enough; "
+        "short records stay whole. 1: the end of each file instead, by bases",
     )
     validation_headers: Regex | None = Field(
         None,
@@ -147,6 +175,18 @@ class DataConfig(Section):
         "each. The data set is the same",
     )
     groups: dict[Name, Group] = Field(min_length=1, description="parts of the mix by name")
+
+    @model_validator(mode="after")
+    def _one_kind_of_weight(self) -> "DataConfig":
+        by_size = [name for name, group in self.groups.items() if group.weight == "size"]
+        by_number = [name for name in self.groups if name not in by_size]
+        if by_size and by_number:
+            raise ValueError(
+                f"groups.{by_size[0]}.weight is size and groups.{by_number[0]}.weight is "
+                f"{self.groups[by_number[0]].weight}; give size to every group, or a number to "
+                "every group"
+            )
+        return self
 
     @model_validator(mode="after")
     def _all_have_genes(self) -> "DataConfig":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import STARRED, WAYS, DataConfig, Source
+from data_prep.schema import STARRED, DataConfig, Source
 from gengram_megatron.errors import UserError
 
 
@@ -114,7 +114,7 @@ def _filled(settings: Source, text: str, folder: Path) -> Source:
 def _complete(settings: Source, config: DataConfig) -> Source:
     """The settings with the data set's defaults, where they are regular ones."""
     defaults = {"without_annotation": settings.without_annotation or config.without_annotation}
-    if all(getattr(settings, way) is None for way in WAYS):
+    if not settings.has_validation_rule:
         defaults["validation_headers"] = config.validation_headers
     return settings.model_copy(update=defaults)
 

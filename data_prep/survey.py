@@ -12,7 +12,7 @@ from data_prep import fragment, genes, split
 from data_prep.chromosomes import with_chromosomes
 from data_prep.compressed import Hashed, bytes_after
 from data_prep.fasta import read_counts
-from data_prep.fragment import Record
+from data_prep.fragment import Fate, Record
 from data_prep.manifest import file_facts
 from data_prep.schema import DataConfig
 from data_prep.sources import Input
@@ -57,9 +57,12 @@ def survey(source: Input, advance: Advance, config: DataConfig) -> Survey:
     if composition["N"] == bases:
         raise UserError(f"{source.path} has no base but N")
     fragment.check_longest(source.path, records, config.seq_length)
-    held_out = split.held_out(source.settings, config.validation, records)
-    fates = [split.assign(record, held_out, config.seq_length) for record in records]
+    fates = [np.full(len(record.n_bases), Fate.TRAIN, dtype=np.uint8) for record in records]
     found_genes = _drop(fates, source, config, records)
+    kept = [fate == Fate.TRAIN for fate in fates]
+    held_out = split.held_out(source.settings, config, records, kept)
+    for record, fate in zip(records, fates):
+        split.assign(fate, record, held_out, config.seq_length)
     facts |= {key: file_facts(path) for key, path in source.files.items() if key != "fasta"}
     after = {key: count for key, path in source.files.items() if (count := bytes_after(path))}
     facts |= {"bytes_after_compressed_data": after} if after else {}
@@ -120,8 +123,8 @@ def _read(
 def _drop(
     fates: list[np.ndarray], source: Input, config: DataConfig, records: list[Record]
 ) -> dict[str, Any]:
-    """Give the fragments of each record that the config does not want their fate, of those still
-    in a split; returns what the manifest says of the genes."""
+    """Give the fragments of each record that the config does not want their fate; returns what the
+    manifest says of the genes."""
     for record, fate in zip(records, fates):
         fragment.drop_n(fate, record, config.seq_length, config.max_n_fraction)
     if config.gene_distance is None:

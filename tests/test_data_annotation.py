@@ -314,14 +314,15 @@ def test_the_genes_of_the_sample(tmp_path):
     lines = gzip.decompress((ROOT / name).read_bytes()).decode().splitlines()
     rows = [line.split("\t") for line in lines if line[0] != "#"]
     genes = [(int(row[3]) - 1, int(row[4])) for row in rows if row[2] == "gene"]
-    found = Origins(tmp_path / "out", "train", 512)
-    kept = {found[number].start for number in range(len(found))}
-    for start in range(0, 3_800_000 - 511, 512):
+    splits = [Origins(tmp_path / "out", split, 512) for split in ("train", "validation")]
+    kept = {found[number].start for found in splits for number in range(len(found))}
+    for start in range(0, 4_000_000 - 511, 512):
         gap = min(max(first - start - 512, start - last, 0) for first, last in genes)
         assert (start in kept) == (gap <= 5120)
     facts = manifest["sources"]["human/chr20"]
     assert facts["genes"] == {"kind": "gene", "count": len(genes)}  # its exons lie in them
     assert facts["far_from_genes"] > 0 and facts["too_many_n"] == 0
+    assert facts["validation"] == round(0.05 * len(kept))  # a share of those near genes
 
 
 def test_an_annotation_that_changes_is_another_source(tmp_path):
@@ -338,7 +339,7 @@ def test_an_annotation_that_changes_is_another_source(tmp_path):
 def test_what_becomes_of_a_source_without_annotation(tmp_path):
     with pytest.raises(ValueError, match=r"sources\.chr20 has no annotation; .* keep or drop"):
         sample(tmp_path)
-    with pytest.raises(UserError, match="7,811 were dropped for their distance from genes"):
+    with pytest.raises(UserError, match="7,812 were dropped for their distance from genes"):
         config = sample(tmp_path / "out", without_annotation="drop")
         build(config, ROOT, False, lambda doing, bases: None)
     kept = sample(tmp_path / "out", without_annotation="keep")

@@ -228,6 +228,26 @@ def test_weights_of_the_mix(genomes):
     assert human == 3 * apes > 0
 
 
+def test_weights_by_size_use_all_of_every_group(genomes):
+    config = config_of(genomes).model_dump()
+    said = []
+    build(config_of(genomes), genomes, False, lambda doing, bases: None, said.append)
+    assert any("of group human is left out" in text for text in said)
+    for group in config["groups"].values():
+        group["weight"] = "size"
+    said.clear()
+    by_size = config_of(genomes, groups=config["groups"], output=str(genomes / "by_size"))
+    manifest = build(by_size, genomes, False, lambda doing, bases: None, said.append)
+    assert said == []
+    check_round_trip(genomes, genomes / "by_size", 8)
+    for counts in manifest["groups"].values():
+        assert counts["left_out_of_train"] == counts["left_out_of_validation"] == 0
+    config["groups"]["apes"]["weight"] = 2
+    message = r"groups\.human\.weight is size and groups\.apes\.weight is 2"
+    with pytest.raises(ValueError, match=message):
+        config_of(genomes, groups=config["groups"])
+
+
 def test_a_total_of_tokens(genomes):
     whole = run(genomes, output=str(genomes / "whole"))
     cut = run(genomes, total_tokens=400, reverse_complement=0.5)
@@ -253,6 +273,57 @@ def test_keys_that_came_later_do_not_make_a_data_set_out_of_date(genomes):
     (genomes / "out" / "manifest.json").write_text(json.dumps(manifest))
     assert run(genomes) is None
     assert run(genomes, workers=2) is None  # nor does what does not change it
+
+
+def without_blocks(genomes: Path, manifest: dict) -> None:
+    """Make a data set one from before there was validation_blocks."""
+    del manifest["settings"]["validation_blocks"]
+    for group in manifest["settings"]["groups"].values():
+        for source in group["sources"].values():
+            del source["validation_blocks"]
+    (genomes / "out" / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_data_set_from_before_blocks_was_split_at_the_end(genomes):
+    without_blocks(genomes, run(genomes, validation_blocks=1))
+    assert run(genomes, validation_blocks=1) is None
+    with pytest.raises(UserError, match=r"was built with other settings \(validation_blocks\)"):
+        run(genomes)
+
+
+def test_a_data_set_from_before_blocks_that_holds_out_what_is_named(genomes):
+    groups = {"all": {"sources": {"*": {"fasta": "*.fa"}}}}
+    headers = {"validation_headers": "chrX|s3|chr1", "groups": groups}
+    write_fasta(genomes / "d.fa", {"other": random_text(200, 5)})
+    without_blocks(genomes, run(genomes, **headers))
+    assert run(genomes, **headers) is None
+    groups["all"]["sources"]["*"]["validation"] = 0.25
+    with pytest.raises(UserError, match="was built with other settings"):
+        run(genomes, **headers)
+
+
+def test_a_survey_for_other_blocks_is_not_used(genomes):
+    with pytest.raises(UserError, match="hold fewer for the train split"):
+        run(genomes, total_tokens=10**9)
+    assert [*(genomes / "out.building" / "surveys").iterdir()]  # of 20 blocks
+    assert run(genomes, validation_blocks=1) == run(
+        genomes, validation_blocks=1, output=str(genomes / "fresh")
+    )
+
+
+def test_a_source_may_have_blocks_of_its_own(genomes):
+    config = config_of(genomes).model_dump()
+    config["groups"]["human"]["sources"]["a"]["validation_blocks"] = 1
+    run(genomes, groups=config["groups"], validation_blocks=5)
+    starts = {source: [] for source in ("human/a", "apes/c")}
+    for origin in origins(genomes / "out", "validation"):
+        if origin.record in ("chr1", "chrX"):
+            starts[origin.source].append(origin.start)
+    assert min(starts["human/a"]) >= 744  # the last 250 of 1001
+    assert min(starts["apes/c"]) < 100 and max(starts["apes/c"]) > 200
+    with pytest.raises(ValueError, match="validation_blocks says where a share is held out"):
+        config["groups"]["human"]["sources"]["a"]["validation_records"] = ["chr1"]
+        config_of(genomes, groups=config["groups"])
 
 
 def test_a_source_that_was_added_makes_a_data_set_out_of_date(genomes):

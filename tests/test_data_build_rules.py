@@ -30,6 +30,7 @@ rules = st.fixed_dictionaries(
         "gene_distance": st.sampled_from([None, 0, 3, 11]),
         "reverse_complement": st.sampled_from([0, 0.5, 1]),
         "validation": st.sampled_from([0.1, 0.5]),
+        "validation_blocks": st.sampled_from([1, 1, 2, 20]),
         "validation_headers": st.sampled_from([None, "held"]),
     }
 )
@@ -60,6 +61,15 @@ def slow_documents(records: list, config: DataConfig, split: str) -> list[tuple]
                 tokens = [*(IDS[base] for base in fragment), 12]
                 found.append((f"r{number}", start, "+-"[int(turned[place])], tokens))
     return found
+
+
+def slow_splits(records: list, config: DataConfig) -> dict[str, list[tuple]]:
+    """The documents of both splits; with blocks, only their numbers are those of each split."""
+    if config.validation_blocks == 1 or config.validation_headers is not None:
+        return {split: slow_documents(records, config, split) for split in ("train", "validation")}
+    whole = slow_documents(records, config.model_copy(update={"validation": 0}), "train")
+    count = round(config.validation * len(whole))
+    return {"train": whole[count:], "validation": whole[:count]}
 
 
 def slow_held_out(records: list, config: DataConfig) -> set[tuple[int, int]]:
@@ -126,7 +136,7 @@ def test_a_build_against_one_that_looks_at_every_base(records, values):
     source = {"fasta": "x.fa", "annotation": "x.bed", "annotation_names": names}
     settings = {"output": "out", "workers": 1, "groups": {"g": {"sources": {"x": source}}}}
     config = DataConfig.model_validate(settings | values)
-    expected = {split: slow_documents(records, config, split) for split in ("train", "validation")}
+    expected = slow_splits(records, config)
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         write_genome(Path(folder), records)
         config.output = f"{folder}/out"
@@ -136,5 +146,13 @@ def test_a_build_against_one_that_looks_at_every_base(records, values):
             assert slow_failure(records, config, expected), error
             return
         assert not slow_failure(records, config, expected)
-        for split, documents in expected.items():
-            assert found_documents(Path(config.output), config, split) == documents
+        found = {split: found_documents(Path(config.output), config, split) for split in expected}
+        if config.validation_blocks == 1 or config.validation_headers is not None:
+            assert found == expected
+            return
+        # Which fragments the blocks have is for the tests of the split; here, how many, and that
+        # the two splits are all that there is.
+        count = len(expected["validation"])
+        both = found["train"] + found["validation"]
+        assert len(found["validation"]) == count and len(found["train"]) == len(expected["train"])
+        assert sorted(both) == sorted(expected["train"] + expected["validation"])

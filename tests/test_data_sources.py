@@ -121,7 +121,8 @@ def test_records_held_out_by_their_headers(words):
         Record(f"r{i}", 9, np.zeros(1, dtype=np.uint32), f"r{i} ape chr{word} genome")
         for i, word in enumerate(words)
     ]
-    regions = held_out(Source(fasta="x", validation_headers="chr[XY]\\b"), 0.5, records)
+    source = Source(fasta="x", validation_headers="chr[XY]\\b")
+    regions = held_out(source, config_of({"x": source}), records, [])
     held = [f"r{i}" for i, word in enumerate(words) if word in ("X", "Y")]
     assert regions == {name: [(0, 9)] for name in held}
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from gengram_megatron.data.batches import microbatches
-from gengram_megatron.data.checksums import CHECKED, check, not_checked_yet
+from gengram_megatron.data.checksums import CHECKED, check, identity, not_checked_yet
 from gengram_megatron.data.dataset import FragmentDataset
 from gengram_megatron.data.order import SampleOrder
 from gengram_megatron.errors import UserError
@@ -184,6 +185,20 @@ def test_checking_that_takes_long_says_how_far_it_is(train, one_process, monkeyp
     assert f"checking data: {share:.0%} of " in capsys.readouterr().out
     nodes.check_content(train.files, StopSignals())
     assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_nodes_share_is_read_by_one_of_them(train, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(train.folder, copy)  # with the times of the files, as on a node's own disk
+    there = FragmentDataset(copy, "train", LENGTH)
+    own, other = ([identity(file) for file in one.files] for one in (train, there))
+    reads = nodes.readers([own, [], own, other, [None]])
+    assert [reads[key] for key in own] == [0, 2] and [reads[key] for key in other] == [3, 3]
+    (copy / "train.bin").unlink()
+    assert identity(there.files[0]) is None
+    (lost, *_) = not_checked_yet(there.files)
+    with pytest.raises(UserError, match=r"train.bin cannot be read"):
+        sum(check(lost))
 
 
 def test_a_request_to_stop_leaves_the_rest_unchecked(train, one_process):

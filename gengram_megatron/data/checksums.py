@@ -31,8 +31,19 @@ class DataFile:
 
 
 def not_checked_yet(files: Iterable[DataFile]) -> list[DataFile]:
-    """The files that were never compared with their checksums, or have changed since."""
-    return [file for file in files if _fingerprint(file) not in _remembered(file)]
+    """The files that were never compared with their checksums, or have changed since, or cannot be
+    looked at."""
+    return [file for file in files if not _is_known(file)]
+
+
+def identity(file: DataFile) -> tuple[int, ...] | None:
+    """What only the same file has, also where other nodes see it: a copy was changed at another
+    nanosecond. None if the file cannot be looked at."""
+    try:
+        found = file.path.stat()
+    except OSError:
+        return None
+    return (found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size)
 
 
 def check(file: DataFile) -> Iterator[int]:
@@ -40,9 +51,9 @@ def check(file: DataFile) -> Iterator[int]:
 
     Raises UserError if its content is not what was built.
     """
-    digest, before = hashlib.sha256(), _fingerprint(file)
-    buffer = memoryview(bytearray(BLOCK_BYTES))
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
     try:
+        before = _fingerprint(file)
         with file.path.open("rb", buffering=0) as opened:
             while size := opened.readinto(buffer):
                 digest.update(buffer[:size])
@@ -59,6 +70,12 @@ def check(file: DataFile) -> Iterator[int]:
         )
     if _fingerprint(file) == before:
         _remember(file, before)
+
+
+def _is_known(file: DataFile) -> bool:
+    with suppress(OSError):
+        return _fingerprint(file) in _remembered(file)
+    return False
 
 
 def _fingerprint(file: DataFile) -> dict[str, int | str]:

@@ -18,7 +18,7 @@ from uuid import uuid4
 import torch.distributed as dist
 from rich.filesize import decimal
 
-from gengram_megatron.data.checksums import DataFile, check, not_checked_yet
+from gengram_megatron.data.checksums import DataFile, check, identity, not_checked_yet
 from gengram_megatron.errors import UserError
 from gengram_megatron.signals import StopSignals
 from gengram_megatron.training.data import RunData
@@ -172,10 +172,20 @@ class _Turn:
 def check_content(files: list[DataFile], signals: StopSignals) -> None:
     """Raises UserError unless the files have the checksums of their manifests.
 
-    One rank of each node reads those that no earlier run has checked there. The others wait, by
-    short turns: a single wait for all of a large data set would outlast a collective's time limit.
+    One rank of each node reads those that no earlier run has checked there; a file that several
+    nodes have in common is read by one of them. The others wait, by short turns: a single wait for
+    all of a large data set would outlast a collective's time limit.
     """
-    reading = _Reading(files if _first_of_its_node() else [])
+    files = not_checked_yet(files) if _first_of_its_node() else []
+    keys = list(map(identity, files))
+    reads = readers(gather(keys))
+    reading = _Reading(
+        [
+            file
+            for file, key in zip(files, keys)
+            if reads.get(key, dist.get_rank()) == dist.get_rank()
+        ]
+    )
     began, said = time.monotonic(), None
     while True:
         turns = gather(reading.turn(signals))
@@ -188,6 +198,20 @@ def check_content(files: list[DataFile], signals: StopSignals) -> None:
         if dist.get_rank() == 0 and (said is None or now - said >= REPORT_SECONDS):
             said = now
             print(_report(turns, now - began), flush=True)
+
+
+def readers(ranks: list[list[tuple | None]]) -> dict[tuple, int]:
+    """Which rank reads each file: of those that have it one, another one for each file.
+
+    ranks: the identities of the files that each rank has, in the order of the ranks. None is a file
+    that has none; whoever has it reads it.
+    """
+    having: dict[tuple, list[int]] = {}
+    for rank, keys in enumerate(ranks):
+        for key in keys:
+            if key is not None:
+                having.setdefault(key, []).append(rank)
+    return {key: own[number % len(own)] for number, (key, own) in enumerate(having.items())}
 
 
 class _Reading:
@@ -211,7 +235,6 @@ class _Reading:
         return _Turn(_host(), self._read, self._total, done, problem, signals.received)
 
     def _read_all(self, files: list[DataFile]) -> Iterator[int]:
-        files = not_checked_yet(files)
         self._total = sum(file.path.stat().st_size for file in files)
         for file in files:
             yield from check(file)
