@@ -235,9 +235,9 @@ def _write(
             work.mark_written(part.source)
             _tell(files, part)
         _write_records(sources, surveys, work.data)
-        hashed = [file.hashed for file in files]  # their threads go on
-        unhashed = sum(file.path.stat().st_size for file in files) - sum(hashed)
-        hashing = partial(report, Phase("computing checksums", unhashed, "bytes"))
+        hashed = [file.hashed for file in files]
+        rest = sum(file.path.stat().st_size for file in files) - sum(hashed)
+        hashing = partial(report, Phase("computing checksums", rest, "bytes"))
         return {file.path.name: file.facts(hashing, told) for file, told in zip(files, hashed)}
 
 

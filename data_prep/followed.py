@@ -54,7 +54,7 @@ class Followed:
         self, advance: Callable[[int], None] = lambda count: None, told: int = 0
     ) -> dict[str, Any]:
         """Size and SHA-256 of the whole file, to be asked for when all parts are written; `advance`
-        is told meanwhile how many more bytes were gone through than those that it was `told`."""
+        is told meanwhile how many more bytes were gone through, from byte `told` on."""
         size = self.path.stat().st_size
         rest = self._thread.submit(self._hash_to, size)
         ended = False
