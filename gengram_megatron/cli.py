@@ -5,6 +5,7 @@ and mistakes are shown at once.
 """
 
 import os
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ import typer
 from gengram_megatron import __version__
 from gengram_megatron.checkpoint import command as checkpoint
 from gengram_megatron.config.arguments import HELP_OPTIONS, ConfigFile, Overrides
-from gengram_megatron.config.layout import check_layout, world_size_from_environment
+from gengram_megatron.config.layout import Layout, check_layout, world_size_from_environment
 from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
@@ -22,7 +23,7 @@ from gengram_megatron.data.missing import check_data_sets_exist
 from gengram_megatron.doctor.command import doctor
 from gengram_megatron.errors import UserError, run_program
 from gengram_megatron.launch.command import launch
-from gengram_megatron.plan.command import plan
+from gengram_megatron.plan.command import plan, smallest_world
 from gengram_megatron.signals import StopSignals
 from gengram_megatron.starter import init
 from gengram_megatron.sweep.command import sweep
@@ -105,8 +106,7 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
     """
     try:
         loaded = load_config(config, overrides or [], Config)
-        world_size, _ = world_size_from_environment()
-        layout = check_layout(loaded, world_size)
+        layout = _layout_here(loaded, config, overrides or [])
         check_data_sets_exist(loaded, config)
         # Before the slow imports, in which a signal would otherwise end the process in a traceback.
         with StopSignals(announce=not context.obj and _speaks_for_its_node()) as signals:
@@ -119,6 +119,22 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
         raise typer.Exit(error.exit_code) from None
     if code:
         raise typer.Exit(code)
+
+
+def _layout_here(loaded: Config, file: Path, overrides: list[str]) -> Layout:
+    """The layout on the processes that are there; where a process on its own is too few, the error
+    holds the command that starts enough."""
+    world_size, _ = world_size_from_environment()
+    try:
+        return check_layout(loaded, world_size)
+    except UserError as error:
+        least, asked = smallest_world(loaded), loaded.launch.processes or 1
+        wanted = least if asked % least else asked
+        if world_size > 1 or wanted == 1 or loaded.launch.nodes > 1:
+            raise
+        check_layout(loaded, wanted)  # says what is wrong beside the number of processes
+        command = shlex.join(["gengram", "launch", str(file), "--nproc", str(wanted), *overrides])
+        raise UserError(f"{error}\nthis command starts {wanted}: {command}") from None
 
 
 def _speaks_for_its_node() -> bool:

@@ -1,6 +1,11 @@
 """Microbatches: the same samples a step in every layout, from any place, with or without
 processes; and what is input, label and loss."""
 
+import errno
+import os
+import shutil
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -11,7 +16,10 @@ from hypothesis import strategies as st
 
 from gengram_megatron.data.batches import microbatches, split_batch
 from gengram_megatron.data.order import SampleOrder
+from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import EOD
+from tests.layouts.launch import ROOT
+from tests.training.tiny import environment
 
 
 class Numbered:
@@ -91,6 +99,61 @@ def test_resuming_goes_on_where_the_run_was_cut_in_another_layout(cut, micro, ra
 def test_processes_read_the_same():
     order = SampleOrder(1000, 7)
     assert read(order, 4, micro=2, ranks=2, workers=2) == read(order, 4, micro=2, ranks=2)
+
+
+READ = """
+import torch
+from tests.test_batches import read
+from gengram_megatron.data.order import SampleOrder
+order = SampleOrder(1000, 7)
+assert read(order, 4, batch=80000, workers=2) == read(order, 4, batch=80000)
+"""
+SMALL = (
+    "unshare",
+    "-m",
+    "sh",
+    "-c",
+    'mount -t tmpfs -o size=200k tmpfs /dev/shm && exec "$@"',
+    "sh",
+)
+"""Gives a command a /dev/shm that holds semaphores and no step of 80,000 samples."""
+
+
+def may_mount() -> bool:
+    return shutil.which("unshare") and not subprocess.run([*SMALL, "true"]).returncode
+
+
+@pytest.mark.parametrize("place", ["a name too long for a socket", "a /dev/shm that is full"])
+def test_processes_hand_over_where_torch_could_not_share_a_tensor(place, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    if not (full := "full" in place):
+        before, folder = (), long
+    elif may_mount():
+        before, folder = SMALL, tmp_path
+    else:
+        pytest.skip("only root may mount a /dev/shm")
+    program = READ if full else READ.replace("80000", "40")
+    variables = {**environment(), "TMPDIR": str(folder)}
+    command = [*before, sys.executable, "-c", program]
+    subprocess.run(command, cwd=ROOT, env=variables, check=True, timeout=120)
+
+
+@pytest.mark.skipif(not may_mount(), reason="only root may mount a /dev/shm")
+def test_a_run_without_room_for_semaphores_is_refused():
+    program = "from gengram_megatron.training.devices import check_shared_memory as c; c()"
+    command = [*SMALL, sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert "UserError: /dev/shm has" in done.stderr
+
+
+def test_processes_that_cannot_be_started_are_told(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", full)
+    with pytest.raises(UserError, match=r"data.workers is 2.*data.workers to 0"):
+        read(InSequence(), 1, workers=2)
 
 
 def test_a_microbatch_is_a_small_tensor_of_bytes():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_mistakes_are_sentences(words, says):
     lines = done.stderr.splitlines()
     assert all(line.startswith("gengram: ") for line in lines)
     assert says in done.stderr
+
+
+@pytest.mark.parametrize(("words", "processes"), [((), 4), (("parallel.pipeline=4",), 8)])
+def test_one_process_where_more_are_needed_is_told_the_command(words, processes):
+    words = (*words, "run.dir=runs/my run")
+    done = gengram("train", SMOKE / "cpu.yaml", *words)
+    command = shlex.split(done.stderr.splitlines()[-1].partition(" gengram ")[2])
+    assert command == ["launch", str(SMOKE / "cpu.yaml"), "--nproc", str(processes), *words]
+    assert f"--nproc-per-node={processes}" in gengram(*command, "--dry-run").stdout
+    beyond = gengram("train", SMOKE / "cpu.yaml", "model.num_attention_heads=5")
+    assert "gengram launch" not in beyond.stderr  # which would not start either
 
 
 def test_one_rank_of_a_machine_tells_the_mistake():

@@ -166,7 +166,13 @@ def test_allowed(config, world_size, words, expected):
 ENVIRONMENTS = {
     "none": ({}, (1, 0)),
     "torchrun": ({"WORLD_SIZE": "4", "RANK": "3"}, (4, 3)),
-    "srun": ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, (8, 0)),
+    "srun": ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, (8, 0)),
+    "sbatch": ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, "SLURM_NTASKS=8, but srun did not"),
+    "sbatch of one task": ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (1, 0)),
+    "shell of salloc": (
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"},
+        "SLURM_NTASKS=2, but srun did not",
+    ),
     "torchrun in srun": (
         {"WORLD_SIZE": "4", "RANK": "3", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
         (4, 3),
@@ -181,7 +187,7 @@ ENVIRONMENTS = {
 
 @pytest.mark.parametrize("variables, expected", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
 def test_world_size_from_environment(monkeypatch, variables, expected):
-    for name in ("WORLD_SIZE", "RANK", "SLURM_NTASKS", "SLURM_PROCID"):
+    for name in ("WORLD_SIZE", "RANK", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

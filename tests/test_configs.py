@@ -217,6 +217,7 @@ def test_smoke_runs_start_as_their_comments_say(name):
     config, text = load(name), RUNS[name].read_text()
     assert (config.launch.processes or 1) == smallest_world(config)
     assert "torchrun" not in text
+    assert config.launch.slurm.gpus == (0 if name.endswith("cpu") else None)
     if name.endswith("cpu"):
         command = "launch" if config.launch.processes else "train"
         assert f"gengram {command} configs/{name}.yaml\n" in text

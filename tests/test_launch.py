@@ -1,6 +1,7 @@
 """`gengram launch`: what it would do, what it keeps, and torchrun on this machine."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from gengram_megatron.launch.job import check_job, seconds
 from gengram_megatron.launch.slurm import script
 from tests.layouts.launch import ROOT
 from tests.training.at_start import BROKEN, MENDABLE
-from tests.training.launch import gengram, start, wait_for
+from tests.training.launch import NAMELESS, gengram, start, wait_for
 from tests.training.tiny import RUN, build_data, environment, numbers, write_config
 
 FULL = {
@@ -205,9 +206,11 @@ def test_what_does_not_fit_is_refused_before_the_start(tmp_path: Path) -> None:
         ("2-3", 183_600),
         ("2-3:04", 183_840),
         ("2-3:04:05", 183_845),
+        ("infinite", math.inf),
+        ("UNLIMITED", math.inf),
     ],
 )
-def test_time_limits_are_read_as_slurm_does(limit: str, wanted: int) -> None:
+def test_time_limits_are_read_as_slurm_does(limit: str, wanted: float) -> None:
     assert seconds(limit) == wanted
 
 
@@ -215,11 +218,40 @@ def test_time_limit_that_leaves_no_time_to_train(tmp_path: Path) -> None:
     words = (written(tmp_path, {"processes": 2}), "--slurm", "launch.slurm.save_before=240")
     assert "as soon as it starts" in refused(*words, "launch.slurm.time=5")
     assert "--signal=USR1@240" in dry_run(*words, "launch.slurm.time=6")
+    assert "--time=infinite" in dry_run(*words, "launch.slurm.time=infinite")
+
+
+def test_names_that_do_not_resolve(tmp_path: Path, monkeypatch) -> None:
+    words = (written(tmp_path, {}), "--nproc", "2", "--nodes", "2")
+    said = refused(*words, "launch.rendezvous=no-such-host.invalid:29500")
+    assert "launch.rendezvous is no-such-host.invalid:29500" in said
+    monkeypatch.setattr(socket, "getfqdn", lambda: "no-such-host.invalid")
+    said = refused(*words, "launch.rendezvous=127.0.0.1:29500")
+    assert "its own name no-such-host.invalid" in said
+    assert not (tmp_path / "the run").exists()
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "the run").write_text("a file")
     assert "cannot be made" in refused(written(tmp_path, {}), "--nproc", "2")
+
+
+def test_data_set_of_a_slurm_job_is_looked_at_first(
+    tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = tmp_path / "run"
+    words = (str(tiny), "--slurm", "--nproc", "2", f"run.dir={run}")
+    assert f"data.path: there is no folder {Path.cwd()}/none" in refused(*words, "data.path=none")
+    blend = "data={path: null, blend: [{path: /none, weight: 1}]}"
+    assert "data.blend entry 1.path: there is no folder /none" in refused(*words, blend)
+    assert f"data.path: {tmp_path} is not a data set" in refused(*words, f"data.path={tmp_path}")
+    assert "have 64 bases and model.seq_length is 32" in refused(*words, "model.seq_length=32")
+    assert not run.exists()
+    staged = "launch.slurm.setup=[cp -r data /scratch]"  # nothing of the node is known here
+    assert "sbatch refused" in refused(*words, staged, "data.path=/scratch/data")
 
 
 def test_sbatch_must_be_there(tmp_path: Path, monkeypatch) -> None:
@@ -378,9 +410,11 @@ def test_first_rank_that_failed_is_named_with_its_error(tiny: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_mistake_that_only_one_rank_finds_is_told(tiny: Path, tmp_path: Path) -> None:
+    """On a machine whose own name does not resolve, which one node does not need."""
     (tmp_path / "sitecustomize.py").write_text(MENDABLE)
     words = ("launch", str(tiny), "--nproc", "2", f"run.dir={tmp_path / 'run'}")
-    done = gengram(*words, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    before = () if subprocess.run([*NAMELESS, "true"]).returncode else NAMELESS
+    done = gengram(*words, before=before, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.code == 2
     assert done.err.splitlines()[-1] == "gengram: the disk is gone"
     assert "the disk is gone" not in done.out and "failed first" not in done.err

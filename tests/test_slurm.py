@@ -111,10 +111,15 @@ def test_first_rank_that_failed_is_named_in_the_job_s_log(
     assert "the disk is gone" in Path(log).read_text()
 
 
-def test_refused_options_are_told(slurm: Cluster, tiny: Path, tmp_path: Path) -> None:
-    command = words(tiny, tmp_path / "run", "launch.slurm.partition=nowhere")
-    done = gengram(*command, **slurm.environment)
-    assert done.code == 2 and "invalid partition specified: nowhere" in done.err
+def test_what_slurm_would_refuse_is_told(slurm: Cluster, tiny: Path, tmp_path: Path) -> None:
+    for word, said in {
+        "launch.slurm.partition=nowhere": "has no partition nowhere; it has short, tests",
+        "launch.slurm={gpus: 0, partition: short, time: 11}": "short allows 10:00",
+        "launch.slurm.options=[--constraint=none]": "sbatch refused",
+    }.items():
+        done = gengram(*words(tiny, tmp_path / "run", word), **slurm.environment)
+        assert done.code == 2 and said in done.err
+    assert not slurm.ask("squeue", "--noheader")
 
 
 def test_sweep_as_an_array(slurm: Cluster, tiny: Path, tmp_path: Path) -> None:
@@ -130,7 +135,12 @@ def test_sweep_as_an_array(slurm: Cluster, tiny: Path, tmp_path: Path) -> None:
         },
     }
     file.write_text(yaml.safe_dump(sweep))
-    job = submitted(slurm, "sweep", str(file), "--launch", "--slurm")
+    launch = ("sweep", str(file), "--launch", "--slurm")
+    job = submitted(slurm, *launch, "launch.slurm.options=[--hold]")
+    again = gengram(*launch, "--list", **slurm.environment)
+    assert "3 runs, 0 finished, 3 in Slurm's queue" in again.out
+    assert again.out.count("queued") == 3
+    slurm.ask("scontrol", "release", job)
     assert slurm.wait(job) == ["COMPLETED"] * 3, logs_of(tmp_path)
     again = gengram("sweep", str(file), "--launch", "--slurm", "--results", **slurm.environment)
     assert again.code == 0 and "3 runs, 3 finished" in again.out

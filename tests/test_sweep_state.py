@@ -1,6 +1,8 @@
 """What a sweep reads from the folders of its runs, and what it takes for another run."""
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 
 from gengram_megatron.cli import app
 from gengram_megatron.errors import UserError
+from gengram_megatron.launch.job import SLURM_FILE
 from gengram_megatron.sweep.runs import read_sweep
 from gengram_megatron.sweep.state import INDIFFERENT, read_state
 from gengram_megatron.training.folder import write_config as write_resolved
@@ -148,3 +151,27 @@ def test_a_line_that_a_kill_cut_counts_for_nothing(trained, tmp_path: Path) -> N
         metrics.write('{"kind": "train", "st')
     done = invoke(file, f"run.dir={tmp_path / 'runs'}")
     assert done.output.count("finished") == 2 and "cannot be read" not in done.output
+
+
+@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"loss": 1.0, "grad_norm": math.inf}])
+def test_a_run_that_ended_in_a_number_that_is_not_finite_failed(trained, tmp_path, bad) -> None:
+    run = read_sweep(trained[0], [f"run.dir={tmp_path}"]).runs[0]
+    with RunLog(tmp_path / run.name, run.config, 0) as log:
+        log.train(step=1, samples=8, tokens=512, loss=1.0, grad_norm=1.0)
+        log.train(step=2, samples=16, tokens=1024, **bad)
+    first, second = read_sweep(trained[0], [f"run.dir={tmp_path}"]).runs
+    assert read_state(first.config, 3).failed and not read_state(second.config, 4).failed
+    assert "failed" in invoke(trained[0], f"run.dir={tmp_path}").output
+    assert "step 2 of 3" in invoke(trained[0], f"run.dir={tmp_path}", "train.on_nan=skip").output
+
+
+def test_a_queue_that_does_not_answer_stops_a_launch_only(trained, tmp_path, monkeypatch) -> None:
+    record = tmp_path / "steps-3/launches/one"
+    record.mkdir(parents=True)
+    (record / SLURM_FILE).write_text("17_0\n")
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words = (trained[0], f"run.dir={tmp_path}", "launch.processes=1", "--slurm")
+    assert "no controller" in str(invoke(*words, "--launch").exception)
+    assert invoke(*words, "--list").output.count("to do") == 2

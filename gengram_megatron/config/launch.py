@@ -1,8 +1,9 @@
 """The section `launch`: on how many machines a run starts, and how."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from gengram_megatron.config.section import Name, NonNegative, Positive, Section
 
@@ -15,7 +16,20 @@ def _as_text(value: object) -> object:
 
 
 Text = Annotated[str, BeforeValidator(_as_text)]
-TimeLimit = Annotated[Text, Field(pattern=r"^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$")]
+UNLIMITED = ("infinite", "unlimited")
+"""Slurm's words for no time limit, in letters of either case."""
+
+
+def _time_limit(text: str) -> str:
+    if text.lower() in UNLIMITED or re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", text):
+        return text
+    raise ValueError(
+        "it must be minutes, hours:minutes:seconds, days-hours:minutes:seconds such as "
+        f"2-00:00:00, {UNLIMITED[0]}, or null for the partition's default"
+    )
+
+
+TimeLimit = Annotated[Text, AfterValidator(_time_limit)]
 
 
 class Container(Section):
@@ -39,7 +53,9 @@ class Slurm(Section):
     partition: Name | None = Field(None, description="null: the cluster's default")
     qos: Name | None = Field(None, description="quality of service; null: the default")
     time: TimeLimit | None = Field(
-        None, description="limit of a job: minutes, or days-hours:minutes:seconds; null: default"
+        None,
+        description="limit of a job: minutes, days-hours:minutes:seconds, or infinite; null: "
+        "the partition's default",
     )
     memory: Name | None = Field(None, description="of a node, such as 500G; null: the default")
     gpus: NonNegative | None = Field(

@@ -33,6 +33,9 @@ from gengram_megatron.config.problems.transformer_engine import (
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 
+RESERVED_STEPS = 0xFFFFFFF0
+"""Slurm numbers the steps that srun starts from 0, and the script's and the shell's from here."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -72,8 +75,21 @@ def world_size_from_environment() -> tuple[int, int]:
                 f"the environment has {size_name}={size} and {rank_name}={rank}: "
                 f"{rank_name} must be a whole number from 0 to {size_name} - 1"
             )
+        if size_name == "SLURM_NTASKS" and int(size) > 1 and not _started_by_srun():
+            raise UserError(
+                f"the environment has SLURM_NTASKS={size}, but srun did not start this process, so "
+                f"it would wait for {int(size) - 1} that never come: put srun before the command, "
+                "or leave the job to `gengram launch --slurm`"
+            )
         return int(size), int(rank)
     return 1, 0
+
+
+def _started_by_srun() -> bool:
+    """Whether this process is a task of a job step. sbatch gives its script the number of tasks
+    and a rank as well, and so does the shell of salloc, whose step has a reserved number."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < RESERVED_STEPS
 
 
 def check_layout(config: Config, world_size: int) -> Layout:

@@ -1,15 +1,24 @@
 """From samples to the microbatches of one data-parallel rank, and from a microbatch to labels."""
 
+import math
+import mmap
+import multiprocessing
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from gengram_megatron.data.order import Order
+from gengram_megatron.errors import UserError
 from gengram_megatron.signals import ignore_stop_signals
 from gengram_megatron.tokenizer import EOD
+
+STEPS_AHEAD = 2
+"""Steps that each reading process is ahead of the training process."""
 
 
 def microbatches(
@@ -30,7 +39,7 @@ def microbatches(
     out in rows of `micro_batch_size`, to the ranks in turn, then to the next microbatch. So a run
     goes on where it was cut, on any layout, by passing the samples it has consumed.
 
-    The processes that read ahead hand over a rank's whole step at once, and are two steps ahead:
+    The processes that read ahead hand over a rank's whole step at once, STEPS_AHEAD of them each:
     a hand-over costs the training process about a millisecond, however little is in it.
 
     Args:
@@ -59,13 +68,15 @@ def microbatches(
         batch_sampler=_positions(consumed, total, global_batch_size, offsets),
         collate_fn=_as_is,
         num_workers=workers,
+        prefetch_factor=STEPS_AHEAD if workers else None,
         pin_memory=torch.cuda.is_available(),
         # Without one of its own the loader draws from torch's global generator, and the random
         # numbers of a resumed run would no longer be those of one that was never cut.
         generator=torch.Generator(),
         worker_init_fn=ignore_stop_signals,
     )
-    return chain.from_iterable(loader)
+    for step in _started(loader, workers):
+        yield from torch.as_tensor(step.tokens)
 
 
 def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,6 +97,57 @@ def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return inputs, labels, (labels != EOD).float()
 
 
+def _started(loader: DataLoader, workers: int) -> "Iterator[_StepTokens]":
+    """The steps of a loader whose processes have started, or UserError."""
+    try:
+        # As many as the loader makes: one that cannot be made leaves the loader half made, and
+        # its end prints a traceback.
+        queues = [multiprocessing.Queue() for _ in range(workers + 1)] if workers else []
+        del queues
+        return iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"data.workers is {workers}, and processes that read samples cannot be started "
+            f"({error}): make room for them in /dev/shm and TMPDIR, or set data.workers to 0"
+        ) from None
+
+
+class _StepTokens:
+    """The tokens of a rank's step, on their way from the process that read them.
+
+    They lie in a file in memory that the reading process has made, and the training process maps
+    the same file. torch would hand a tensor over through a file in /dev/shm and a socket in
+    TMPDIR. Where the one is full or the name of the other too long, a thread of the reading process
+    prints a traceback and goes on, and the training process waits for a batch that never comes.
+
+    Args:
+        tokens: [microbatches, micro_batch_size, seq_length + 1], uint8.
+        file: the one that the tokens are mapped from; None where they need not be handed over.
+    """
+
+    def __init__(self, tokens: np.ndarray, file: BinaryIO | None = None):
+        self.tokens: np.ndarray | torch.Tensor = tokens
+        self._file = file
+
+    def __reduce__(self) -> tuple:
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return _open_step, (path, self.tokens.shape)
+
+    def pin_memory(self) -> "_StepTokens":
+        """Called by the loader, in a thread, where there is CUDA."""
+        self.tokens = torch.from_numpy(self.tokens).pin_memory()
+        return self
+
+
+def _open_step(path: str, shape: tuple[int, ...]) -> _StepTokens:
+    with open(path, "r+b") as file:
+        return _StepTokens(_mapped(file, shape))
+
+
+def _mapped(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint8).reshape(shape)
+
+
 class _Reader:
     """Reads a rank's whole steps by position; what the loader's processes hold."""
 
@@ -93,15 +155,28 @@ class _Reader:
         self._dataset = dataset
         self._order = order
         self._total = total
+        # The training process opens a file from here, so it stays open until that has happened:
+        # by then this process may have been asked for so many steps more.
+        self._handed_over: deque[BinaryIO] = deque(maxlen=STEPS_AHEAD + 1)
 
-    def __getitems__(self, positions: np.ndarray) -> torch.Tensor:
-        """Tokens [microbatches, micro_batch_size, seq_length + 1] uint8, of positions
-        [microbatches, micro_batch_size]."""
+    def __getitems__(self, positions: np.ndarray) -> _StepTokens:
+        """Tokens [microbatches, micro_batch_size, seq_length + 1] of positions [microbatches,
+        micro_batch_size]."""
+        step = self._empty_step((*positions.shape, len(self._dataset[0])))
         there = np.full(positions.shape, True) if self._total is None else positions < self._total
-        tokens = np.full((positions.size, len(self._dataset[0])), EOD, dtype=np.uint8)
+        rows = step.tokens.reshape(positions.size, -1)
+        rows[:] = EOD
         for row, sample in zip(np.flatnonzero(there), self._order.take(positions[there])):
-            tokens[row] = self._dataset[sample]
-        return torch.from_numpy(tokens).view(*positions.shape, -1)
+            rows[row] = self._dataset[sample]
+        return step
+
+    def _empty_step(self, shape: tuple[int, ...]) -> _StepTokens:
+        if get_worker_info() is None:
+            return _StepTokens(np.empty(shape, dtype=np.uint8))
+        file = os.fdopen(os.memfd_create("step"), "r+b")
+        file.truncate(math.prod(shape))
+        self._handed_over.append(file)
+        return _StepTokens(_mapped(file, shape), file)
 
 
 def _positions(
@@ -113,5 +188,5 @@ def _positions(
         start += global_batch_size
 
 
-def _as_is(step: torch.Tensor) -> torch.Tensor:
+def _as_is(step: _StepTokens) -> _StepTokens:
     return step

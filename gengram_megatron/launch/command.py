@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from contextlib import nullcontext
 from shlex import join, quote
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.launch import local, slurm
 from gengram_megatron.launch.job import Job, check_job
 from gengram_megatron.launch.record import write_record
+from gengram_megatron.launch.stop import StopRequests
 
 Slurm = Annotated[bool, typer.Option("--slurm", help="Give it to sbatch.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; do nothing.")]
@@ -52,11 +54,13 @@ def launch(
     words = list(overrides or [])
     words += [f"launch.processes={nproc}"] if nproc is not None else []
     words += [f"launch.nodes={nodes}"] if nodes is not None else []
-    job = check_job(load_config(config, words, Config), name_of_start(), use_slurm)
-    if use_slurm:
-        _with_slurm(job, dry_run)
-    else:
-        _here(job, dry_run)
+    here = not (use_slurm or dry_run)
+    with StopRequests() if here else nullcontext() as requests:
+        job = check_job(load_config(config, words, Config), name_of_start(), use_slurm)
+        if use_slurm:
+            _with_slurm(job, dry_run)
+        else:
+            _here(job, dry_run, requests)
 
 
 def name_of_start() -> str:
@@ -73,11 +77,12 @@ def _with_slurm(job: Job, dry_run: bool) -> None:
     print(f"job {number} is in the queue; its logs: {job.run / 'logs'}/job-{number}*")
 
 
-def _here(job: Job, dry_run: bool) -> None:
+def _here(job: Job, dry_run: bool, requests: StopRequests | None) -> None:
     if dry_run:
         print(f"# keeps config, code version and environment in {job.record}, and starts")
         print(*(f"{name}={quote(value)}" for name, value in local.environment(job).items()), end="")
         print(" torchrun", join(local.torchrun_words(job)))
         return
+    local.check_names(job)
     write_record(job)
-    raise typer.Exit(local.run_here(job))
+    raise typer.Exit(local.run_here(job, requests))

@@ -1,16 +1,18 @@
 """What is launched: a checked config, its processes, and the files that one start leaves behind."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gengram_megatron.config.launch import Launch
+from gengram_megatron.config.launch import UNLIMITED, Launch
 from gengram_megatron.config.layout import Layout, check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 
 SLURM_IS_EARLY = 60
 """Seconds by which Slurm may send a signal too soon, as its manual says."""
+SLURM_FILE = "slurm_job.txt"
 RANK_MODULE = "gengram_megatron.launch.rank"
 
 
@@ -41,6 +43,11 @@ class Job:
     def config_file(self) -> Path:
         """What the processes read: the whole config, as it was when the run was started."""
         return self.record / "config.yaml"
+
+    @property
+    def slurm_file(self) -> Path:
+        """Under which number Slurm has this start in its queue."""
+        return self.record / SLURM_FILE
 
     @property
     def environment(self) -> dict[str, str]:
@@ -91,8 +98,10 @@ def _local_problems(launch: Launch) -> Iterator[str]:
         )
 
 
-def seconds(limit: str) -> int:
-    """A time limit as Slurm reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+def seconds(limit: str) -> float:
+    """A time limit as Slurm reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or a word for none."""
+    if limit.lower() in UNLIMITED:
+        return math.inf
     days, dash, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if not dash and len(parts) < 3:

@@ -3,24 +3,25 @@
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from gengram_megatron.errors import EXIT_CODE, PREFIX, tell
+from gengram_megatron.errors import EXIT_CODE, PREFIX, UserError, tell
 from gengram_megatron.launch.job import RANK_MODULE, Job
 from gengram_megatron.launch.rank import log_file
+from gengram_megatron.launch.stop import StoppedBeforeRanks, StopRequests
 from gengram_megatron.signals import REQUEUE
-
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def torchrun_words(job: Job) -> list[str]:
     """The words after `torchrun`."""
     launch = job.config.launch
-    meet = ["--standalone"]
+    # torchrun would tell the ranks to meet at the machine's own name, which need not resolve.
+    meet = ["--standalone", "--local-addr=127.0.0.1"]
     if launch.nodes > 1:
         meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={launch.rendezvous}"]
         meet += [f"--rdzv-id={job.run.name}"]
@@ -32,6 +33,34 @@ def torchrun_words(job: Job) -> list[str]:
         "--signals-to-handle=SIGHUP,SIGQUIT",  # the others are forwarded, so that the run saves
         *("-m", RANK_MODULE, str(logs_folder(job)), "train", str(job.config_file)),
     ]
+
+
+def check_names(job: Job) -> None:
+    """UserError where the nodes of a job could not find each other. torchrun would look for ten
+    minutes and then fail with a traceback."""
+    launch = job.config.launch
+    if launch.nodes == 1:
+        return
+    host, _, _ = launch.rendezvous.rpartition(":")
+    if not _resolves(host):
+        raise UserError(
+            f"launch.rendezvous is {launch.rendezvous}, and this machine cannot resolve the name "
+            f"{host}: give the name or the address of one of the nodes"
+        )
+    if not _resolves(own := socket.getfqdn()):
+        raise UserError(
+            f"launch.nodes is {launch.nodes}, and this machine cannot resolve its own name {own}, "
+            "under which the other nodes look for it: give it an address in DNS or in /etc/hosts "
+            "of every node"
+        )
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
 
 
 def logs_folder(job: Job) -> Path:
@@ -46,43 +75,62 @@ def environment(job: Job) -> dict[str, str]:
     return {**threads, **given, **job.environment}
 
 
-def run_here(job: Job) -> int:
+def run_here(job: Job, requests: StopRequests) -> int:
     """Run a job to its end and show its first rank's log; its exit code.
 
     SIGTERM, SIGUSR1 and Ctrl-C have the run save and stop; a second Ctrl-C ends it at once. Both
-    give the code REQUEUE.
+    give the code REQUEUE, and so does a request that came before the run has ranks.
+
+    requests: entered by the caller, so that one that comes while it prepares the job is noted.
     """
+    try:
+        with requests.passed_on():
+            return _run_torchrun(job, requests)
+    except StoppedBeforeRanks:
+        return _stopped_before_training(job)
+
+
+def _run_torchrun(job: Job, requests: StopRequests) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said better below
-    logs = logs_folder(job)
-    shown = _show_first_log(logs, job.processes)
-    with _variables(environment(job)), _forward_signals() as told, shown:
-        try:
+    shown = _show_first_log(logs_folder(job), job.processes)
+    try:
+        with _variables(environment(job)), shown:
             run(parse_args(torchrun_words(job)))
             return 0
-        except ChildFailedError as error:
-            failed = error
-    return _explain(failed, job, told.is_set())
+    except ChildFailedError as error:
+        failed = error
+    return _explain(failed, job, requests)
 
 
-def _explain(error, job: Job, told: bool) -> int:
-    """Name the rank that failed first, and why; the exit code for it.
+def _stopped_before_training(job: Job) -> int:
+    print(
+        f"{job.run}: ended before it trained, as it was told to; nothing was lost, and the same "
+        "command goes on"
+    )
+    return REQUEUE
 
-    told: that the run was told to stop.
-    """
+
+def _explain(error, job: Job, requests: StopRequests) -> int:
+    """Name the rank that failed first, and why; the exit code for it."""
     rank, failure = error.get_first_failure()
-    if told and failure.exitcode < 0:  # before it trained, or by a second Ctrl-C
-        print(f"{job.run}: ended without saving, as it was told to; the same command goes on")
+    if requests.at_once and failure.exitcode == -signal.SIGKILL:
+        print(
+            f"{job.run}: ended at once without saving, as it was told to; the same command goes on "
+            "from the last checkpoint"
+        )
         return REQUEUE
+    if requests.received and failure.exitcode == -signal.SIGTERM:
+        return _stopped_before_training(job)
     if failure.exitcode == REQUEUE:
         print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
         return REQUEUE
     log = log_file(logs_folder(job), rank)
-    if failure.exitcode == EXIT_CODE:
+    if failure.exitcode in (EXIT_CODE, NOT_FINITE):
         _show_what_only_it_says(log)
-        return EXIT_CODE
+        return failure.exitcode
     why = f"exit code {failure.exitcode}"
     if failure.exitcode < 0:
         why = f"killed by {signal.Signals(-failure.exitcode).name}"
@@ -104,27 +152,6 @@ def _variables(wanted: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextmanager
-def _forward_signals() -> Iterator[Event]:
-    """Pass requests to stop on to the ranks, which have sessions of their own; whether any came."""
-    import psutil
-
-    told = Event()
-
-    def forward(number: int, frame: object) -> None:
-        at_once = told.is_set() and number == signal.SIGINT
-        told.set()
-        for rank in psutil.Process().children():
-            rank.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
-
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
+from gengram_megatron.config.keys import dotted
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch.job import RANK_MODULE, Job
+from gengram_megatron.launch.queue import partition_problems
 from gengram_megatron.launch.record import write_record
 from gengram_megatron.signals import REQUEUE
 
@@ -96,6 +98,7 @@ def submit(jobs: list[Job], folder: Path, at_a_time: int | None = None) -> str:
     """
     if shutil.which("sbatch") is None:
         raise UserError("sbatch was not found: --slurm works on a machine of a Slurm cluster")
+    _check_from_here(jobs)
     for job in jobs:
         write_record(job)
     output = jobs[0].run / "logs" if len(jobs) == 1 else folder
@@ -106,7 +109,44 @@ def submit(jobs: list[Job], folder: Path, at_a_time: int | None = None) -> str:
     done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"sbatch refused {file}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().split(";")[0]
+    number = done.stdout.strip().split(";")[0]
+    for index, job in enumerate(jobs):
+        job.slurm_file.write_text(f"{number}_{index}\n" if len(jobs) > 1 else f"{number}\n")
+    return number
+
+
+def _check_from_here(jobs: list[Job]) -> None:
+    """UserError with what the login node can tell to be wrong, before a job waits for hours."""
+    problems = [problem for job in jobs for problem in partition_problems(job.config.launch.slurm)]
+    for job in jobs:
+        if not job.config.launch.slurm.setup:  # which may put a data set on the node's own disk
+            problems += _data_problems(job.config)
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    from data_prep.manifest import read_manifest
+
+    paths = {"data.path": config.data.path} if config.data.path else {}
+    for number, part in enumerate(config.data.blend or []):
+        paths[dotted(("data", "blend", number, "path"))] = part.path
+    for key, path in paths.items():
+        folder = Path(path).absolute()
+        if not folder.is_dir():
+            yield f"{key}: there is no folder {folder}; `gengram-data build` makes it"
+            continue
+        try:
+            found = read_manifest(folder)["settings"]["seq_length"]
+        except UserError as error:
+            yield f"{key}: {error}"
+            continue
+        if found != config.model.seq_length:
+            yield (
+                f"{key}: the fragments in {folder} have {found} bases and model.seq_length is "
+                f"{config.model.seq_length}; set it to {found}, or build the data set with "
+                "another seq_length"
+            )
 
 
 def _options(job: Job) -> Iterator[str]:

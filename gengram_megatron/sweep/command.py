@@ -13,6 +13,7 @@ from gengram_megatron.files import check_writable
 from gengram_megatron.launch import slurm
 from gengram_megatron.launch.command import DryRun, Slurm, name_of_start
 from gengram_megatron.launch.job import Job, check_job
+from gengram_megatron.launch.queue import queue_states
 from gengram_megatron.plan.command import smallest_world
 from gengram_megatron.show import print_table, print_text
 from gengram_megatron.sweep import results
@@ -61,8 +62,8 @@ def sweep(
       gengram sweep configs/sweeps/windows_50b_8k.yaml --launch --slurm  # as an array of jobs
       gengram sweep configs/sweeps/windows_cpu.yaml --results
 
-    A finished run is not run again, and one that was cut goes on, so the same command also
-    continues a sweep. Words of the form key=value go to all runs. How runs start is said in the
+    A finished run is not run again, one in Slurm's queue is left there, and one that was cut goes
+    on, so the same command also continues a sweep. Words of the form key=value go to all runs. How runs start is said in the
     section launch, as for `gengram launch`.
 
     --results writes results.csv, results.json and results.png into the folder of the sweep: the
@@ -85,18 +86,31 @@ def sweep(
     raise typer.Exit(code)
 
 
-def _states(found: Runs) -> list[State]:
+def _states(found: Runs, to_start: bool = False) -> list[State]:
     """How far each run is. Their layouts are checked on as few processes as they need, because
-    results may be read on a machine other than the one that trains."""
+    results may be read on a machine other than the one that trains.
+
+    to_start: runs are to be started, so Slurm must say which are in its queue already.
+    """
     configs = [run.config for run in found.runs]
-    return [read_state(one, check_layout(one, smallest_world(one)).steps) for one in configs]
+    try:
+        queue = queue_states(configs)
+    except UserError:
+        if to_start:
+            raise
+        queue = {}
+    return [
+        read_state(one, check_layout(one, smallest_world(one)).steps, queue.get(one.run.dir, ""))
+        for one in configs
+    ]
 
 
-def _left(found: Runs, use_slurm: bool) -> list[Job]:
-    """The jobs that are not finished; refuses folders whose runs had other settings."""
+def _left(found: Runs, use_slurm: bool) -> tuple[list[Job], list[State]]:
+    """The jobs that are neither finished nor in Slurm's queue, and how far all runs are; refuses
+    folders whose runs had other settings."""
     name = name_of_start()
     jobs = [check_job(run.config, name, use_slurm) for run in found.runs]
-    states = _states(found)
+    states = _states(found, to_start=True)
     problems = [
         f"{job.run} {state.objection}; remove the folder, or give the sweep another run.dir"
         for job, state in zip(jobs, states)
@@ -104,13 +118,17 @@ def _left(found: Runs, use_slurm: bool) -> list[Job]:
     ]
     if problems:
         raise UserError("\n".join(problems))
-    return [job for job, state in zip(jobs, states) if not state.finished]
+    left = [job for job, state in zip(jobs, states) if not (state.finished or state.queue)]
+    return left, states
 
 
 def _start(found: Runs, use_slurm: bool, dry_run: bool) -> int:
     """Start the runs that are not finished; the exit code."""
-    jobs = _left(found, use_slurm)
-    print(f"{len(found.runs)} runs, {len(found.runs) - len(jobs)} finished")
+    jobs, states = _left(found, use_slurm)
+    finished = sum(state.finished for state in states)
+    queued = len(states) - finished - len(jobs)
+    in_queue = f", {queued} in Slurm's queue" if queued else ""
+    print(f"{len(states)} runs, {finished} finished{in_queue}")
     if not jobs:
         return 0
     if dry_run:

@@ -9,8 +9,9 @@ from rich.console import Console
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch import slurm
 from gengram_megatron.launch.job import Job
-from gengram_megatron.launch.local import run_here
+from gengram_megatron.launch.local import check_names, run_here
 from gengram_megatron.launch.record import write_record
+from gengram_megatron.launch.stop import StopRequests
 from gengram_megatron.signals import REQUEUE
 from gengram_megatron.training.progress import duration
 
@@ -18,20 +19,28 @@ from gengram_megatron.training.progress import duration
 def run_in_turn(jobs: list[Job]) -> int:
     """Run jobs one after the other; a failed one does not stop the rest. The exit code.
 
-    A request to stop (see run_here) ends the run at hand, which saves, and the sweep with it.
+    A request to stop (see run_here) ends the run at hand, which saves, and the sweep with it; one
+    that comes at a run's end keeps the next from starting.
     """
     console, seconds, failed = Console(highlight=False), [], []
-    for number, job in enumerate(jobs, start=1):
-        left = f", {duration((len(jobs) - number + 1) * median(seconds))} left" if seconds else ""
-        console.rule(f"run {number} of {len(jobs)}: {job.run.name}{left}", characters="=")
-        began = time.monotonic()
-        write_record(job)
-        code = run_here(job)
-        if code == REQUEUE:
-            return REQUEUE
-        if code:
-            failed.append(job)
-        seconds.append(time.monotonic() - began)
+    for job in jobs:
+        check_names(job)
+    with StopRequests() as requests:  # over all runs: one may come between two of them
+        for number, job in enumerate(jobs, start=1):
+            if requests.received:
+                print(f"stopped before {job.run}, as it was told to; the same command goes on")
+                return REQUEUE
+            left = duration((len(jobs) - number + 1) * median(seconds)) if seconds else ""
+            left = left and f", {left} left"
+            console.rule(f"run {number} of {len(jobs)}: {job.run.name}{left}", characters="=")
+            began = time.monotonic()
+            write_record(job)
+            code = run_here(job, requests)
+            if code == REQUEUE:
+                return REQUEUE
+            if code:
+                failed.append(job)
+            seconds.append(time.monotonic() - began)
     for job in failed:
         print(f"failed: {job.run}")
     return 1 if failed else 0

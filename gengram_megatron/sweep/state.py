@@ -1,6 +1,7 @@
 """How far a run of a sweep is, read from its folder."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gengram_megatron.checkpoint.store import CheckpointStore, read_facts
@@ -31,6 +32,9 @@ INDIFFERENT = {
 """Those among them that do not: how fast and how safely a run computes the same, up to rounding,
 and how often it validates. Not train.validation_samples, as the loss that counts is their mean."""
 
+RUNNING = "RUNNING"
+"""Slurm's word for a job that computes."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -40,6 +44,8 @@ class State:
     loss: of the validation after the last step, in nats a base; None before.
     finished: nothing is left to do, the checkpoint at the end included.
     changed: keys that decide losses and have other values in the folder's config.yaml.
+    failed: it ended in a loss or gradient that is not finite.
+    queue: its state in Slurm's queue, such as PENDING; "" where it is not in there.
     unreadable: what keeps the folder's files from being read, such as a key of another version or a
     damaged line; else "".
     """
@@ -50,6 +56,8 @@ class State:
     finished: bool
     changed: list[str]
     unreadable: str
+    failed: bool = False
+    queue: str = ""
 
     @property
     def objection(self) -> str:
@@ -69,14 +77,20 @@ class State:
             return f"other {', '.join(self.changed[:3])}{', ...' if self.changed[3:] else ''}"
         if self.finished:
             return "finished"
+        if self.queue == RUNNING:
+            return f"running, step {self.step} of {self.last}"
+        if self.queue:
+            return "queued"
+        if self.failed:
+            return f"failed: not finite in step {self.step}"
         return f"step {self.step} of {self.last}" if self.step else "to do"
 
 
-def read_state(config: Config, steps: int) -> State:
-    """steps: of the whole run."""
+def read_state(config: Config, steps: int, queue: str = "") -> State:
+    """steps: of the whole run; queue: see State."""
     last = min(steps, config.train.stop_at or steps)
     try:
-        return _state(config, last)
+        return replace(_state(config, last), queue=queue)
     except UserError as error:
         return State(0, last, None, False, [], str(error).replace("\n", "; "))
 
@@ -94,7 +108,16 @@ def _state(config: Config, last: int) -> State:
         finished=bool(at_end) and (not config.checkpoint.at_end or _saved(folder) >= last),
         changed=_changed(folder, config),
         unreadable="",
+        failed=_failed(metrics, config),
     )
+
+
+def _failed(metrics: list[dict], config: Config) -> bool:
+    """Whether the last step is one that ended the run. With train.on_nan skip it need not be."""
+    steps = [entry for entry in metrics if entry["kind"] == "train"]
+    if not steps or config.train.on_nan == "skip":
+        return False
+    return not all(math.isfinite(steps[-1].get(name, 0.0)) for name in ("loss", "grad_norm"))
 
 
 def _saved(folder: Path) -> int:

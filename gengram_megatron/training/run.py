@@ -18,7 +18,7 @@ from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import NotFinite
 from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
-from gengram_megatron.training.devices import check_gpu
+from gengram_megatron.training.devices import check_gpu, check_shared_memory
 from gengram_megatron.training.folder import (
     changed_keys,
     locked,
@@ -52,6 +52,7 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
     join = partial(start_processes, layout, config.run.seed, rank, config.train.deterministic)
     with ExitStack() as stack:
         with telling_all_nodes(layout.world_size, join):
+            check_shared_memory()
             data = RunData(config)
             make_folder(folder)
             if rank == 0:

@@ -43,6 +43,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
 PartitionName=tests Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes={host} MaxTime=10 State=UP
 """
 
 
@@ -78,7 +79,7 @@ class Cluster:
 
     def is_idle(self) -> bool:
         """Whether the node waits for jobs; false while the daemons start."""
-        return self._run(("sinfo", "--noheader", "-o", "%T")).stdout.strip() == "idle"
+        return set(self._run(("sinfo", "--noheader", "-o", "%T")).stdout.split()) == {"idle"}
 
     def _run(self, words: tuple[str, ...]) -> subprocess.CompletedProcess:
         environment = {**os.environ, **self.environment}

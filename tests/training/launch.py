@@ -94,10 +94,15 @@ def wait_for(condition, process: subprocess.Popen, output: Path, seconds: float 
         time.sleep(0.01)
 
 
-def gengram(*words: str, **variables: str) -> Ended:
-    """A `gengram` command in a process of its own, with variables on top of the environment."""
+NAMELESS = ("unshare", "--uts", "sh", "-c", 'hostname no-such-host && exec "$@"', "sh")
+"""Gives a command a machine whose own name does not resolve; only root may."""
+
+
+def gengram(*words: str, before: tuple[str, ...] = (), **variables: str) -> Ended:
+    """A `gengram` command in a process of its own, with variables on top of the environment, and
+    words before the command."""
     done = subprocess.run(
-        [sys.executable, "-m", "gengram_megatron", *words],
+        [*before, sys.executable, "-m", "gengram_megatron", *words],
         cwd=ROOT,
         env={**environment(), **variables},
         capture_output=True,

@@ -1,0 +1,105 @@
+"""Requests to stop a run that this process has started, or is about to start."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from gengram_megatron.errors import tell
+from gengram_megatron.signals import REQUEUE
+
+if TYPE_CHECKING:  # commands that start nothing need not wait for it
+    import psutil
+
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+POLL_SECONDS = 0.1
+
+
+class StoppedBeforeRanks(BaseException):
+    """A request came before the first rank was started.
+
+    It derives from BaseException, as KeyboardInterrupt does, because torchrun retries after an
+    Exception while it waits for other nodes.
+    """
+
+
+class StopRequests:
+    """Notes SIGTERM, SIGUSR1 and SIGINT for as long as it is entered, over one run or several.
+
+    Ranks have sessions of their own, so that a signal reaches them only through this process.
+    Each rank is told once with SIGTERM, also one that starts after the request. A second SIGINT
+    kills the ranks.
+
+    After a request the handlers stay until the process ends, because a launcher or an impatient
+    user repeats the signal while the ranks save.
+
+    Attributes:
+        received: whether a request came.
+        at_once: whether a second SIGINT came.
+    """
+
+    def __init__(self):
+        self.received = self.at_once = False
+        self._has_ranks = None  # None: no ranks are about to start, so nobody has to be told
+
+    def __enter__(self) -> "StopRequests":
+        self._before = {number: signal.signal(number, self._note) for number in REQUESTS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.received:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def passed_on(self) -> Iterator[None]:
+        """Tell the child processes of this process, which are the ranks of a run.
+
+        Raises StoppedBeforeRanks when a request comes before any rank exists, or has come already.
+        """
+        _children()  # imports psutil, which the signal handler should not be the first to do
+        self._has_ranks, over = False, threading.Event()
+        thread = threading.Thread(target=self._tell_ranks, args=(over,), daemon=True)
+        thread.start()
+        try:
+            if self.received:
+                raise StoppedBeforeRanks
+            yield
+        finally:
+            self._has_ranks = None
+            over.set()
+            thread.join()
+
+    def _note(self, number: int, frame: object) -> None:
+        """The signal handler. It takes no lock: the code that it interrupts may hold it."""
+        self.at_once |= self.received and number == signal.SIGINT
+        self.received = True
+        if self._has_ranks is None:
+            if self.at_once:
+                tell("stopped at once; the same command goes on")
+                os._exit(REQUEUE)
+        elif not self._has_ranks and not _children():
+            # The main thread starts the ranks, and it is here: none can be starting right now.
+            raise StoppedBeforeRanks
+
+    def _tell_ranks(self, over: threading.Event) -> None:
+        from psutil import NoSuchProcess
+
+        told = set()
+        while not over.wait(POLL_SECONDS):
+            ranks = _children()
+            self._has_ranks = self._has_ranks or bool(ranks)
+            for rank in ranks if self.received else ():
+                number = signal.SIGKILL if self.at_once else signal.SIGTERM
+                if (rank.pid, number) not in told:
+                    told.add((rank.pid, number))
+                    with suppress(NoSuchProcess):
+                        rank.send_signal(number)
+
+
+def _children() -> "list[psutil.Process]":
+    import psutil
+
+    return psutil.Process().children()
