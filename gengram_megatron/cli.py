@@ -21,7 +21,7 @@ from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.data.missing import check_data_sets_exist
 from gengram_megatron.doctor.command import doctor
-from gengram_megatron.errors import UserError, run_program
+from gengram_megatron.errors import RankError, UserError, run_program
 from gengram_megatron.launch.command import launch
 from gengram_megatron.plan.command import plan, smallest_world
 from gengram_megatron.signals import StopSignals
@@ -114,7 +114,7 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
 
             code = run_training(loaded, layout, signals)
     except UserError as error:
-        if context.obj or _speaks_for_its_node():
+        if context.obj or _speaks_for_its_node() or isinstance(error, RankError):
             raise
         raise typer.Exit(error.exit_code) from None
     if code:

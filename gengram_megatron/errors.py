@@ -49,6 +49,10 @@ class NotFinite(UserError):
     exit_code = NOT_FINITE
 
 
+class RankError(UserError):
+    """What only one rank of a run knows of: that rank tells it, whichever it is."""
+
+
 def tell(problem: object) -> None:
     """Show on stderr what went wrong."""
     with suppress(OSError):  # stderr is full or closed: there is nobody to tell

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from gengram_megatron.errors import NOT_FINITE
+from gengram_megatron.errors import EXIT_CODE, NOT_FINITE
 from gengram_megatron.training.watchdog import HUNG, Report, Watchdog
 from tests.training import broken
 from tests.training.faults import STEPS, Lab
@@ -62,6 +62,22 @@ def test_batches_are_not_left_out_for_ever(lab: Lab) -> None:
     assert "warning: no batch has changed a weight yet, so there is nothing" in ended[0].out
     assert lab.checkpoints("hopeless") == []
     assert "on rank 1, the gradient of layer 3.mlp.router.weight is not finite" in ended[0].err
+
+
+def test_killed_data_worker_ends_the_run_with_the_reason(lab: Lab) -> None:
+    killed = partial(broken.kill_data_worker, rank=1, step=6)
+    ended = lab.start("reader", "checkpoint.asynchronous=false", before=killed).wait(60)
+    assert ended[1].code == EXIT_CODE and ended[0].code not in (0, None), ended
+    (line,) = ended[1].err.splitlines()
+    assert "rank 1: " in line and "data.workers" in line and "killed by signal" in line
+    assert lab.checkpoints("reader") == [4] and not (lab.run("reader") / "stacks").exists()
+
+
+def test_data_workers_need_no_socket_in_tmpdir(lab: Lab, tmp_path) -> None:
+    long = partial(broken.lengthen_tmpdir, tmp_path)
+    ended = lab.start("tmpdir", "train.stop_at=2", before=long).wait(60)
+    assert [said.code for said in ended] == [0, 0], ended[0].err
+    assert numbers(lab.run("tmpdir"), "train") == numbers(lab.run("whole"), "train")[:2]
 
 
 SECONDS = "train.watchdog_seconds=6"

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from gengram_megatron.cli import app
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import EXIT_CODE, NOT_FINITE, UserError
 from gengram_megatron.launch.job import check_job, seconds
 from gengram_megatron.launch.slurm import script
 from tests.layouts.launch import ROOT
@@ -386,8 +386,8 @@ def test_signal_while_modules_are_imported_is_kept(tiny: Path, tmp_path: Path) -
     wait_for(lambda: signal.SIGUSR1 in blocked(rank.pid), rank, output)
     rank.send_signal(signal.SIGUSR1)
     assert rank.wait(300) == 75, output.read_text()
-    assert [line["step"] for line in numbers(tmp_path / "run", "train")] == [1]
-    assert (tmp_path / "run/checkpoints/step_00000001").exists()
+    assert "nothing to save after step 0" in output.read_text()
+    assert not (tmp_path / "run").exists()
 
 
 def blocked(process: int) -> set[int]:
@@ -409,13 +409,14 @@ def test_first_rank_that_failed_is_named_with_its_error(tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_mistake_that_only_one_rank_finds_is_told(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "code"), [("UserError", EXIT_CODE), ("NotFinite", NOT_FINITE)])
+def test_what_a_rank_says_itself_is_told(tiny: Path, tmp_path: Path, kind: str, code: int) -> None:
     """On a machine whose own name does not resolve, which one node does not need."""
-    (tmp_path / "sitecustomize.py").write_text(MENDABLE)
+    (tmp_path / "sitecustomize.py").write_text(MENDABLE.replace("UserError", kind))
     words = ("launch", str(tiny), "--nproc", "2", f"run.dir={tmp_path / 'run'}")
     before = () if subprocess.run([*NAMELESS, "true"]).returncode else NAMELESS
     done = gengram(*words, before=before, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.code == 2
+    assert done.code == code
     assert done.err.splitlines()[-1] == "gengram: the disk is gone"
     assert "the disk is gone" not in done.out and "failed first" not in done.err
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from gengram_megatron.data.order import Order
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import RankError, UserError
 from gengram_megatron.signals import ignore_stop_signals
 from gengram_megatron.tokenizer import EOD
 
@@ -110,6 +111,23 @@ def _started(loader: DataLoader, workers: int) -> "Iterator[_StepTokens]":
             f"data.workers is {workers}, and processes that read samples cannot be started "
             f"({error}): make room for them in /dev/shm and TMPDIR, or set data.workers to 0"
         ) from None
+
+
+@contextmanager
+def telling_of_dead_readers(rank: int) -> Iterator[None]:
+    """Turn the loader's error about a process that was killed, or ended by itself, into a
+    RankError. The loader notices within seconds and raises it wherever the main thread is."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).splitlines()[0] if str(error) else ""
+        if not why.startswith("DataLoader worker"):
+            raise
+        raise RankError(
+            f"rank {rank}: a process that reads samples (data.workers) died: {why.rstrip('. ')}; "
+            "the same command goes on from the last checkpoint, and with data.workers=0 samples "
+            "are read without such processes"
+        ) from error
 
 
 class _StepTokens:

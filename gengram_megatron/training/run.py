@@ -15,6 +15,7 @@ from torch import Tensor
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.data.batches import telling_of_dead_readers
 from gengram_megatron.errors import NotFinite
 from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
@@ -61,7 +62,8 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
         stack.callback(end_processes)
         join()
         check_nodes(folder, data, signals)
-        return _Run(config, layout, data, signals).run()
+        with telling_of_dead_readers(rank):
+            return _Run(config, layout, data, signals).run()
 
 
 @dataclass

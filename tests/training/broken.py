@@ -2,13 +2,17 @@
 broken is what would break: a weight, a gradient, a disk, a process; no code path is replaced."""
 
 import ctypes
+import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 import time
 from pathlib import Path
 
 import torch.distributed as dist
+
+from tests.training.launch import children
 
 
 def _in_step(rank: int, step: int, action) -> None:
@@ -67,6 +71,19 @@ def hang_in_data(rank: int, sample: int) -> None:
 def hang_outside_python(rank: int, step: int) -> None:
     """A rank is stuck in native code that lets no other thread of Python run."""
     _in_step(rank, step, lambda model: ctypes.PyDLL(None).sleep(1000))
+
+
+def kill_data_worker(rank: int, step: int) -> None:
+    """The process that reads samples for a rank is killed, as for want of memory."""
+    _in_step(rank, step, lambda model: os.kill(*children(os.getpid()), signal.SIGKILL))
+
+
+def lengthen_tmpdir(folder: Path) -> None:
+    """TMPDIR becomes so long that no name of a socket in it is allowed (108 bytes)."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder / ("x" * 100))
+    Path(tempfile.tempdir).mkdir(exist_ok=True)
+    # A forked process would go on using the folder of the one that it was forked from.
+    multiprocessing.current_process()._config.pop("tempdir", None)
 
 
 def kill_writer(step: int) -> None:
