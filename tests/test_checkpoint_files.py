@@ -17,7 +17,7 @@ from gengram_megatron.cli import app
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
-from tests.training.tiny import RUN
+from tests.training.tiny import RUN, environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TENSORS = "__0_0.distcp"
@@ -199,3 +199,21 @@ def test_verify_of_what_is_no_run_is_told_in_one_sentence(tmp_path: Path) -> Non
     assert done.stderr == (
         f"gengram: {tmp_path} is no checkpoint, and no folder of a run that has any\n"
     )
+
+
+def test_helper_that_was_killed_at_once_is_not_forgotten() -> None:
+    """In a process of its own, as what is tried lasts as long as its process."""
+    program = """
+import multiprocessing, os, signal
+from gengram_megatron.checkpoint.writer import _processes_from_now_on
+started = _processes_from_now_on()
+context = multiprocessing.get_context("fork")
+first = context.Process(target=signal.raise_signal, args=(signal.SIGKILL,))
+first.start()
+os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+context.Process(target=int).start()  # which has multiprocessing forget the first
+assert first not in multiprocessing.active_children()
+assert [process.exitcode for process in started][0] == -signal.SIGKILL
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr

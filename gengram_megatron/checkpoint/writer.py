@@ -112,18 +112,33 @@ class Writer:
 def _write(write: partial, files: list[Path], answers: Answers, trainer: int) -> None:
     """What the process does: write, then read back for the checksums."""
     gc.disable()
-    threading.Thread(target=_end_with_family, args=(trainer,), daemon=True).start()
+    family = (trainer, _processes_from_now_on())
+    threading.Thread(target=_end_with_family, args=family, daemon=True).start()
     write()
     answers.put({path.name: checksum(path) for path in files if path.exists()})
 
 
-def _end_with_family(trainer: int) -> None:
+def _processes_from_now_on() -> list[multiprocessing.process.BaseProcess]:
+    """A list that every process is added to as this one starts it.
+
+    multiprocessing.active_children() would miss one that was killed right after its start: it
+    forgets those that have ended.
+    """
+    started, start = [], multiprocessing.process.BaseProcess.start
+
+    def start_and_remember(process) -> None:
+        start(process)
+        started.append(process)
+
+    multiprocessing.process.BaseProcess.start = start_and_remember
+    return started
+
+
+def _end_with_family(trainer: int, helpers: list) -> None:
     """End this process when the trainer is gone, or when one of the processes that megatron-core
     writes each file with was killed: it would wait for that one for ever."""
-    helpers = set()
     while os.getppid() == trainer:
-        helpers.update(multiprocessing.active_children())
-        if any(helper.exitcode not in (None, 0) for helper in helpers):
+        if any(helper.exitcode not in (None, 0) for helper in list(helpers)):
             break
         time.sleep(LOOK_SECONDS)
     os._exit(1)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from gengram_megatron.errors import EXIT_CODE, NOT_FINITE
+
 
 def run_all(jobs: dict[str, list[str]], folder: Path) -> None:
     """What each rank does. JOBS: name to the words after `gengram`; each rank writes
@@ -32,7 +34,7 @@ def run_all(jobs: dict[str, list[str]], folder: Path) -> None:
         job.join()
         assert job.exitcode == 0, f"job {name} ended with {job.exitcode}"
         result = json.loads(said.read_text())
-        if result["code"] not in (0, 2):  # the other ranks may be waiting
+        if result["code"] not in (0, EXIT_CODE, NOT_FINITE):  # the other ranks may be waiting
             sys.exit(f"job {name}: {result['err']}")
 
 
