@@ -96,6 +96,28 @@ def test_request_while_a_run_starts(
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
+def test_interrupt_while_the_commands_are_imported() -> None:
+    program = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "gengram_megatron.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+from gengram_megatron.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "launch", "none.yaml"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.fixture
 def handlers():
     """Put back afterwards: a process that was asked to stop keeps its handlers."""
