@@ -93,6 +93,7 @@ def test_request_while_a_run_starts(
     code, said = launched(moment, number, tiny, tmp_path / "run")
     assert code == REQUEUE, said
     assert "Traceback" not in said and "the same command goes on" in said
+    assert "saved and stopped" not in said
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
