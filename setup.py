@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=["gengram_megatron*", "data_prep*"]),
     entry_points={
         "console_scripts": [
-            "gengram = gengram_megatron.cli:main",
+            "gengram = gengram_megatron.__main__:main",
             "gengram-data = data_prep.cli:main",
         ]
     },

@@ -23,6 +23,7 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import EXIT_CODE, NOT_FINITE, UserError
 from gengram_megatron.launch.job import check_job, seconds
 from gengram_megatron.launch.slurm import script
+from gengram_megatron.signals import REQUEUE, STOP_SIGNALS
 from tests.layouts.launch import ROOT
 from tests.training.at_start import BROKEN, MENDABLE
 from tests.training.launch import NAMELESS, gengram, start, wait_for
@@ -375,7 +376,10 @@ def test_commit_and_changes_of_a_checkout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_signal_while_modules_are_imported_is_kept(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=str)
+def test_signal_while_modules_are_imported_is_kept(
+    tiny: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     output = tmp_path / "rank.log"
     words = [str(tmp_path), "train", str(tiny), f"run.dir={tmp_path / 'run'}"]
     with output.open("w") as file:
@@ -383,9 +387,9 @@ def test_signal_while_modules_are_imported_is_kept(tiny: Path, tmp_path: Path) -
             [sys.executable, "-m", "gengram_megatron.launch.rank", *words],
             env=environment(), cwd=ROOT, stdout=file, stderr=file,
         )  # fmt: skip
-    wait_for(lambda: signal.SIGUSR1 in blocked(rank.pid), rank, output)
-    rank.send_signal(signal.SIGUSR1)
-    assert rank.wait(300) == 75, output.read_text()
+    wait_for(lambda: blocked(rank.pid) >= set(STOP_SIGNALS), rank, output)
+    rank.send_signal(number)
+    assert rank.wait(300) == REQUEUE, output.read_text()
     assert "nothing to save after step 0" in output.read_text()
     assert not (tmp_path / "run").exists()
 

@@ -11,8 +11,7 @@ import pytest
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.launch.job import check_job
-from gengram_megatron.launch.stop import REQUESTS
-from gengram_megatron.signals import REQUEUE
+from gengram_megatron.signals import REQUEUE, STOP_SIGNALS
 from gengram_megatron.sweep import start
 from tests.layouts.launch import ROOT
 from tests.training.tiny import build_data, environment, write_config
@@ -94,13 +93,36 @@ def test_request_while_a_run_starts(
     code, said = launched(moment, number, tiny, tmp_path / "run")
     assert code == REQUEUE, said
     assert "Traceback" not in said and "the same command goes on" in said
+    assert "saved and stopped" not in said
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_interrupt_while_the_commands_are_imported() -> None:
+    program = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "gengram_megatron.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+from gengram_megatron.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "launch", "none.yaml"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.fixture
 def handlers():
     """Put back afterwards: a process that was asked to stop keeps its handlers."""
-    before = {number: signal.getsignal(number) for number in REQUESTS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -108,7 +130,7 @@ def handlers():
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("moment", ["at the end of the first", "while the second is recorded"])
-@pytest.mark.parametrize("number", REQUESTS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_request_between_the_runs_of_a_sweep(
     tiny: Path, tmp_path: Path, monkeypatch, moment: str, number: signal.Signals
 ) -> None:

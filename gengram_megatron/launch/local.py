@@ -125,6 +125,8 @@ def _explain(error, job: Job, requests: StopRequests) -> int:
     if requests.received and failure.exitcode == -signal.SIGTERM:
         return _stopped_before_training(job)
     if failure.exitcode == REQUEUE:
+        if not any(job.run.glob("checkpoints/*")):  # it came before the first step
+            return _stopped_before_training(job)
         print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
         return REQUEUE
     log = log_file(logs_folder(job), rank)

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from gengram_megatron.config.layout import world_size_from_environment
+from gengram_megatron.signals import STOP_SIGNALS
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
@@ -20,10 +20,13 @@ def log_file(logs: Path, rank: int) -> Path:
 
 def main() -> None:
     """Train as the rank that torchrun or srun made this process."""
+    # Blocked before the first import that takes time, so that a request to stop stays pending, and
+    # does not kill the process, until `gengram train` has handlers (see StopSignals).
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    from gengram_megatron.config.layout import world_size_from_environment
+
     logs = Path(sys.argv[1])
     sys.argv = ["gengram", *sys.argv[2:]]
-    # Kept for the training loop, which unblocks it: Slurm may send it while modules are imported.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     _, rank = world_size_from_environment()
     if ERROR_FILE in os.environ:  # torchrun, which leaves the output to us
         _write_output_to(log_file(logs, rank))

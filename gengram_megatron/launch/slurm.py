@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
-from gengram_megatron.config.keys import dotted
 from gengram_megatron.config.schema import Config
+from gengram_megatron.data.missing import data_sets, no_data_set
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch.job import RANK_MODULE, Job
 from gengram_megatron.launch.queue import partition_problems
@@ -128,13 +128,10 @@ def _check_from_here(jobs: list[Job]) -> None:
 def _data_problems(config: Config) -> Iterator[str]:
     from data_prep.manifest import read_manifest
 
-    paths = {"data.path": config.data.path} if config.data.path else {}
-    for number, part in enumerate(config.data.blend or []):
-        paths[dotted(("data", "blend", number, "path"))] = part.path
-    for key, path in paths.items():
-        folder = Path(path).absolute()
+    for key, path in data_sets(config).items():
+        folder = Path(path)
         if not folder.is_dir():
-            yield f"{key}: there is no folder {folder}; `gengram-data build` makes it"
+            yield no_data_set(key, folder)
             continue
         try:
             found = read_manifest(folder)["settings"]["seq_length"]

@@ -8,12 +8,11 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from gengram_megatron.errors import tell
-from gengram_megatron.signals import REQUEUE
+from gengram_megatron.signals import REQUEUE, STOP_SIGNALS
 
 if TYPE_CHECKING:  # commands that start nothing need not wait for it
     import psutil
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.1
 
 
@@ -45,7 +44,7 @@ class StopRequests:
         self._has_ranks = None  # None: no ranks are about to start, so nobody has to be told
 
     def __enter__(self) -> "StopRequests":
-        self._before = {number: signal.signal(number, self._note) for number in REQUESTS}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
