@@ -226,6 +226,7 @@ def _run_text(
         why += "; not bf16, which CPUs and older GPUs may emulate slowly"
     of_expert = " of each expert" if size.experts else ""
     one_each = ": one for each GPU" if machine.gpus else ""
+    slurm = "" if machine.gpus else "  slurm: {gpus: 0}\t# asked of Slurm by --slurm\n"
     return _aligned(f"""\
 # A run for {machine}, to begin with. `gengram config --keys` lists all keys.
 #   gengram plan {output}  says what it needs, and starts nothing
@@ -271,7 +272,7 @@ checkpoint:
 
 launch:
   processes: {processes}\t# of `gengram launch`{one_each}
-""")
+{slurm}""")
 
 
 def _aligned(text: str) -> str:

@@ -318,7 +318,7 @@ def test_stopped_and_started_again_as_if_never_stopped(runs: Runs) -> None:
 def test_second_interrupt_ends_the_run_at_once(runs: Runs) -> None:
     run = runs.folder / "at_once"
     # A step that takes longer than the time between the two.
-    process, output = runs.start(run, "at_once", "train.global_batch_size=4096")
+    process, output = runs.start(run, "at_once", "train.global_batch_size=512")
     wait_for(lambda: (run / "metrics.jsonl").exists(), process, output)
     for _ in range(2):
         process.send_signal(signal.SIGINT)

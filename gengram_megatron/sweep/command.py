@@ -63,8 +63,8 @@ def sweep(
       gengram sweep configs/sweeps/windows_cpu.yaml --results
 
     A finished run is not run again, one in Slurm's queue is left there, and one that was cut goes
-    on, so the same command also continues a sweep. Words of the form key=value go to all runs. How runs start is said in the
-    section launch, as for `gengram launch`.
+    on, so the same command also continues a sweep. Words of the form key=value go to all runs. How
+    runs start is said in the section launch, as for `gengram launch`.
 
     --results writes results.csv, results.json and results.png into the folder of the sweep: the
     loss of the last validation of every finished run, over the first key of the grid. The other
