@@ -62,7 +62,7 @@ def build(
         seed: 1234                     # decides what the mix leaves out, and strands
         validation: 0.05               # share held out
         validation_blocks: 20          # blocks a record; 1: the end of each file
-        validation_headers: null       # as of `others` below, of sources without own
+        validation_headers: null       # a pattern, as under `others` below
         max_n_fraction: 0.1            # fragments with more N are dropped
         gene_distance: 5120            # and those farther than this from every gene
         without_annotation: drop       # all of a source without genes; or keep

@@ -4,7 +4,6 @@ torch and megatron-core are imported only by the commands that compute, so that 
 and mistakes are shown at once.
 """
 
-import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,12 @@ import typer
 from gengram_megatron import __version__
 from gengram_megatron.checkpoint import command as checkpoint
 from gengram_megatron.config.arguments import HELP_OPTIONS, ConfigFile, Overrides
-from gengram_megatron.config.layout import Layout, check_layout, world_size_from_environment
+from gengram_megatron.config.layout import (
+    Layout,
+    check_layout,
+    is_first_on_its_node,
+    world_size_from_environment,
+)
 from gengram_megatron.config.list_keys import print_keys
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
@@ -107,14 +111,15 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
     try:
         loaded = load_config(config, overrides or [], Config)
         layout = _layout_here(loaded, config, overrides or [])
-        check_data_sets_exist(loaded, config)
+        if layout.world_size == 1:  # several ranks tell each other, once they have met
+            check_data_sets_exist(loaded, config)
         # Before the slow imports, in which a signal would otherwise end the process in a traceback.
-        with StopSignals(announce=not context.obj and _speaks_for_its_node()) as signals:
+        with StopSignals(announce=not context.obj and is_first_on_its_node()) as signals:
             from gengram_megatron.training.run import train as run_training
 
             code = run_training(loaded, layout, signals)
     except UserError as error:
-        if context.obj or _speaks_for_its_node() or isinstance(error, RankError):
+        if context.obj or is_first_on_its_node() or isinstance(error, RankError):
             raise
         raise typer.Exit(error.exit_code) from None
     if code:
@@ -135,16 +140,6 @@ def _layout_here(loaded: Config, file: Path, overrides: list[str]) -> Layout:
         check_layout(loaded, wanted)  # says what is wrong beside the number of processes
         command = shlex.join(["gengram", "launch", str(file), "--nproc", str(wanted), *overrides])
         raise UserError(f"{error}\nthis command starts {wanted}: {command}") from None
-
-
-def _speaks_for_its_node() -> bool:
-    """Whether this process is the first on its machine.
-
-    All ranks find the same faults in the same file, so one of each machine tells them; a file
-    that is missing on a single machine is told as well.
-    """
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    return local == "0"
 
 
 @app.command()

@@ -50,7 +50,8 @@ class NotFinite(UserError):
 
 
 class RankError(UserError):
-    """What only one rank of a run knows of: that rank tells it, whichever it is."""
+    """An error that a single rank knows the reason of, such as a process of its own that died. That
+    rank shows it, also where otherwise the first rank of each machine speaks for all."""
 
 
 def tell(problem: object) -> None:

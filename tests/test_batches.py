@@ -220,3 +220,28 @@ def test_labels_are_the_next_token_and_only_eod_is_masked():
     assert inputs.tolist() == [[8, 9, 5], [7, 6, 9]] and inputs.dtype == torch.int64
     assert labels.tolist() == [[9, 5, EOD], [6, 9, 8]] and labels.dtype == torch.int64
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and mask.dtype == torch.float32
+
+
+def test_an_error_in_a_reading_process_ends_the_training_process():
+    """With its traceback, which must not keep the processes alive that this one waits for."""
+    program = """
+from tests.test_batches import Numbered, InSequence
+from gengram_megatron.data.batches import microbatches
+class Failing(Numbered):
+    def __getitem__(self, index):
+        if index > 20:
+            raise OSError(5, "the disk failed")
+        return super().__getitem__(index)
+sizes = dict(global_batch_size=8, micro_batch_size=1, data_rank=0, data_size=1)
+for _ in microbatches(Failing(), InSequence(), consumed=0, total=None, workers=1, **sizes):
+    pass
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "the disk failed" in done.stderr

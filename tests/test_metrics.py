@@ -111,6 +111,8 @@ def test_half_a_last_line_is_dropped_and_damage_elsewhere_is_named(tmp_path):
     path.write_bytes(path.read_bytes() + b'{"kind": "tr\xff\n')
     with pytest.raises(UserError, match="line 5 is not one that a run writes"):
         read_metrics(path)
+    with pytest.raises(UserError, match="line 5"):  # before anything is trained
+        RunLog(tmp_path, config(), resume_step=2)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,15 @@ def test_what_one_node_lacks_ends_the_others_too(nodes: Path) -> None:
     assert "ds/train.bin has 1,000 bytes" in fails.err
     assert waits.err == f"{fails.err.rstrip()} (found on {os.uname().nodename})\n"
     assert not (nodes / "shared").exists()
+    shutil.rmtree(nodes / "1/ds")
+    waits, fails = start(nodes, str(nodes / "shared"), "without")
+    assert [waits.code, fails.code] == [2, 2]
+    assert f"there is no folder {nodes}/1/ds" in waits.err
+    shutil.copytree(nodes / "0/ds", nodes / "1/ds")
+    (nodes / "shared/.lock").mkdir(parents=True)  # an error of the system on the first rank
+    fails, waits = start(nodes, str(nodes / "shared"), "locked")
+    assert [waits.code, fails.code] == [2, 2]
+    assert f"{nodes}/shared/.lock" in waits.err
 
 
 def test_other_data_on_another_node_is_refused(nodes: Path, tmp_path_factory) -> None:

@@ -48,7 +48,7 @@ def test_steps_that_were_undone_do_not_pass_for_the_run(folder: Path) -> None:
     write_config(folder, second, 8, first.model_dump())
     write_config(folder, third, 8, first.model_dump())
     kept = {"config.until-step-8.yaml": 0.01, "config.yaml": 0.03}
-    assert rates(folder) == {**kept, "config.discarded.yaml": 0.02}
+    assert rates(folder) == {**kept, "config.discarded-1.yaml": 0.02}
 
 
 def test_config_of_a_damaged_checkpoint_is_no_longer_part_of_the_run(folder: Path) -> None:
@@ -65,7 +65,7 @@ def test_config_that_cannot_be_read_is_set_aside(folder: Path) -> None:
     first = config(folder, 0.01)
     (folder / "config.yaml").write_text("run: [")
     write_config(folder, first, 4, first.model_dump())
-    assert (folder / "config.discarded.yaml").read_text() == "run: ["
+    assert (folder / "config.discarded-1.yaml").read_text() == "run: ["
     assert load_config(folder / "config.yaml", [], Config) == first
 
 

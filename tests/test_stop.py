@@ -11,6 +11,7 @@ import pytest
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.launch.job import check_job
+from gengram_megatron.launch.stop import StopRequests
 from gengram_megatron.signals import REQUEUE, STOP_SIGNALS
 from gengram_megatron.sweep import start
 from tests.layouts.launch import ROOT
@@ -126,6 +127,15 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_first_interrupt_after_another_request_ends_nothing(capfd) -> None:
+    with StopRequests() as requests:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert requests.received and not requests.at_once
+    assert "again: ends at once" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("handlers")

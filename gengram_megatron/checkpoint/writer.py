@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from gengram_megatron.files import checksum
+from gengram_megatron.signals import ignore_stop_signals
 
 LOOK_SECONDS = 0.05
 
@@ -112,6 +113,7 @@ class Writer:
 def _write(write: partial, files: list[Path], answers: Answers, trainer: int) -> None:
     """What the process does: write, then read back for the checksums."""
     gc.disable()
+    ignore_stop_signals()  # the trainer heeds them, and waits for what is written here
     family = (trainer, _processes_from_now_on())
     threading.Thread(target=_end_with_family, args=family, daemon=True).start()
     write()

@@ -132,3 +132,13 @@ def check_layout(config: Config, world_size: int) -> Layout:
         steps=steps,
         samples=steps * train.global_batch_size,
     )
+
+
+def is_first_on_its_node() -> bool:
+    """Whether this process is the first on its machine, by what torchrun and srun say; where neither
+    does, every process counts as first.
+
+    All ranks find the same faults in the same file, so one of each machine tells them; a file that
+    is missing on a single machine is told as well.
+    """
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"

@@ -76,8 +76,15 @@ def microbatches(
         generator=torch.Generator(),
         worker_init_fn=ignore_stop_signals,
     )
-    for step in _started(loader, workers):
-        yield from torch.as_tensor(step.tokens)
+    steps = _started(loader, workers)
+    try:
+        for step in steps:
+            yield from torch.as_tensor(step.tokens)
+    finally:
+        if workers:
+            # An error's traceback keeps the iterator, and it its processes, which ignore the signal
+            # that Python ends them with: the process would never exit. There is no public way.
+            steps._shutdown_workers()
 
 
 def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +121,7 @@ def _started(loader: DataLoader, workers: int) -> "Iterator[_StepTokens]":
 
 
 @contextmanager
-def telling_of_dead_readers(rank: int) -> Iterator[None]:
+def reporting_dead_workers(rank: int) -> Iterator[None]:
     """Turn the loader's error about a process that was killed, or ended by itself, into a
     RankError. The loader notices within seconds and raises it wherever the main thread is."""
     try:

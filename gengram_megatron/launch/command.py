@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from shlex import join, quote
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.data.missing import check_data_sets_exist
 from gengram_megatron.launch import local, slurm
 from gengram_megatron.launch.job import Job, check_job
 from gengram_megatron.launch.record import write_record
@@ -60,7 +62,7 @@ def launch(
         if use_slurm:
             _with_slurm(job, dry_run)
         else:
-            _here(job, dry_run, requests)
+            _here(job, config, dry_run, requests)
 
 
 def name_of_start() -> str:
@@ -77,12 +79,14 @@ def _with_slurm(job: Job, dry_run: bool) -> None:
     print(f"job {number} is in the queue; its logs: {job.run / 'logs'}/job-{number}*")
 
 
-def _here(job: Job, dry_run: bool, requests: StopRequests | None) -> None:
+def _here(job: Job, config_file: Path, dry_run: bool, requests: StopRequests | None) -> None:
     if dry_run:
         print(f"# keeps config, code version and environment in {job.record}, and starts")
         print(*(f"{name}={quote(value)}" for name, value in local.environment(job).items()), end="")
         print(" torchrun", join(local.torchrun_words(job)))
         return
     local.check_names(job)
+    if job.config.launch.nodes == 1:  # several nodes tell each other, once they have met
+        check_data_sets_exist(job.config, config_file)
     write_record(job)
     raise typer.Exit(local.run_here(job, requests))

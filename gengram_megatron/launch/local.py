@@ -113,9 +113,17 @@ def _stopped_before_training(job: Job) -> int:
     return REQUEUE
 
 
+def _first_failure(error) -> tuple:
+    """The rank that failed first, and how. One that says itself what was wrong comes before those
+    that lost their connection to it in the same second, which is all that times tell."""
+    own_words = (EXIT_CODE, NOT_FINITE)
+    saying = [item for item in error.failures.items() if item[1].exitcode in own_words]
+    return saying[0] if saying else error.get_first_failure()
+
+
 def _explain(error, job: Job, requests: StopRequests) -> int:
     """Name the rank that failed first, and why; the exit code for it."""
-    rank, failure = error.get_first_failure()
+    rank, failure = _first_failure(error)
     if requests.at_once and failure.exitcode == -signal.SIGKILL:
         print(
             f"{job.run}: ended at once without saving, as it was told to; the same command goes on "

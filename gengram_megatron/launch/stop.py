@@ -40,7 +40,7 @@ class StopRequests:
     """
 
     def __init__(self):
-        self.received = self.at_once = False
+        self.received = self.at_once = self._interrupted = False
         self._has_ranks = None  # None: no ranks are about to start, so nobody has to be told
 
     def __enter__(self) -> "StopRequests":
@@ -73,7 +73,13 @@ class StopRequests:
 
     def _note(self, number: int, frame: object) -> None:
         """The signal handler. It takes no lock: the code that it interrupts may hold it."""
-        self.at_once |= self.received and number == signal.SIGINT
+        if number == signal.SIGINT:
+            self.at_once, self._interrupted = self._interrupted, True
+            if not self.at_once:
+                # Not print: the handler may have interrupted one.
+                os.write(
+                    2, b"\ngengram: Ctrl-C: the run saves after this step; again: ends at once\n"
+                )
         self.received = True
         if self._has_ranks is None:
             if self.at_once:

@@ -97,7 +97,8 @@ def write_config(folder: Path, config: Config, step: int, earlier: dict | None) 
             return
         if earlier is None or _differs(path, earlier):
             # Of a job that trained, and reached no checkpoint that is still there.
-            path.replace(folder / "config.discarded.yaml")
+            number = len([*folder.glob("config.discarded-*.yaml")]) + 1
+            path.replace(folder / f"config.discarded-{number}.yaml")
     with replacing(path) as beside:
         beside.write_text(text)
 

@@ -38,11 +38,18 @@ class RunLog:
     def __init__(self, run_dir: Path, config: Config, resume_step: int):
         self._run_dir, self._config, self._resume_step = Path(run_dir), config, resume_step
         self._path = self._run_dir / FILE
+        # What would stop the first measurement is told before the first step.
         if config.logging.wandb:
-            _import_wandb()  # a missing package is told before the first step
+            _import_wandb()
+        if self._path.exists():
+            read_metrics(self._path)
+            self._path.open("a").close()
         self.written = False
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Begin to write; the first measurement does so too."""
+        if self.written:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -102,8 +109,7 @@ class RunLog:
     def _write(
         self, kind: str, step: int, samples: int, tokens: int, loss: float, others: dict[str, float]
     ) -> None:
-        if not self.written:
-            self._open()
+        self.open()
         numbers = {"samples": samples, "tokens": tokens, "loss": loss}
         numbers |= {"bits_per_base": loss / math.log(2), **others}
         self._file.write(_to_json({"kind": kind, "step": step, **numbers}) + "\n")

@@ -18,8 +18,9 @@ from uuid import uuid4
 import torch.distributed as dist
 from rich.filesize import decimal
 
+from gengram_megatron.config.layout import is_first_on_its_node
 from gengram_megatron.data.checksums import DataFile, check, identity, not_checked_yet
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import UserError, explain
 from gengram_megatron.signals import StopSignals
 from gengram_megatron.training.data import RunData
 from gengram_megatron.training.folder import VISIBLE_SECONDS
@@ -33,18 +34,19 @@ REPORT_SECONDS = 10.0
 
 @contextmanager
 def telling_all_nodes(world_size: int, join: Callable[[], None]) -> Iterator[None]:
-    """Where a rank looks at what it has, before the process groups: a UserError about it also ends
-    the ranks of other nodes, which would wait for this one. On a single node the launcher ends them.
+    """Where a rank looks at what it has, before the process groups: an error that a person can mend
+    also ends the other ranks, which would wait for this one to join them.
 
     join: starts the process groups. The other ranks then call check_nodes.
     """
     try:
         yield
-    except UserError as error:
-        if _several_nodes(world_size):
+    except (OSError, UserError) as error:
+        sentence = explain(error) if isinstance(error, OSError) else str(error)
+        if world_size > 1 and sentence is not None:
             with suppress(OSError, RuntimeError):  # perhaps nobody is there any more
                 join()
-                gather(f"{error} (found on {_host()})")
+                gather(f"{sentence} (found on {_host()})")
             end_processes()
         raise
 
@@ -61,13 +63,6 @@ def check_nodes(folder: Path, data: RunData, signals: StopSignals) -> None:
     check_run_folder(folder)
     check_same_data(data)
     check_content(data.files, signals)
-
-
-def _several_nodes(world_size: int) -> bool:
-    """By what torchrun and srun say; where neither does, ranks may be anywhere."""
-    if (here := os.environ.get("LOCAL_WORLD_SIZE")) is not None:
-        return int(here) < world_size
-    return world_size > 1 and os.environ.get("SLURM_NNODES") != "1"
 
 
 def check_run_folder(folder: Path) -> None:
@@ -176,7 +171,7 @@ def check_content(files: list[DataFile], signals: StopSignals) -> None:
     nodes have in common is read by one of them. The others wait, by short turns: a single wait for
     all of a large data set would outlast a collective's time limit.
     """
-    files = not_checked_yet(files) if _first_of_its_node() else []
+    files = not_checked_yet(files) if is_first_on_its_node() else []
     keys = list(map(identity, files))
     reads = readers(gather(keys))
     reading = _Reading(
@@ -250,8 +245,3 @@ def _report(turns: list[_Turn], seconds: float) -> str:
 
 def _host() -> str:
     return socket.gethostname()
-
-
-def _first_of_its_node() -> bool:
-    """By what torchrun and srun say; where neither does, each rank counts as one."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"

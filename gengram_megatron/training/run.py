@@ -15,7 +15,7 @@ from torch import Tensor
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
-from gengram_megatron.data.batches import telling_of_dead_readers
+from gengram_megatron.data.batches import reporting_dead_workers
 from gengram_megatron.errors import NotFinite
 from gengram_megatron.signals import REQUEUE, StopSignals
 from gengram_megatron.training.data import RunData
@@ -62,7 +62,7 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
         stack.callback(end_processes)
         join()
         check_nodes(folder, data, signals)
-        with telling_of_dead_readers(rank):
+        with reporting_dead_workers(rank):
             return _Run(config, layout, data, signals).run()
 
 
@@ -175,6 +175,7 @@ class _Run:
             result = self._step(step, batches)
             seconds = time.perf_counter() - began
             if self.first_rank and step == start + 1:
+                self.log.open()
                 write_config(self.folder, self.config, start, self.earlier_config)
             self._report(step, result, seconds, batches.take() / seconds)
             if not result.agreed.finite:

@@ -16,8 +16,8 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan.flops import count_parameters
 from gengram_megatron.training.metrics import FILE, read_metrics
+from gengram_megatron.training.uniform import UNIFORM
 
-UNIFORM = math.log(4)
 NOT_KNOWN = "not known"
 
 # It runs as it is in the folder of the export; a test does so.
