@@ -71,6 +71,5 @@ def check_longest(path: object, records: list[Record], seq_length: int) -> None:
 
 
 def drop_n(fates: np.ndarray, record: Record, seq_length: int, max_fraction: float) -> None:
-    """Give the fragments with too large a share of N, of those still in a split, their fate."""
-    in_split = (fates == Fate.TRAIN) | (fates == Fate.VALIDATION)
-    fates[in_split & (record.n_bases > max_fraction * seq_length)] = Fate.TOO_MANY_N
+    """Give the fragments with too large a share of N, of those not dropped yet, their fate."""
+    fates[(fates == Fate.TRAIN) & (record.n_bases > max_fraction * seq_length)] = Fate.TOO_MANY_N

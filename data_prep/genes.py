@@ -35,7 +35,7 @@ def drop_far(
     distance: int,
 ) -> dict[str, Any]:
     """Give the fragments of a source that are farther than `distance` bp from every gene their
-    fate, of those still in a split. `fates` has an array for each record and is changed in
+    fate, of those not dropped yet. `fates` has an array for each record and is changed in
     place. Returns what the manifest says of the genes."""
     if annotation is None:
         facts: dict[str, Any] = {"without_annotation": source.without_annotation}
@@ -52,8 +52,7 @@ def drop_far(
     for fate, record in zip(fates, records):
         starts = np.arange(len(fate)) * seq_length
         far = ~near(starts, starts + seq_length, genes[record.name], distance)
-        in_split = (fate == Fate.TRAIN) | (fate == Fate.VALIDATION)
-        fate[in_split & far] = Fate.FAR_FROM_GENES
+        fate[(fate == Fate.TRAIN) & far] = Fate.FAR_FROM_GENES
     return facts
 
 

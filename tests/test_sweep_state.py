@@ -162,7 +162,13 @@ def test_a_run_that_ended_in_a_number_that_is_not_finite_failed(trained, tmp_pat
     first, second = read_sweep(trained[0], [f"run.dir={tmp_path}"]).runs
     assert read_state(first.config, 3).failed and not read_state(second.config, 4).failed
     assert "failed" in invoke(trained[0], f"run.dir={tmp_path}").output
-    assert "step 2 of 3" in invoke(trained[0], f"run.dir={tmp_path}", "train.on_nan=skip").output
+    skip = ("train.on_nan=skip", "train.steps=20")
+    (skipped, _) = read_sweep(trained[0], [f"run.dir={tmp_path}", *skip]).runs
+    assert not read_state(skipped.config, 20).failed
+    with RunLog(tmp_path / run.name, run.config, 2) as log:
+        for step in range(3, 12):  # ten in a row
+            log.train(step=step, samples=8 * step, tokens=512 * step, **bad)
+    assert read_state(skipped.config, 20).failed
 
 
 def test_a_queue_that_does_not_answer_stops_a_launch_only(trained, tmp_path, monkeypatch) -> None:

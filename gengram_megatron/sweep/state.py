@@ -9,7 +9,7 @@ from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tree import flattened
 from gengram_megatron.errors import UserError
-from gengram_megatron.training.metrics import FILE, read_metrics
+from gengram_megatron.training.metrics import FILE, SKIPS, read_metrics
 
 DECISIVE = ("run.seed", "checkpoint.load", "model.", "data.", "optimizer.", "train.")
 """How the keys begin that decide a run's losses."""
@@ -113,11 +113,15 @@ def _state(config: Config, last: int) -> State:
 
 
 def _failed(metrics: list[dict], config: Config) -> bool:
-    """Whether the last step is one that ended the run. With train.on_nan skip it need not be."""
+    """Whether the last steps are such as end a run: one that is not finite, or with train.on_nan
+    skip so many in a row."""
     steps = [entry for entry in metrics if entry["kind"] == "train"]
-    if not steps or config.train.on_nan == "skip":
-        return False
-    return not all(math.isfinite(steps[-1].get(name, 0.0)) for name in ("loss", "grad_norm"))
+    needed = SKIPS if config.train.on_nan == "skip" else 1
+    return len(steps) >= needed and not any(map(_finite, steps[-needed:]))
+
+
+def _finite(step: dict) -> bool:
+    return all(math.isfinite(step.get(name, 0.0)) for name in ("loss", "grad_norm"))
 
 
 def _saved(folder: Path) -> int:

@@ -27,6 +27,7 @@ from gengram_megatron.training.folder import (
     remove_if_unused,
     write_config,
 )
+from gengram_megatron.training.metrics import SKIPS
 from gengram_megatron.training.nodes import check_nodes, telling_all_nodes
 from gengram_megatron.training.processes import end_processes, start_processes
 from gengram_megatron.training.uniform import UniformCheck
@@ -36,9 +37,6 @@ from gengram_megatron.training.watchdog import Watchdog
 if TYPE_CHECKING:
     from gengram_megatron.checkpoint.state import Beginning
     from gengram_megatron.training.agreement import Agreement
-
-SKIPS = 10
-"""Batches that are left out in a row; after the last of them the run stops."""
 
 
 def train(config: Config, layout: Layout, signals: StopSignals) -> int:
