@@ -89,10 +89,8 @@ def _run(program: Callable[[], object]) -> int | str | None:
     try:
         program()
     except SystemExit as end:
-        # typer exits with 1 where a reader is gone.
-        if isinstance(end.__context__, BrokenPipeError):
-            raise end.__context__ from None
-        return end.code
+        # typer and rich exit with 1 where a reader is gone, rich with stdout replaced by then.
+        return READER_GONE if isinstance(end.__context__, BrokenPipeError) else end.code
     except UserError as error:
         tell(error)
         return error.exit_code

@@ -120,6 +120,19 @@ def test_strip_leaves_the_weights(trained, tmp_path, gengram) -> None:
     assert code == 2 and "is there already; give another folder" in err
 
 
+@pytest.mark.parametrize("command", ["strip", "export"])
+def test_nothing_is_made_of_a_damaged_checkpoint(trained, tmp_path, gengram, command) -> None:
+    copy = tmp_path / "step_00000003"
+    shutil.copytree(trained.run / "checkpoints" / "step_00000003", copy)
+    file = max(copy.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    code, _, err = gengram("checkpoint", command, copy, tmp_path / "out")
+    assert code == 2 and file.name in err and "damaged" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_description_of_tensors_names_no_modules() -> None:
     """What the modules of these classes import must not be had through them."""
     from gengram_megatron.checkpoint.stored import _MetadataUnpickler
@@ -231,6 +244,7 @@ def test_damaged_tensors_are_a_sentence(trained, tmp_path, gengram, change) -> N
     shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
     for file in checkpoint.glob("*.distcp"):
         file.write_bytes(change(file.read_bytes()))
+    write_manifest(checkpoint, {})  # as if it had been written so
     code, _, err = gengram("checkpoint", "export", checkpoint, tmp_path / "out")
     assert code == 2 and " cannot be read: its file is damaged" in err
     assert len(err.splitlines()) == 1, err

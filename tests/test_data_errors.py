@@ -246,3 +246,10 @@ def test_a_data_set_of_an_older_version(folder, monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert "has format 1; this version reads format 2: build the data set again" in shown
     assert run(monkeypatch, "--overwrite") == 0
+
+
+def test_a_weight_that_is_no_number_of_parts_is_told_in_one_line(folder, monkeypatch, capsys):
+    (folder / "bad.fa").write_bytes(GOOD + b"A")
+    assert run(monkeypatch, "groups.human.weight=0.5") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "groups.human.weight is 0.5" in line and "size" in line and "constrained" not in line

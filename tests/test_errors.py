@@ -128,3 +128,23 @@ def test_a_file_is_named_and_not_the_one_beside_it(tmp_path):
     for path in (wanted, tmp_path / "folder"):
         with pytest.raises(UserError, match=str(path)):
             check_writable(path, "--out")
+
+
+def test_reader_that_leaves_a_progress_line_ends_the_program_quietly() -> None:
+    """rich, which prints it, puts another file in the place of standard output first."""
+    program = (
+        "from gengram_megatron.errors import run_program\n"
+        "from gengram_megatron.training.progress import Progress\n"
+        "def lines():\n"
+        "    progress = Progress(10**6, 1)\n"
+        "    while True:\n"
+        "        progress.say('a line ' * 100)\n"
+        "run_program(lines)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (READER_GONE, b"")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from gengram_megatron.errors import UserError
 from gengram_megatron.files import checksum, flush
 
 MANIFEST = "checksums.sha256"
@@ -67,3 +68,11 @@ def _changed(folder: Path, expected: dict[str, str]) -> list[str]:
         except OSError as error:
             found.append(f"{name} cannot be read: {error.strerror}")
     return found
+
+
+def check_whole(folder: Path) -> None:
+    """UserError: a checkpoint's files are not what was written, so nothing is to be made of them."""
+    if problems := damage(folder):
+        raise UserError(
+            f"{folder} is damaged: {'; '.join(problems)}; take an earlier checkpoint of the run"
+        )

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gengram_megatron.checkpoint.access import check_readable, reading
+from gengram_megatron.checkpoint.checksums import check_whole
 from gengram_megatron.checkpoint.verify import verify
 from gengram_megatron.config.arguments import ConfigFile, Overrides
 from gengram_megatron.config.load import load_config
@@ -74,6 +75,7 @@ def strip(
     with reading(path):
         checkpoint = find_checkpoint(path)
         check_readable(checkpoint.iterdir())
+        check_whole(checkpoint)
     print(strip_checkpoint(checkpoint, out))
 
 
@@ -106,6 +108,7 @@ def export(
     with reading(path):
         checkpoint = find_checkpoint(path)
         check_readable(checkpoint.iterdir())
+        check_whole(checkpoint)
     export_checkpoint(checkpoint, out, int(largest_file * 1e9))
     print(f"wrote {out} from {checkpoint}")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,8 @@ from gengram_megatron.config.tree import Tree, describe, dump_yaml, parse_yaml, 
 from gengram_megatron.errors import UserError
 
 COMMAND_LINE = "command line"
+ALTERNATIVE = re.compile(r"(constrained-)?(int|float|str)$|literal\[")
+"""What pydantic puts behind a key that may have values of several kinds: the kind it tried."""
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -149,6 +152,8 @@ def tree_at(parts: list[str], value: Tree) -> Tree:
 def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
     """One of pydantic's errors in plain words."""
     where: tuple[str | int, ...] = error["loc"]
+    while where and ALTERNATIVE.match(str(where[-1])):
+        where = where[:-1]
     name = dotted(where)
     found = tree.nearest(where)
     if error["type"] == "json_invalid":

@@ -185,8 +185,12 @@ def _follow(logs: Path, processes: int, over: Event) -> None:
     with files[0].open(errors="replace") as log:
         while True:
             last = over.wait(0.1)
-            sys.stdout.write(log.read())
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(log.read())
+                sys.stdout.flush()
+            except OSError as error:  # such as a pipe that nobody reads, or a full disk
+                tell(f"{error.strerror}: the run goes on unseen; its output is in {files[0]}")
+                return
             if last:
                 return
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from gengram_megatron.signals import STOP_SIGNALS
+from gengram_megatron.signals import STOP_SIGNALS, ignore_stop_signals
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
@@ -40,7 +40,11 @@ def main() -> None:
 def _train() -> None:
     from gengram_megatron.cli import main as gengram
 
-    gengram(own_log=True)
+    try:
+        gengram(own_log=True)
+    finally:
+        # All is said and saved: a request to stop must not make a failure of how this process ends.
+        ignore_stop_signals()
 
 
 def _write_output_to(file: Path) -> None:

@@ -121,10 +121,11 @@ class _Run:
             self._warn(beginning.warning)
             for line in self.data.statement(self.layout.samples):
                 self._say(line)
-            self._say(self._place(beginning))
+            left_to_validate = self._left_to_validate(start)
+            self._say(self._place(beginning, left_to_validate))
             for line in self._changed_keys(start):
                 self._say(line)
-            if self._left_to_validate(start) and not self._validate(start):
+            if left_to_validate and not self._validate(start):
                 return self._stopped(start)
             batches = stack.enter_context(closing(self._batches_from(start)))
             code = self._train_from(start, Waiting(batches))
@@ -146,6 +147,8 @@ class _Run:
         from gengram_megatron.checkpoint.stored import read_common
 
         self.earlier_config = read_common(self.state.store.path(start))["config"]
+        if start >= self._last_step():  # nothing is trained with them
+            return []
         changed = changed_keys(self.earlier_config, self.config.model_dump())
         return [f"{line} since step {start}" for line in changed]
 
@@ -225,10 +228,10 @@ class _Run:
         cause = diagnose(self.chunks, lambda: self._compute(iter(result.microbatches)))
         newest = self.state.store.newest()
         again = f"goes on from {newest.name}" if newest else "begins anew, as nothing was saved yet"
-        raise NotFinite(
-            f"{found}: {cause}. The same command {again}; lower optimizer.lr, or set train.on_nan "
-            "to skip"
-        )
+        advice = "lower optimizer.lr, or set train.on_nan to skip"
+        if self.config.train.on_nan == "skip":
+            advice = f"{SKIPS} batches in a row were not finite; lower optimizer.lr"
+        raise NotFinite(f"{found}: {cause}. The same command {again}; {advice}")
 
     def _last_step(self) -> int:
         return min(self.layout.steps, self.config.train.stop_at or self.layout.steps)
@@ -369,11 +372,12 @@ class _Run:
             )
         )
 
-    def _place(self, beginning: "Beginning") -> str:
+    def _place(self, beginning: "Beginning", left_to_validate: bool) -> str:
         load = self.config.checkpoint.load
         start, steps, last = beginning.step, self.layout.steps, self._last_step()
         if start >= last:
-            return f"{self.folder}: done, {start} of {steps} steps; nothing is left to do"
+            left = "its last validation is left" if left_to_validate else "nothing is left to do"
+            return f"{self.folder}: done, {start} of {steps} steps; {left}"
         begin = f"resuming after step {start}" if start else "starting"
         if beginning.origin:
             begin = f"starting from the weights of {beginning.origin}"
