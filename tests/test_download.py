@@ -317,7 +317,7 @@ def test_a_killed_process_is_gone_on_with(server, download):
 
 
 def test_a_second_download_into_one_folder_is_refused(server, download):
-    server.add("a", BODY * 8, pace=0.02)
+    server.add("a", BODY * 8, pace=0.2)
     files = [{"url": f"{server.url}/a"}]
     download("--dry-run", files=files)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
