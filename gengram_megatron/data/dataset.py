@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.manifest import MANIFEST, read_manifest
 from gengram_megatron.data.checksums import DataFile
-from gengram_megatron.data.missing import no_data_set
+from gengram_megatron.data.missing import no_data_set, other_seq_length
 from gengram_megatron.errors import UserError
 from gengram_megatron.platform import prepare
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
@@ -58,10 +58,7 @@ def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any
     manifest = read_manifest(folder)
     found = manifest["settings"]["seq_length"]
     if found != seq_length:
-        raise UserError(
-            f"{key}: the fragments in {folder} have {found} bases and model.seq_length is "
-            f"{seq_length}; set it to {found}, or build the data set with another seq_length"
-        )
+        raise UserError(other_seq_length(key, folder, found, seq_length))
     expected = {**dict(zip(BASES, BASE_IDS)), "EOD": EOD}
     if manifest["tokens"] != expected:
         raise UserError(

@@ -1,5 +1,5 @@
-"""Data sets that a run names and that are not there: where they were looked for, and what would
-build them."""
+"""What is wrong with a data set that a run names, as far as its folder shows it: it is not there,
+where it was looked for and what would build it; or it is of another sequence length."""
 
 import os
 from collections.abc import Iterator
@@ -52,6 +52,14 @@ def no_data_set(key: str, folder: Path, beside: Path | None = None) -> str:
     builds = _config_that_builds(folder, beside)
     command = f"gengram-data build {builds}" if builds else "gengram-data build"
     return f"{key}: there is no folder {where}; `{command}` makes it"
+
+
+def other_seq_length(key: str, folder: Path, found: int, wanted: int) -> str:
+    """A sentence: the fragments of a data set are not as long as the model's sequences."""
+    return (
+        f"{key}: the fragments in {folder} have {found} bases and model.seq_length is {wanted}; "
+        f"set it to {found}, or build the data set with another seq_length"
+    )
 
 
 def _config_that_builds(folder: Path, beside: Path | None) -> Path | None:

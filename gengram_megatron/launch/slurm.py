@@ -14,7 +14,7 @@ from pathlib import Path
 from shlex import quote
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.data.missing import data_sets, no_data_set
+from gengram_megatron.data.missing import data_sets, no_data_set, other_seq_length
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch.job import RANK_MODULE, Job
 from gengram_megatron.launch.queue import partition_problems
@@ -139,11 +139,7 @@ def _data_problems(config: Config) -> Iterator[str]:
             yield f"{key}: {error}"
             continue
         if found != config.model.seq_length:
-            yield (
-                f"{key}: the fragments in {folder} have {found} bases and model.seq_length is "
-                f"{config.model.seq_length}; set it to {found}, or build the data set with "
-                "another seq_length"
-            )
+            yield other_seq_length(key, folder, found, config.model.seq_length)
 
 
 def _options(job: Job) -> Iterator[str]:
