@@ -40,7 +40,7 @@ from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.memory import GengramMemory
 from gengram_megatron.model.gengram.pooling import Pooling, pooled
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import marker
+from gengram_megatron.model.initialize import InitialLaw, marker
 from gengram_megatron.model.zigzag import Piece
 from gengram_megatron.tokenizer import BASE_IDS
 from gengram_megatron.training.processes import end_processes, start_processes
@@ -106,9 +106,11 @@ def our_module(hidden: int, dtype: torch.dtype, project: str) -> GengramMemory:
         num_attention_heads=1,
         layernorm_epsilon=EPSILON,
         params_dtype=dtype,
-        init_method=marker(0.02),
+        init_method=marker(InitialLaw(std=0.02)),
     )
-    shape = GengramShape(PLACEMENTS, DIM, WINDOW, KERNEL, init_std=0.02, project=project)
+    shape = GengramShape(
+        PLACEMENTS, DIM, WINDOW, KERNEL, init="scaled", init_std=0.02, project=project
+    )
     return GengramMemory(config, shape, ProcessGroupCollection.use_mpu_process_groups())
 
 

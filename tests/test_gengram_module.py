@@ -58,7 +58,7 @@ def make_memory(
     from gengram_megatron.config.tables import direct_table
     from gengram_megatron.model.gengram.memory import GengramMemory
     from gengram_megatron.model.gengram.shape import GengramShape
-    from gengram_megatron.model.initialize import marker
+    from gengram_megatron.model.initialize import InitialLaw, marker
 
     config = TransformerConfig(
         num_layers=1,
@@ -66,13 +66,14 @@ def make_memory(
         num_attention_heads=1,
         layernorm_epsilon=1e-5,
         params_dtype=dtype,
-        init_method=marker(1.0),
+        init_method=marker(InitialLaw(std=1.0)),
     )
     shape = GengramShape(
         tuple(Placement(direct_table(k, DIM), None, "") for k in kmer_sizes),
         DIM,
         window,
         KERNEL,
+        init="scaled",
         init_std=1.0,
         deduplicate=options.deduplicate,
         signed_sqrt=options.signed_sqrt,

@@ -85,6 +85,34 @@ def test_each_kind_has_its_standard_deviation(one_process, attention, experts):
         assert abs(measured / std - 1) < 5 / math.sqrt(2 * count), name
 
 
+def test_the_memory_starts_as_in_the_published_code(one_process):
+    """Tables N(0, 1), the other weights uniform by the number of inputs: torch's own modules are
+    the reference. Everything outside the memory starts as before."""
+    config = make_config()
+    scaled = build(config, one_process)
+    config.model.gengram.init, config.model.gengram.init_std = "published", None
+    published = build(config, one_process)
+    hidden, inputs, taps = 32, 6 * 16, 4
+    expected = {
+        "tables.weights.k6": torch.nn.Embedding(5**6, 16).weight,
+        "projection.weight": torch.nn.Linear(inputs, 2 * hidden, bias=False).weight,
+        "output.weight": torch.nn.Conv1d(512, 512, taps, groups=512, bias=False).weight,
+    }
+    for kind, reference in expected.items():
+        (weight,) = [w for name, w in published.items() if name.endswith(kind)]
+        count = min(weight.numel(), reference.numel())
+        ratio = (weight.square().mean() / reference.square().mean()).sqrt().item()
+        assert abs(ratio - 1) < 5 / math.sqrt(count), kind
+        assert abs(weight.mean().item()) < 5 * reference.std().item() / math.sqrt(count), kind
+        if kind != "tables.weights.k6":  # bounded, and both ends are reached
+            bound = (inputs if kind == "projection.weight" else taps) ** -0.5
+            assert 0.95 * bound < weight.max() <= bound and -bound <= weight.min() < -0.95 * bound
+    for name in scaled:
+        assert torch.equal(scaled[name], published[name]) != (
+            ".memory." in name and ".gate." not in name
+        ), name
+
+
 @pytest.mark.parametrize(("attention", "experts"), KINDS)
 def test_every_parameter_is_marked_and_drawn(one_process, attention, experts):
     from gengram_megatron.model.build import build_model
@@ -153,14 +181,16 @@ def test_weights_of_some_layers_are_those_of_the_whole_model(one_process):
         assert torch.equal(weight, with_memory[name]), name
 
 
+@pytest.mark.parametrize("kind", ["std", "bound"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks):
+def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks, kind):
     """Here for tables and experts cut into equal parts; whole models are in the layout tests."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from gengram_megatron.model.initialize import _own_part
+    from gengram_megatron.model.initialize import InitialLaw, _own_part
 
+    law = InitialLaw(**{kind: 1.0})
     shape = [8, 12]
     shape[axis] //= ranks
 
@@ -170,13 +200,13 @@ def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks):
         sharded = ShardedTensor.from_rank_offsets(
             "name", data, (0, expert, 4), cut, prepend_axis_num=1
         )
-        return _own_part(sharded, 1.0, seed=7)
+        return _own_part(sharded, law, seed=7)
 
     def whole(expert: int) -> torch.Tensor:
         sharded = ShardedTensor.from_rank_offsets(
             "name", torch.empty(8, 12), (0, expert, 4), prepend_axis_num=1
         )
-        return _own_part(sharded, 1.0, seed=7)
+        return _own_part(sharded, law, seed=7)
 
     for expert in range(4):
         together = torch.cat([part(rank, expert) for rank in range(ranks)], axis)
@@ -199,7 +229,7 @@ def test_large_tensors_are_drawn_in_blocks_that_ranks_agree_on(one_process, monk
             global_offset=(first, 0),
             axis_fragmentations=None,
         )
-        return initialize._own_part(part, STD, seed=1)
+        return initialize._own_part(part, initialize.InitialLaw(std=STD), seed=1)
 
     monkeypatch.setattr(initialize, "LARGEST_DRAW", 24)  # eight rows
     whole = draw(0, 50)

@@ -13,6 +13,7 @@ FREE = {
     "model.moe_aux_loss_coeff",
     "model.moe_z_loss_coeff",
     "model.implementation",
+    "model.gengram.init",
     "model.gengram.init_std",
     "model.gengram.split",
     "model.gengram.rows_over",

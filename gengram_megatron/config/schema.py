@@ -89,8 +89,16 @@ class Gengram(Section):
         "than the tables have rows on average",
     )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
+    init: Literal["published", "scaled"] = Field(
+        "scaled",
+        description="initial weights; published: tables normal with standard deviation 1, maps to "
+        "key and value and convolution uniform within 1 / sqrt(inputs), torch's defaults; scaled: "
+        "all normal with model.init_std",
+    )
     init_std: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="standard deviation of the tables at the start; null: model.init_std"
+        None,
+        description="standard deviation of the tables at the start; null: 1 where init is "
+        "published, model.init_std where it is scaled",
     )
 
 

@@ -16,7 +16,7 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.model.accumulation import apex_adds_up, fuse_accumulation
 from gengram_megatron.model.data_parallel import DataParallel
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import initialize, mark_again, marker
+from gengram_megatron.model.initialize import InitialLaw, initialize, mark_again, marker
 from gengram_megatron.model.specs import block_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -98,7 +98,9 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
         dim=gengram.dim,
         window=gengram.window,
         conv_kernel=gengram.conv_kernel,
-        init_std=gengram.init_std or config.model.init_std,
+        init=gengram.init,
+        init_std=gengram.init_std
+        or (1.0 if gengram.init == "published" else config.model.init_std),
         deduplicate=gengram.deduplicate,
         signed_sqrt=gengram.signed_sqrt,
         output=gengram.output,
@@ -124,8 +126,8 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method": marker(model.init_std),
-        "output_layer_init_method": marker(output_std),
+        "init_method": marker(InitialLaw(std=model.init_std)),
+        "output_layer_init_method": marker(InitialLaw(std=output_std)),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": bf16,

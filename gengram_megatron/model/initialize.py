@@ -11,6 +11,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -43,21 +44,45 @@ def _new_weight(shape, config, init_method: Callable) -> nn.Parameter:
     return weight
 
 
-def mark(parameter: nn.Parameter, std: float | None = None, constant: float | None = None) -> None:
-    """Note the law of a parameter's initial values: normal(0, std), or one constant."""
-    parameter.initial_law = (std, constant)
+@dataclass(frozen=True)
+class InitialLaw:
+    """How the initial values of a parameter are drawn; exactly one of the three is given.
+
+    std: from a normal distribution with mean 0. bound: uniformly between -bound and bound.
+    constant: nothing is drawn, all values are this one.
+    """
+
+    std: float | None = None
+    bound: float | None = None
+    constant: float | None = None
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Values in float32, on the generator's device."""
+        device = generator.device
+        if self.bound is None:
+            return torch.randn(shape, generator=generator, device=device) * self.std
+        return torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1) * self.bound
 
 
-def marker(
-    std: float | None = None, constant: float | None = None
-) -> Callable[[nn.Parameter], nn.Parameter]:
+def mark(parameter: nn.Parameter, law: InitialLaw) -> None:
+    """Note the law of a parameter's initial values."""
+    parameter.initial_law = law
+
+
+def marker(law: InitialLaw) -> Callable[[nn.Parameter], nn.Parameter]:
     """An init method for megatron-core's config that marks instead of drawing."""
 
     def init_method(parameter: nn.Parameter) -> nn.Parameter:
-        mark(parameter, std, constant)
+        mark(parameter, law)
         return parameter
 
     return init_method
+
+
+def torch_default(fan_in: int) -> InitialLaw:
+    """What torch starts the weight and bias of nn.Linear and nn.Conv1d from: uniform between
+    -1 / sqrt(fan_in) and 1 / sqrt(fan_in), fan_in the number of inputs to each output."""
+    return InitialLaw(bound=fan_in**-0.5)
 
 
 def mark_again(chunk: nn.Module, config) -> None:
@@ -70,7 +95,7 @@ def mark_again(chunk: nn.Module, config) -> None:
         if hasattr(parameter, "initial_law"):
             continue
         if parameter.dim() == 1:  # of a norm
-            mark(parameter, constant=1.0)
+            mark(parameter, InitialLaw(constant=1.0))
         elif ".linear_proj." in name or ".linear_fc2." in name:
             config.output_layer_init_method(parameter)
         else:
@@ -84,11 +109,11 @@ def initialize(chunks: list[nn.Module], seed: int) -> None:
         for part, parameter, _ in parts(chunk):
             if not hasattr(parameter, "initial_law"):
                 raise AssertionError(f"{part.key} was built without marking its initial law")
-            std, constant = parameter.initial_law
-            if constant is not None:
-                part.data.fill_(constant)
+            law = parameter.initial_law
+            if law.constant is not None:
+                part.data.fill_(law.constant)
             else:
-                part.data.copy_(_own_part(part, std, seed))
+                part.data.copy_(_own_part(part, law, seed))
 
 
 def parts(chunk: nn.Module) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:
@@ -107,7 +132,7 @@ def parts(chunk: nn.Module) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]
                 yield piece, parameter, offset // parameter.element_size()
 
 
-def _own_part(part: ShardedTensor, std: float, seed: int) -> Tensor:
+def _own_part(part: ShardedTensor, law: InitialLaw, seed: int) -> Tensor:
     """This rank's slice of the full tensor [global shape], drawn in float32.
 
     Leading axes that megatron-core prepends (experts, say) are drawn one index at a time, and
@@ -123,15 +148,14 @@ def _own_part(part: ShardedTensor, std: float, seed: int) -> Tensor:
         stop = min(start + size, rows)
         # The first block's name is the tensor's own, so that small tensors are drawn as one.
         name = (seed, part.key, part.global_offset[:prepended], *((start,) if start else ()))
-        block = _draw(name, (stop - start, *others))
+        block = law.draw((stop - start, *others), _generator(name))
         inside = slice(max(place[0].start - start, 0), min(place[0].stop, stop) - start)
-        own.append(block[(inside, *place[1:])] * std)
+        own.append(block[(inside, *place[1:])])
     return torch.cat(own) if len(own) > 1 else own[0]
 
 
-def _draw(name: tuple, shape: tuple[int, ...]) -> Tensor:
-    """Normal numbers that the name alone decides."""
-    device = torch.cuda.current_device()
+def _generator(name: tuple) -> torch.Generator:
+    """A generator that the name alone decides."""
     digest = hashlib.blake2b(repr(name).encode(), digest_size=7).digest()
-    generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big"))
-    return torch.randn(shape, generator=generator, device=device)
+    generator = torch.Generator(device=torch.cuda.current_device())
+    return generator.manual_seed(int.from_bytes(digest, "big"))

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gengram_megatron.model.initialize import marker, whole_weight
+from gengram_megatron.model.initialize import InitialLaw, marker, whole_weight
 
 
 class RMSNorm(nn.Module):
@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = whole_weight(hidden_size, config, marker(constant=1.0))
+        self.weight = whole_weight(hidden_size, config, marker(InitialLaw(constant=1.0)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]; returns the same shape and dtype."""

@@ -26,9 +26,7 @@ class GengramMemory(MegatronModule):
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         dp_group = pg_collection.dp_cp
         self.tables = Tables(config, gengram, pg_collection)
-        self.projection = KeyValueProjection(
-            config, len(gengram.kmer_sizes), gengram.dim, self.tp_group, dp_group
-        )
+        self.projection = KeyValueProjection(config, gengram, self.tp_group, dp_group)
         self.gate = Gate(config, gengram.signed_sqrt)
         self.output = self._output()
         self.projected = None
@@ -41,9 +39,7 @@ class GengramMemory(MegatronModule):
             return PlainOutput()
         if shape.output == "norm":
             return NormOutput(config)
-        return ConvolutionOutput(
-            config, shape.conv_kernel, max(shape.kmer_sizes), self.tp_group, self.cp_group
-        )
+        return ConvolutionOutput(config, shape, self.tp_group, self.cp_group)
 
     def forward(self, hidden: Tensor, kmers: KmerIds) -> Tensor:
         """hidden: [s_local, b, h]; returns what the layer adds to it, in the same shape."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gengram_megatron.model.gengram.halo import Halo
 from gengram_megatron.model.gengram.ids import KmerIds
-from gengram_megatron.model.initialize import whole_weight
+from gengram_megatron.model.gengram.shape import GengramShape
+from gengram_megatron.model.initialize import marker, torch_default, whole_weight
 from gengram_megatron.model.norm import RMSNorm
 from gengram_megatron.model.zigzag import Piece
 
@@ -42,11 +43,17 @@ class NormOutput(nn.Module):
 class ConvolutionOutput(nn.Module):
     """weight: [kernel, h]; the last tap multiplies the current token."""
 
-    def __init__(self, config, kernel: int, dilation: int, tp_group, cp_group):
+    def __init__(self, config, gengram: GengramShape, tp_group, cp_group):
         super().__init__()
-        self.kernel, self.dilation = kernel, dilation
-        self.halo = Halo((kernel - 1) * dilation, config.sequence_parallel, tp_group, cp_group)
-        self.weight = whole_weight((kernel, config.hidden_size), config, config.init_method)
+        self.kernel, self.dilation = gengram.conv_kernel, max(gengram.kmer_sizes)
+        reach = (self.kernel - 1) * self.dilation
+        self.halo = Halo(reach, config.sequence_parallel, tp_group, cp_group)
+        init_method = config.init_method
+        if gengram.init == "published":
+            init_method = marker(
+                torch_default(fan_in=self.kernel)
+            )  # one input channel to each output
+        self.weight = whole_weight((self.kernel, config.hidden_size), config, init_method)
 
     def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
         """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""

@@ -19,18 +19,23 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from gengram_megatron.model.initialize import split_weight
+from gengram_megatron.model.gengram.shape import GengramShape
+from gengram_megatron.model.initialize import marker, split_weight, torch_default
 
 
 class KeyValueProjection(nn.Module):
     """weight: [2, h, number of k, d / tp]; index 0 makes the key, 1 the value."""
 
-    def __init__(self, config, num_tables: int, dim: int, tp_group, dp_group):
+    def __init__(self, config, gengram: GengramShape, tp_group, dp_group):
         super().__init__()
         self.tp_group, self.dp_group = tp_group, dp_group
         self.sequence_parallel = config.sequence_parallel
-        shape = (2, config.hidden_size, num_tables, dim // tp_group.size())
-        self.weight = split_weight(shape, 3, config, config.init_method)
+        num_sizes, dim = len(gengram.kmer_sizes), gengram.dim
+        init_method = config.init_method
+        if gengram.init == "published":
+            init_method = marker(torch_default(fan_in=num_sizes * dim))
+        shape = (2, config.hidden_size, num_sizes, dim // tp_group.size())
+        self.weight = split_weight(shape, 3, config, init_method)
 
     def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
         """pool: makes the features [s, b, number of k * d / tp] from the rows; returns key and

@@ -16,7 +16,8 @@ class GengramShape:
     dim: int
     window: int | None
     conv_kernel: int
-    init_std: float
+    init: Literal["published", "scaled"]
+    init_std: float  # of the tables
     deduplicate: bool = False
     signed_sqrt: bool = True
     output: Literal["convolution", "norm", "plain"] = "convolution"

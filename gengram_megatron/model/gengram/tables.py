@@ -13,7 +13,7 @@ from gengram_megatron.config.placement import Placement
 from gengram_megatron.model.gengram.exchange import FetchRows, RowPlan, first_row
 from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import marker, split_weight
+from gengram_megatron.model.initialize import InitialLaw, marker, split_weight
 from gengram_megatron.model.zigzag import Piece
 
 
@@ -104,7 +104,7 @@ class Tables(nn.Module):
 
     def _parameter(self, config, place: Placement) -> nn.Parameter:
         axis = 0 if place.over == "tensor" else 1
-        drawn = marker(self.shape.init_std)
+        drawn = marker(InitialLaw(std=self.shape.init_std))
         table = split_weight(self._local(place)[0], axis, config, drawn)
         table.is_gengram_table = True  # may have its own learning rate and weight decay
         # Data-parallel ranks hold different rows: their gradients are not to be added up
