@@ -1,0 +1,46 @@
+"""What decides the logits of a model besides its weights, in another format and in our config.
+
+A setting that differs would let weights load that then compute something else. All differences
+are told at once, with the values of both sides.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gengram_megatron.config.tree import inline_yaml
+from gengram_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One setting that the model which is there has otherwise than the config.
+
+    name, theirs: in the other format. key: ours, or None where no key of the config can say what
+    is there. ours: what the config makes of it.
+    """
+
+    name: str
+    theirs: object
+    key: str | None
+    ours: object
+
+
+def refuse(path: Path, differences: list[Difference]) -> None:
+    """UserError with a table of all differences, if there are any."""
+    if not differences:
+        return
+    rows = [("there", "value there", "key here", "value here")]
+    for one in differences:
+        rows.append(
+            (one.name, inline_yaml(one.theirs), one.key or "no key for it", inline_yaml(one.ours))
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    table = "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in rows
+    )
+    raise UserError(
+        f"{path} holds another model than the config's; its weights would load and compute "
+        f"something else:\n{table}\nset the keys to the values that are there, or let "
+        "--print-config write the config of this model"
+    )
