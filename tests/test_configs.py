@@ -87,6 +87,12 @@ def test_load_balancing_keeps_ten_billion(experts, activated):
     assert chosen == pytest.approx(activated, rel=0.01)
 
 
+@pytest.mark.parametrize("experts", [32, 64, 128])
+def test_load_balancing_has_the_layers_of_table_14_and_no_window(experts):
+    gengram = load(f"ablation_50b_8k/load_balance/experts_{experts}_gengram").model.gengram
+    assert (gengram.enabled, gengram.layers, gengram.window) == (True, [3, 6, 10], None)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_lengths_are_the_papers(name):
     found, config = planned(load(name)), load(name)
@@ -98,6 +104,7 @@ def test_lengths_are_the_papers(name):
     assert (found["samples"], config.model.seq_length) == (samples, length)
     assert samples * length == pytest.approx(tokens, rel=1e-3)
     assert config.train.global_batch_size == 1024
+    assert (config.model.rotary_base, config.model.vocab_size) == (10_000, 256)
     assert found["samples_trained"] == found["steps"] * 1024 == samples // 1024 * 1024
 
 
