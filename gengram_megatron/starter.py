@@ -257,6 +257,7 @@ optimizer:
   lr: {size.lr:g}\t# the peak
   min_lr: {size.lr / 10:g}\t# where the cosine ends
   warmup_fraction: 0.1\t# of all samples
+  beta2: 0.95\t# of Adam; runs of many thousand steps may take 0.999, as the paper's do
 
 train:
   global_batch_size: {batch}\t# samples a step, over all processes

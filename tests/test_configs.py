@@ -15,7 +15,7 @@ from gengram_megatron.plan.command import smallest_world
 from gengram_megatron.plan.flops import count_parameters
 from gengram_megatron.plan.time import Speed
 from gengram_megatron.sweep.runs import read_sweep
-from tests.plan.configs import CONFIGS, PAPER, ROOT, RUNS, SWEEPS, load
+from tests.plan.configs import CONFIGS, GENOS, PAPER, ROOT, RUNS, SWEEPS, load
 from tests.plan.ranks import as_rank, build_shapes
 
 WINDOWS = (6, 8, 9, 10, 12, 14, 15, 16, 18, 20, 21, 22, 24, 26, 27, 28, 30)
@@ -65,6 +65,9 @@ def test_no_two_files_are_one_run():
         ("ablation_50b_8k/architecture/dense_mha", 315_260_160, 315_260_160),
         ("pretrain_200b_8k/baseline", 10_270_248_960, 3_022_491_648),
         ("pretrain_100b_32k/baseline", 10_270_248_960, 3_022_491_648),
+        # 128 ids less than the vocabulary of 256, twice: in the embedding and in the output layer.
+        ("genos/genos_1.2b", 1_246_356_480 - 2 * 128 * 1024, 340_386_816 - 2 * 128 * 1024),
+        ("genos/genos_10b", 10_270_248_960, 3_022_491_648),
     ],
 )
 def test_models_have_the_sizes_of_the_paper(name, total, activated):
@@ -84,6 +87,12 @@ def test_load_balancing_keeps_ten_billion(experts, activated):
     assert chosen == pytest.approx(activated, rel=0.01)
 
 
+@pytest.mark.parametrize("experts", [32, 64, 128])
+def test_load_balancing_has_the_layers_of_table_14_and_no_window(experts):
+    gengram = load(f"ablation_50b_8k/load_balance/experts_{experts}_gengram").model.gengram
+    assert (gengram.enabled, gengram.layers, gengram.window) == (True, [3, 6, 10], None)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_lengths_are_the_papers(name):
     found, config = planned(load(name)), load(name)
@@ -95,6 +104,7 @@ def test_lengths_are_the_papers(name):
     assert (found["samples"], config.model.seq_length) == (samples, length)
     assert samples * length == pytest.approx(tokens, rel=1e-3)
     assert config.train.global_batch_size == 1024
+    assert (config.model.rotary_base, config.model.vocab_size) == (10_000, 256)
     assert found["samples_trained"] == found["steps"] * 1024 == samples // 1024 * 1024
 
 
@@ -170,6 +180,75 @@ def test_continued_runs_start_from_the_run_of_their_name(name):
     assert source.checkpoint.load is None
     # Raises if it is not.
     check_same_model(Path(source.run.dir), source.model.model_dump(), config, new_run=True)
+
+
+RELEASED = {"genos_1.2b": 128, "genos_10b": 256, "gengram_10b": 128}
+"""The published weights, and their padded vocabulary."""
+
+
+def test_released_models_have_a_run_and_a_continued_one():
+    expected = {f"genos/{name}{end}" for name in RELEASED for end in ("", "_cpt")}
+    assert set(GENOS) == expected
+
+
+@pytest.mark.parametrize("name", GENOS)
+def test_released_models_are_those_of_their_launches(name):
+    config, released = load(name), name.removeprefix("genos/").removesuffix("_cpt")
+    model = config.model
+    assert model.vocab_size == RELEASED[released]
+    assert model.vocab_size % config.parallel.tensor == 0
+    assert model.gengram.enabled == (released == "gengram_10b")
+    if model.gengram.enabled:
+        assert (model.gengram.layers, model.gengram.window) == ([3, 6, 10], 21)
+    base = 10_000 if released == "gengram_10b" else 50_000_000
+    assert model.rotary_base == base
+    assert model.seq_length == (32_768 if name.endswith("_cpt") else 8192)
+    assert (config.train.global_batch_size, config.train.micro_batch_size) == (1024, 1)
+    if released == "gengram_10b":  # its memory besides the model of Genos-10B
+        smaller = load("genos/genos_10b", "model.vocab_size=128")
+        counted = count_parameters(config)
+        assert counted.total - counted.gengram == count_parameters(smaller).total
+
+
+@pytest.mark.parametrize("name", GENOS)
+def test_released_models_fit_the_gpus_that_their_configs_start(name):
+    config = load(name)
+    gpus = config.launch.nodes * config.launch.processes
+    assert gpus == (64 if "1.2b" in name else GPUS)
+    assert planned(config, gpus)["warnings"] == []
+
+
+@pytest.mark.parametrize("words", [["parallel.pipeline=1", "parallel.expert=1"]])
+def test_the_other_published_layout_of_genos_10b_fits_too(words):
+    text = RUNS["genos/genos_10b"].read_text()
+    assert " ".join(words) in text
+    assert planned(load("genos/genos_10b", *words), GPUS)["warnings"] == []
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_released_models_are_continued_from_their_own_weights(released):
+    source, config = load(f"genos/{released}"), load(f"genos/{released}_cpt")
+    assert config.checkpoint.load == source.run.dir
+    assert source.checkpoint.load is None
+    # Raises if it is not.
+    check_same_model(Path(source.run.dir), source.model.model_dump(), config, new_run=True)
+
+
+def test_gengram_10b_is_the_formal_run_with_its_launchs_vocabulary():
+    """Data, optimizer and model; not how it is computed and saved."""
+    ours, formal = load("genos/gengram_10b"), load("pretrain_200b_8k/gengram_window_21")
+    wanted = formal.model.model_copy(update={"vocab_size": 128})
+    assert ours.model == wanted
+    assert ours.data.path == formal.data.path and ours.train.samples == formal.train.samples
+    overlaps = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    assert ours.optimizer.model_copy(update=overlaps) == formal.optimizer
+    assert ours.optimizer != formal.optimizer
+
+
+def test_the_readme_of_the_released_models_names_every_file():
+    text = (CONFIGS / "genos/README.md").read_text()
+    named = set(re.findall(r"`(\w+[\w.]*)\.yaml`", text))
+    assert {f"genos/{name}" for name in named} == set(GENOS)
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name.startswith("ablation")])

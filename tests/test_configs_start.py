@@ -35,10 +35,11 @@ def smaller(name: str) -> list[str]:
         words.append("model.num_experts=4")
     if config.parallel.expert > 1:
         words.append("parallel.expert=2")
-    if config.parallel.context > 1:
+    if config.parallel.context > 1 and config.parallel.tensor == 1:
         words += ["parallel.context=2", "parallel.pipeline=1"]
     if config.parallel.tensor > 1:
-        words.append("parallel.pipeline=1")
+        words += ["parallel.pipeline=1", "parallel.context=1"]
+        words += ["parallel.expert_tensor=1"] if config.parallel.expert > 1 else []
     return words
 
 

@@ -255,13 +255,22 @@ class Optimizer(Section):
 
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate")
     min_lr: Annotated[float, Field(ge=0)] = Field(1e-5, description="where the cosine ends")
-    warmup_fraction: Fraction = Field(0.05, description="share of all samples")
+    warmup_fraction: Fraction = Field(
+        0.05,
+        description="share of all samples (train.samples, or steps * global_batch_size) in which lr "
+        "rises from 0; Megatron-LM's --lr-warmup-fraction is a share of the decay's samples "
+        "instead, so what it calls F is F * decay_fraction here",
+    )
     decay_fraction: Fraction = Field(
-        1.0, description="share of all samples after which lr stays at min_lr"
+        1.0,
+        description="share of all samples, warm-up included, rounded down to whole samples, after "
+        "which lr stays at min_lr",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled, as in AdamW")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Adam's first moment")
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Adam's second moment")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="Adam's second moment; the default is Megatron-LM's"
+    )
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon")
     clip_grad: Annotated[float, Field(ge=0)] = Field(
         1.0, description="largest gradient norm; 0: no clipping"

@@ -1,6 +1,8 @@
 """Adam and its schedule, and their ties to the model's gradients."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -138,15 +140,14 @@ def build_schedule(
 ) -> OptimizerParamScheduler:
     """Linear warm-up, then a cosine from lr to min_lr, both counted in samples."""
     settings = config.optimizer
-    warmup = round(settings.warmup_fraction * layout.samples)
+    warmup, decay = _schedule_ends(config, layout)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=warmup,
-        # It must end later than the warm-up, if only by a sample.
-        lr_decay_steps=max(round(settings.decay_fraction * layout.samples), warmup + 1),
+        lr_decay_steps=decay,
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
@@ -156,3 +157,20 @@ def build_schedule(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def _schedule_ends(config: Config, layout: Layout) -> tuple[float, float]:
+    """The samples after which the warm-up and the decay end.
+
+    Of train.samples the fractions are taken before these are cut to whole batches, and as in the
+    published launches the decay ends after a whole number of samples, rounded down, while the
+    warm-up is a share of the decay that is not rounded. Fractions are exact decimals here: 0.29 of
+    100 samples are 29.
+    """
+    settings = config.optimizer
+    warmup_share = Fraction(str(settings.warmup_fraction))
+    decay_share = Fraction(str(settings.decay_fraction))
+    decay = math.floor(decay_share * (config.train.samples or layout.samples))
+    warmup = float(warmup_share / decay_share * decay) if decay_share else 0.0
+    # The decay must end later than the warm-up, if only by a sample.
+    return warmup, max(decay, warmup + 1)

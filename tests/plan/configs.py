@@ -23,7 +23,8 @@ RUNS = {
 """By name: ablation_50b_8k/baseline, ..."""
 SWEEPS = sorted(CONFIGS.glob("sweeps/[!s]*.yaml"))
 """The sweep files, without what they share."""
-PAPER = [name for name in RUNS if not name.startswith("smoke/")]
+PAPER = [name for name in RUNS if not name.startswith(("smoke/", "genos/"))]
+GENOS = [name for name in RUNS if name.startswith("genos/")]
 
 
 @cache
