@@ -220,3 +220,14 @@ def test_expert_parallel_ranks_are_refused(published, tmp_path) -> None:
 
 def test_folder_of_something_else_is_refused(tmp_path) -> None:
     refused(tmp_path, tmp_path, "neither a model of transformers")
+
+
+@pytest.mark.parametrize("form", ["distributed", "ranks"])
+def test_command_line_is_given_as_plain_values(published, tmp_path, form) -> None:
+    folder = published["folder"] / f"dense_{form}" / "iter_0000100"
+    found, config = open_megatron(folder), load(tmp_path, "run", *DENSE)
+    assert found.arguments["norm_epsilon"] == config.model.norm_epsilon
+    assert found.arguments["expert_model_parallel_size"] == 1
+    # Objects of classes, which were never made.
+    assert not {"attention_backend", "params_dtype", "load"} & found.arguments.keys()
+    assert found.skipped == []
