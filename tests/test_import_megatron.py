@@ -188,7 +188,7 @@ def test_ranks_that_do_not_fit_together_are_refused(published, tmp_path) -> None
         iteration / "mp_rank_01" / "model_optim_rng.pt",
         lambda content: content["model"][changed].add_(1),
     )
-    refused(there, tmp_path, f"{changed} differs between tensor-parallel ranks", *DENSE)
+    refused(there, tmp_path, f"{changed} differs between mp_rank_00 and mp_rank_01", *DENSE)
     (iteration / "mp_rank_00").rename(iteration / "mp_rank_02")
     refused(there, tmp_path, "lacks the file of tensor rank 0, pipeline rank 0", *DENSE)
 
@@ -205,17 +205,6 @@ def test_chunks_of_a_rank_are_in_the_order_of_their_numbers(tmp_path) -> None:
     found = open_megatron(tmp_path)
     read = [found.read(f"decoder.layers.{layer}.{name}")[0].item() for layer in range(12)]
     assert read == list(range(12))
-
-
-def test_expert_parallel_ranks_are_refused(published, tmp_path) -> None:
-    there = tmp_path / "there"
-    save_ranks(published["moe"], load(tmp_path, "run"), there, 1, 1)
-
-    def parallel(content):
-        content["args"].expert_model_parallel_size = 2
-
-    _change(there / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt", parallel)
-    refused(there, tmp_path, "is of a run with expert parallelism")
 
 
 def test_folder_of_something_else_is_refused(tmp_path) -> None:
