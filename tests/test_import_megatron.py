@@ -1,10 +1,13 @@
 """Models of Megatron-LM, with the published memory, become ours."""
 
-import os
 import pickle
 import re
+import shutil
 import signal
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from tests.published_model import (
     save_ranks,
 )
 from tests.training.tiny import DENSE, MLA
+from tests.untrusted import Attribute, Evil
 
 KINDS = {"moe": (), "dense": DENSE, "mla": (*DENSE, *MLA)}
 FORMS = ("distributed", "ranks", "one_rank", "tp2", "pp4")
@@ -101,16 +105,6 @@ def test_another_model_is_refused(published, tmp_path, form, words, expected) ->
     refused(published["folder"] / f"moe_{form}", tmp_path, expected, *words)
 
 
-class Evil:
-    """What a pickle can do to those who load it."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
 def test_file_that_would_run_code_is_refused(tmp_path) -> None:
     file = tmp_path / "there" / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt"
     file.parent.mkdir(parents=True)
@@ -127,16 +121,6 @@ def test_distributed_description_that_would_run_code_is_refused(tmp_path) -> Non
     assert not (tmp_path / "ran").exists()
 
 
-class Attribute:
-    """Pickled as early Pythons 3.11 pickle a member of an enumeration."""
-
-    def __init__(self, of: object, name: str):
-        self.of, self.name = of, name
-
-    def __reduce__(self):
-        return getattr, (self.of, self.name)
-
-
 def test_members_of_enumerations_are_read_however_python_wrote_them(tmp_path) -> None:
     def write(value: object) -> None:
         (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": value})))
@@ -147,6 +131,70 @@ def test_members_of_enumerations_are_read_however_python_wrote_them(tmp_path) ->
         write(wrong)
         with pytest.raises(UserError, match=r"it would run builtins\.getattr"):
             StoredTensors(tmp_path)
+
+
+def _as_named(module: str, name: str, *bases: type) -> type:
+    """A class that pickles under any name, as it is there while `_pickled` writes it."""
+    return type(name, bases, {"__module__": module, "__qualname__": name})
+
+
+def _pickled(value: object, *classes: type) -> bytes:
+    with ExitStack() as stack:
+        for one in classes:
+            module = import_module(one.__module__)
+            stack.enter_context(patch.object(module, one.__name__, one, create=True))
+        return pickle.dumps(value)
+
+
+MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+
+
+def test_description_by_megatron_core_is_read_and_nothing_else_of_its_module(tmp_path) -> None:
+    theirs = _as_named(MEGATRON, "MCoreMetadata", Metadata)
+    (tmp_path / ".metadata").write_bytes(_pickled(theirs({}), theirs))
+    assert StoredTensors(tmp_path).names == []
+    for name in ("TorchDistSaveShardedStrategy", "os", "MCoreSavePlanner"):
+        other = _as_named(MEGATRON, name)
+        (tmp_path / ".metadata").write_bytes(_pickled(Metadata({"a": other()}), other))
+        with pytest.raises(UserError, match=f"would run {MEGATRON}.{name}"):
+            StoredTensors(tmp_path)
+    # The class of the root with something evil in its notes.
+    notes = theirs({})
+    notes.mcore_data = {"a": Evil(tmp_path / "ran")}
+    (tmp_path / ".metadata").write_bytes(_pickled(notes, theirs))
+    with pytest.raises(UserError, match=r"would run posix\.mkdir"):
+        StoredTensors(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_descriptions_of_other_versions_of_torch_are_read(published, tmp_path) -> None:
+    """Older ones lack fields of the description, newer ones have more, and one older still has
+    the dtype of a tensor in another module."""
+    from torch.distributed._shard.sharded_tensor import metadata as older
+
+    iteration = tmp_path / "there"
+    shutil.copytree(published["folder"] / "dense_distributed" / "iter_0000100", iteration)
+    expected, file = StoredTensors(iteration), iteration / ".metadata"
+    name = "decoder.final_layernorm.weight"
+    described = pickle.loads(file.read_bytes())
+    tensor = described.state_dict_metadata[name]
+    for changed in ("fewer", "more", "older"):
+        if changed == "fewer":
+            described.__dict__ = {
+                field: getattr(described, field)
+                for field in ("state_dict_metadata", "storage_data")
+            }
+        elif changed == "more":
+            described.__dict__["of_a_later_version"] = {"a": [1, "b"]}
+        else:
+            state = tensor.properties.__getstate__()
+            tensor.properties = older.TensorProperties()
+            memory = older.MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+            tensor.properties.__setstate__((*state[:3], memory, state[4]))
+        file.write_bytes(pickle.dumps(described))
+        found = StoredTensors(iteration)
+        assert found.names == expected.names
+        assert torch.equal(found.read(name), expected.read(name))
 
 
 def test_plain_values_beside_members_of_enumerations_are_read(tmp_path) -> None:

@@ -1,16 +1,23 @@
 """Published models that several ranks saved together, in every layout, become ours to the bit."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from gengram_megatron.checkpoint.exchange.importing import import_model
 from gengram_megatron.checkpoint.exchange.megatron import open_megatron
+from gengram_megatron.checkpoint.exchange.megatron_ranks import RANK_FILE
+from gengram_megatron.checkpoint.store import CheckpointStore
+from gengram_megatron.config.schema import Config
+from gengram_megatron.errors import UserError
 from tests.exchange_models import load
 from tests.layouts.launch import launch
 from tests.published_model import check_weights, published_model, save_ranks
 from tests.published_worker import save
+from tests.untrusted import Evil
 
 SEPARATE_LAYERS = {"non_homogeneous_layers": True}
 SEPARATE_PARTS = {"singleton_local_shards": True}
@@ -73,3 +80,111 @@ def test_rank_files_of_experts_that_ranks_do_not_share(published, tmp_path, expe
     save_ranks(gpt, config, tmp_path / "there", 2, 2, 2, experts, expert_tensor=1)
     assert len(list((tmp_path / "there" / "iter_0000100").iterdir())) == 4
     check_weights(import_model(tmp_path / "there", config), config, gpt)
+
+
+def _change(file: Path, change) -> None:
+    content = torch.load(file, weights_only=False)
+    change(content)
+    torch.save(content, file)
+
+
+def _expert_ranks(published, tmp_path: Path) -> tuple[Path, Config]:
+    config = load(tmp_path, "run")
+    save_ranks(published[0], config, tmp_path / "there", 1, 2, 2)
+    return tmp_path / "there" / "iter_0000100", config
+
+
+def _refused(iteration: Path, config: Config, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)) as error:
+        import_model(iteration, config)
+    assert len(str(error.value).splitlines()) == 1
+    assert not CheckpointStore(Path(config.run.dir) / "checkpoints").newest()
+
+
+def test_copies_that_differ_between_expert_ranks_are_refused(published, tmp_path) -> None:
+    iteration, config = _expert_ranks(published, tmp_path)
+    name = "decoder.layers.1.mlp.router.weight"  # the second layer of the second stage
+    _change(iteration / "mp_rank_00_001_001" / RANK_FILE, lambda c: c["model"][name].add_(1))
+    name = "decoder.layers.3.mlp.router.weight differs between mp_rank_00_001_000 and mp_rank_00_"
+    _refused(iteration, config, name)
+
+
+def test_copies_that_differ_between_stages_are_refused(published, tmp_path) -> None:
+    """The first and last stage both have the word embeddings where several tokens are predicted."""
+    iteration, config = _expert_ranks(published, tmp_path)
+    name = "embedding.word_embeddings.weight"
+    for expert in (0, 1):
+        file = iteration / f"mp_rank_00_001_00{expert}" / RANK_FILE
+        _change(file, lambda content: content["model"][name].add_(1))
+    _refused(iteration, config, f"{name} differs between mp_rank_00_000_000 and mp_rank_00_001_000")
+
+
+def test_folder_that_lacks_a_rank_of_the_run_is_refused(published, tmp_path) -> None:
+    iteration, config = _expert_ranks(published, tmp_path)
+    # The ranks that are left would be a whole run of one stage, or of one expert rank.
+    shutil.rmtree(iteration / "mp_rank_00_001_001")
+    shutil.rmtree(iteration / "mp_rank_00_000_001")
+    _refused(iteration, config, "lacks the file of tensor rank 0, pipeline rank 0, expert rank 1")
+
+
+def test_file_that_another_run_left_is_refused(published, tmp_path) -> None:
+    iteration, config = _expert_ranks(published, tmp_path)
+    shutil.copytree(iteration / "mp_rank_00_001_001", iteration / "mp_rank_01_001_001")
+    _refused(iteration, config, "mp_rank_01_001_001 is of no rank of the run, whose tensor, pipeli")
+    shutil.move(iteration / "mp_rank_01_001_001", iteration / "mp_rank_of_one")
+    _refused(iteration, config, "mp_rank_of_one is not named as ranks are")
+
+
+def test_experts_shared_by_more_ranks_than_the_rest_are_refused(published, tmp_path) -> None:
+    iteration, config = _expert_ranks(published, tmp_path)
+    for file in iteration.glob(f"*/{RANK_FILE}"):
+        _change(file, lambda content: setattr(content["args"], "expert_tensor_parallel_size", 2))
+    _refused(iteration, config, "expert_tensor_parallel_size 2 of the run does not divide")
+
+
+def test_weight_that_one_rank_lacks_is_refused(published, tmp_path) -> None:
+    config = load(tmp_path, "run")
+    save_ranks(published[0], config, tmp_path / "there", 2, 1)
+    iteration = tmp_path / "there" / "iter_0000100"
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+    _change(iteration / "mp_rank_01" / RANK_FILE, lambda content: content["model"].pop(name))
+    _refused(iteration, config, f"lacks {name} of tensor rank 1")
+
+
+def test_file_without_a_model_is_refused(tmp_path) -> None:
+    (tmp_path / "mp_rank_00").mkdir()
+    for content in ([1], {"args": None}, {"model": torch.ones(2)}):
+        torch.save(content, tmp_path / "mp_rank_00" / RANK_FILE)
+        with pytest.raises(UserError, match="holds no model"):
+            open_megatron(tmp_path)
+
+
+def test_grouped_experts_of_another_shape_are_refused(tmp_path) -> None:
+    layer = "decoder.layers.0.mlp."
+    model = {f"{layer}router.weight": torch.ones(4, 8)}
+    (tmp_path / "mp_rank_00").mkdir()
+    for name, shape in (("weight1", (8, 30)), ("weight2", (30, 8)), ("weight1", (8,))):
+        content = {"model": {**model, f"{layer}experts.{name}": torch.ones(shape)}}
+        torch.save(content, tmp_path / "mp_rank_00" / RANK_FILE)
+        with pytest.raises(UserError, match=rf"{layer}experts.{name} is .* 4 experts cannot share"):
+            open_megatron(tmp_path)
+    torch.save(
+        {"model": {f"{layer}experts.weight1": torch.ones(8, 8)}},
+        tmp_path / "mp_rank_00" / RANK_FILE,
+    )
+    with pytest.raises(UserError, match=rf"lacks {layer}router.weight"):
+        open_megatron(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["_001", "_000_001"])
+def test_file_of_any_rank_that_would_run_code_is_refused(published, tmp_path, number) -> None:
+    config = load(tmp_path, "run")
+    sizes = {"_001": (1, 1, 2), "_000_001": (1, 2, 2)}[number]
+    save_ranks(published[0], config, tmp_path / "there", *sizes, "grouped")
+    iteration = tmp_path / "there" / "iter_0000100"
+    file = iteration / f"mp_rank_00{number}" / RANK_FILE
+    content = torch.load(file, weights_only=False)
+    for place in ("args", "model", "mtp"):
+        torch.save({**content, place: Evil(tmp_path / "ran")}, file)
+        _refused(iteration, config, "is refused, as it would run posix.mkdir")
+        assert not (tmp_path / "ran").exists()

@@ -93,6 +93,8 @@ class RankFiles:
 
 def _read(file: Path) -> dict:
     content = read_untrusted(file)
+    if not isinstance(content, dict):
+        content = {}
     models = [value for key, value in content.items() if _CHUNK.fullmatch(str(key))]
     if not models or not all(isinstance(model, dict) for model in models):
         raise UserError(f"{file} holds no model: give a folder that Megatron-LM saved")
