@@ -15,7 +15,7 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from tests.exchange_models import load
 from tests.layouts.launch import launch
-from tests.published_model import check_weights, published_model, save_ranks
+from tests.published_model import check_weights, published_model, save_distributed, save_ranks
 from tests.published_worker import save
 from tests.untrusted import Evil
 
@@ -82,6 +82,36 @@ def test_rank_files_of_experts_that_ranks_do_not_share(published, tmp_path, expe
     check_weights(import_model(tmp_path / "there", config), config, gpt)
 
 
+def test_rank_files_without_arguments_are_read_by_their_numbers(published, tmp_path) -> None:
+    gpt, config = published[0], load(tmp_path, "run")
+    save_ranks(gpt, config, tmp_path / "there", 2, 2, 2)
+    for file in (tmp_path / "there").glob(f"*/*/{RANK_FILE}"):
+        _change(file, lambda content: content.pop("args"))
+    assert open_megatron(tmp_path / "there" / "iter_0000100").arguments == {}
+    check_weights(import_model(tmp_path / "there", config), config, gpt)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", "model.module."])
+def test_names_below_those_of_wrappers_are_read(published, tmp_path, prefix) -> None:
+    from megatron.core import dist_checkpointing
+
+    gpt, config = published[0], load(tmp_path, "run")
+    (tmp_path / "iter_0000100").mkdir()
+    state = gpt.sharded_state_dict(prefix=prefix)
+    dist_checkpointing.save({"model": state}, str(tmp_path / "iter_0000100"))
+    check_weights(import_model(tmp_path / "iter_0000100", config), config, gpt)
+
+
+def test_distributed_checkpoint_that_lacks_a_file_of_tensors_is_refused(
+    published, tmp_path
+) -> None:
+    config = load(tmp_path, "run")
+    save_distributed(published[0], config, tmp_path / "there")
+    iteration = tmp_path / "there" / "iter_0000100"
+    sorted(iteration.glob("__*.distcp"))[-1].unlink()
+    _refused(iteration, config, "cannot be read: No such file")
+
+
 def _change(file: Path, change) -> None:
     content = torch.load(file, weights_only=False)
     change(content)
@@ -133,6 +163,40 @@ def test_file_that_another_run_left_is_refused(published, tmp_path) -> None:
     _refused(iteration, config, "mp_rank_01_001_001 is of no rank of the run, whose tensor, pipeli")
     shutil.move(iteration / "mp_rank_01_001_001", iteration / "mp_rank_of_one")
     _refused(iteration, config, "mp_rank_of_one is not named as ranks are")
+
+
+def test_two_folders_for_one_rank_are_refused(published, tmp_path) -> None:
+    iteration, config = _expert_ranks(published, tmp_path)
+    shutil.copytree(iteration / "mp_rank_00_001_000", iteration / "mp_rank_00_001")
+    _refused(iteration, config, "mp_rank_00_001 and mp_rank_00_001_000 for the same rank")
+
+
+def test_files_of_two_iterations_are_refused(published, tmp_path) -> None:
+    iteration, config = _expert_ranks(published, tmp_path)
+    later = iteration / "mp_rank_00_001_001" / RANK_FILE
+    _change(later, lambda content: content.update(iteration=200))
+    expected = "iteration 100 in mp_rank_00_000_000 and 200 in mp_rank_00_001_001"
+    _refused(iteration, config, expected)
+
+
+@pytest.mark.parametrize("size", ["2", 0, -1, None, [2]])
+def test_sizes_that_are_no_numbers_say_nothing(published, tmp_path, size) -> None:
+    iteration, config = _expert_ranks(published, tmp_path)
+    for file in iteration.glob(f"*/{RANK_FILE}"):
+        _change(file, lambda content: setattr(content["args"], "expert_model_parallel_size", size))
+    check_weights(import_model(iteration, config), config, published[0])
+
+
+def test_shares_that_do_not_fit_together_are_refused(published, tmp_path) -> None:
+    config = load(tmp_path, "run")
+    save_ranks(published[0], config, tmp_path / "there", 2, 1)
+    iteration = tmp_path / "there" / "iter_0000100"
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+    _change(
+        iteration / "mp_rank_01" / RANK_FILE,
+        lambda content: content["model"].update({name: torch.ones(3, 2)}),
+    )
+    _refused(iteration, config, f"the shares of {name} do not fit together, they are (32, 16), (3,")
 
 
 def test_experts_shared_by_more_ranks_than_the_rest_are_refused(published, tmp_path) -> None:

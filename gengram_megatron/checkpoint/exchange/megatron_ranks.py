@@ -52,6 +52,7 @@ class RankFiles:
     def __init__(self, folder: Path):
         self._folder = folder
         contents = {file.parent.name: _read(file) for file in folder.glob(f"mp_rank_*/{RANK_FILE}")}
+        _check_same_iteration(folder, contents)
         self.arguments = contents[min(contents)].get("args")
         files = _by_rank(folder, contents, self.arguments)
         self._sizes = sizes = _sizes(files, self.arguments)
@@ -78,12 +79,18 @@ class RankFiles:
         count = self._sizes.expert_tensor if EXPERT.search(name) else self._sizes.tensor
         if missing := set(range(count)) - copies.keys():
             raise UserError(f"{self._folder} lacks {name} of tensor rank {min(missing)}")
-        return put_together(name, whole)
+        try:
+            return put_together(name, whole)
+        except (RuntimeError, ValueError, IndexError):  # of shapes that cannot be put together
+            shapes = ", ".join(str(tuple(share.shape)) for share in whole)
+            raise UserError(
+                f"{self._folder}: the shares of {name} do not fit together, they are {shapes}"
+            ) from None
 
     def _same(self, name: str, copies: list[tuple[str, Tensor]]) -> Tensor:
         (first, weight), *others = copies
         for place, other in others:
-            if not torch.equal(weight, other):
+            if weight.dtype != other.dtype or not torch.equal(weight, other):
                 raise UserError(
                     f"{self._folder}: {name} differs between {first} and {place}, which should "
                     "hold copies of it: give a checkpoint that was saved in one go"
@@ -101,33 +108,53 @@ def _read(file: Path) -> dict:
     return content
 
 
+def _check_same_iteration(folder: Path, contents: dict[str, dict]) -> None:
+    first = min(contents)
+    for name, content in sorted(contents.items()):
+        if content.get("iteration") != contents[first].get("iteration"):
+            raise UserError(
+                f"{folder} holds iteration {contents[first].get('iteration')} in {first} and "
+                f"{content.get('iteration')} in {name}: give a folder that was saved in one go"
+            )
+
+
 def _by_rank(folder: Path, contents: dict[str, dict], arguments) -> dict[Rank, tuple[str, dict]]:
     """The folder's name and its file's content, by rank."""
-    expert_alone = (getattr(arguments, "expert_model_parallel_size", None) or 1) > 1 and getattr(
-        arguments, "pipeline_model_parallel_size", None
-    ) in (None, 1)
-    files = {}
-    for name, content in contents.items():
+    pipeline, expert = (
+        _size(arguments, f"{kind}_model_parallel") for kind in ("pipeline", "expert")
+    )
+    files: dict[Rank, tuple[str, dict]] = {}
+    for name, content in sorted(contents.items()):
         rank = _RANK.fullmatch(name)
         if not rank:
             raise UserError(
                 f"{folder / name} is not named as ranks are: mp_rank_00, mp_rank_00_000"
             )
         others = [int(number) for number in rank[2].split("_")[1:]]
-        if expert_alone and len(others) == 1:
+        if len(others) == 1 and (expert or 1) > 1 and (pipeline or 1) == 1:
             others = [0, *others]
-        files[(int(rank[1]), *others, 0, 0)[:3]] = name, content
+        tensor, stage, part = (int(rank[1]), *others, 0, 0)[:3]
+        other, _ = files.setdefault((tensor, stage, part), (name, content))
+        if other != name:
+            raise UserError(
+                f"{folder} has {other} and {name} for the same rank: remove what another run left"
+            )
     return files
+
+
+def _size(arguments, of: str) -> int | None:
+    """How many ranks there were of a kind; None where the arguments do not say."""
+    found = getattr(arguments, f"{of}_size", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _sizes(files: dict[Rank, tuple[str, dict]], arguments) -> Sizes:
     """As the run's arguments have them; where they do not say, as the ranks that are there do."""
     tensor, pipeline, expert = (
-        getattr(arguments, f"{kind}_model_parallel_size", None)
-        or 1 + max(rank[axis] for rank in files)
+        _size(arguments, f"{kind}_model_parallel") or 1 + max(rank[axis] for rank in files)
         for axis, kind in enumerate(("tensor", "pipeline", "expert"))
     )
-    shared = getattr(arguments, "expert_tensor_parallel_size", None) or tensor
+    shared = _size(arguments, "expert_tensor_parallel") or tensor
     if tensor % shared:
         raise UserError(
             f"expert_tensor_parallel_size {shared} of the run does not divide its "
@@ -186,7 +213,7 @@ def _of_chunk(place: str, model: dict, expert: int, ranks: int) -> Iterator[tupl
     weights = {
         name: tensor
         for key, tensor in model.items()
-        if isinstance(tensor, Tensor) and (name := plain_name(key))
+        if isinstance(tensor, Tensor) and (name := plain_name(str(key)))
     }
     for name, tensor in weights.items():
         if ".mlp.experts." not in name:
@@ -196,6 +223,11 @@ def _of_chunk(place: str, model: dict, expert: int, ranks: int) -> Iterator[tupl
         if router not in weights:
             raise UserError(f"{place}/{RANK_FILE} holds {name} and lacks {router}")
         local = len(weights[router]) // ranks
-        single = experts_of_grouped(name, tensor, local) if GROUPED.search(name) else {name: tensor}
+        try:
+            single = (
+                experts_of_grouped(name, tensor, local) if GROUPED.search(name) else {name: tensor}
+            )
+        except UserError as error:
+            raise UserError(f"{place}/{RANK_FILE}: {error}") from None
         for own, weight in single.items():
             yield with_later_expert(own, expert * local), weight
