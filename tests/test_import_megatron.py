@@ -23,8 +23,8 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, EOD
 from tests.exchange_models import answers, build, load
+from tests.imported_weights import check_weights
 from tests.published_model import (
-    check_weights,
     logits,
     published_model,
     save_distributed,

@@ -14,8 +14,9 @@ from gengram_megatron.checkpoint.store import CheckpointStore
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from tests.exchange_models import load
+from tests.imported_weights import check_weights
 from tests.layouts.launch import launch
-from tests.published_model import check_weights, published_model, save_distributed, save_ranks
+from tests.published_model import published_model, save_distributed, save_ranks
 from tests.published_worker import save
 from tests.untrusted import Evil
 
