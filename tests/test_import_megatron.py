@@ -1,10 +1,13 @@
 """Models of Megatron-LM, with the published memory, become ours."""
 
-import os
 import pickle
 import re
+import shutil
 import signal
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,8 +23,15 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, EOD
 from tests.exchange_models import answers, build, load
-from tests.published_model import logits, published_model, save_distributed, save_ranks
+from tests.imported_weights import check_weights
+from tests.published_model import (
+    logits,
+    published_model,
+    save_distributed,
+    save_ranks,
+)
 from tests.training.tiny import DENSE, MLA
+from tests.untrusted import Attribute, Evil
 
 KINDS = {"moe": (), "dense": DENSE, "mla": (*DENSE, *MLA)}
 FORMS = ("distributed", "ranks", "one_rank", "tp2", "pp4")
@@ -46,32 +56,8 @@ def published(one_process, tmp_path_factory) -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_gives_the_same_weights(published, tmp_path, kind, form) -> None:
     config = load(tmp_path, "run", *KINDS[kind])
-    stored = StoredTensors(import_model(published["folder"] / f"{kind}_{form}", config))
-    theirs = published[kind].state_dict()
-
-    def same(ours: str, expected: torch.Tensor) -> bool:
-        return torch.equal(stored.read(ours), expected)
-
-    for name in stored.names:
-        assert ".memory." in name or ".experts." in name or same(name, theirs[name])
-    for number in range(config.model.num_layers):
-        layer = f"decoder.layers.{number}."
-        for expert in range(config.model.num_experts or 0):
-            for name in ("linear_fc1", "linear_fc2"):
-                all_experts = stored.read(f"{layer}mlp.experts.{name}.weight")
-                one = theirs[f"{layer}mlp.experts.local_experts.{expert}.{name}.weight"]
-                assert torch.equal(all_experts[expert].reshape(one.shape), one)
-        memory, their_memory = f"{layer}memory.", f"{layer}gengram."
-        if number + 1 not in config.model.gengram.layers:
-            assert not any(name.startswith(memory) for name in stored.names)
-            continue
-        for place, k in enumerate(config.model.gengram.kmer_sizes):
-            table = theirs[f"{their_memory}embeddings.{place}.weight"]
-            assert same(f"{memory}tables.weights.k{k}", table)
-        both = [theirs[f"{their_memory}{name}_proj.weight"] for name in ("key", "value")]
-        assert torch.equal(stored.read(f"{memory}projection.weight").flatten(2), torch.stack(both))
-        taps = stored.read(f"{memory}output.weight")
-        assert torch.equal(taps.t(), theirs[f"{their_memory}short_conv.conv.weight"][:, 0])
+    folder = import_model(published["folder"] / f"{kind}_{form}", config)
+    check_weights(folder, config, published[kind])
 
 
 @pytest.mark.parametrize("form", ["distributed", "ranks"])
@@ -119,16 +105,6 @@ def test_another_model_is_refused(published, tmp_path, form, words, expected) ->
     refused(published["folder"] / f"moe_{form}", tmp_path, expected, *words)
 
 
-class Evil:
-    """What a pickle can do to those who load it."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
 def test_file_that_would_run_code_is_refused(tmp_path) -> None:
     file = tmp_path / "there" / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt"
     file.parent.mkdir(parents=True)
@@ -145,16 +121,6 @@ def test_distributed_description_that_would_run_code_is_refused(tmp_path) -> Non
     assert not (tmp_path / "ran").exists()
 
 
-class Attribute:
-    """Pickled as early Pythons 3.11 pickle a member of an enumeration."""
-
-    def __init__(self, of: object, name: str):
-        self.of, self.name = of, name
-
-    def __reduce__(self):
-        return getattr, (self.of, self.name)
-
-
 def test_members_of_enumerations_are_read_however_python_wrote_them(tmp_path) -> None:
     def write(value: object) -> None:
         (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": value})))
@@ -165,6 +131,70 @@ def test_members_of_enumerations_are_read_however_python_wrote_them(tmp_path) ->
         write(wrong)
         with pytest.raises(UserError, match=r"it would run builtins\.getattr"):
             StoredTensors(tmp_path)
+
+
+def _as_named(module: str, name: str, *bases: type) -> type:
+    """A class that pickles under any name, as it is there while `_pickled` writes it."""
+    return type(name, bases, {"__module__": module, "__qualname__": name})
+
+
+def _pickled(value: object, *classes: type) -> bytes:
+    with ExitStack() as stack:
+        for one in classes:
+            module = import_module(one.__module__)
+            stack.enter_context(patch.object(module, one.__name__, one, create=True))
+        return pickle.dumps(value)
+
+
+MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+
+
+def test_description_by_megatron_core_is_read_and_nothing_else_of_its_module(tmp_path) -> None:
+    theirs = _as_named(MEGATRON, "MCoreMetadata", Metadata)
+    (tmp_path / ".metadata").write_bytes(_pickled(theirs({}), theirs))
+    assert StoredTensors(tmp_path).names == []
+    for name in ("TorchDistSaveShardedStrategy", "os", "MCoreSavePlanner"):
+        other = _as_named(MEGATRON, name)
+        (tmp_path / ".metadata").write_bytes(_pickled(Metadata({"a": other()}), other))
+        with pytest.raises(UserError, match=f"would run {MEGATRON}.{name}"):
+            StoredTensors(tmp_path)
+    # The class of the root with something evil in its notes.
+    notes = theirs({})
+    notes.mcore_data = {"a": Evil(tmp_path / "ran")}
+    (tmp_path / ".metadata").write_bytes(_pickled(notes, theirs))
+    with pytest.raises(UserError, match=r"would run posix\.mkdir"):
+        StoredTensors(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_descriptions_of_other_versions_of_torch_are_read(published, tmp_path) -> None:
+    """Older ones lack fields of the description, newer ones have more, and one older still has
+    the dtype of a tensor in another module."""
+    from torch.distributed._shard.sharded_tensor import metadata as older
+
+    iteration = tmp_path / "there"
+    shutil.copytree(published["folder"] / "dense_distributed" / "iter_0000100", iteration)
+    expected, file = StoredTensors(iteration), iteration / ".metadata"
+    name = "decoder.final_layernorm.weight"
+    described = pickle.loads(file.read_bytes())
+    tensor = described.state_dict_metadata[name]
+    for changed in ("fewer", "more", "older"):
+        if changed == "fewer":
+            described.__dict__ = {
+                field: getattr(described, field)
+                for field in ("state_dict_metadata", "storage_data")
+            }
+        elif changed == "more":
+            described.__dict__["of_a_later_version"] = {"a": [1, "b"]}
+        else:
+            state = tensor.properties.__getstate__()
+            tensor.properties = older.TensorProperties()
+            memory = older.MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+            tensor.properties.__setstate__((*state[:3], memory, state[4]))
+        file.write_bytes(pickle.dumps(described))
+        found = StoredTensors(iteration)
+        assert found.names == expected.names
+        assert torch.equal(found.read(name), expected.read(name))
 
 
 def test_plain_values_beside_members_of_enumerations_are_read(tmp_path) -> None:
@@ -188,7 +218,7 @@ def test_ranks_that_do_not_fit_together_are_refused(published, tmp_path) -> None
         iteration / "mp_rank_01" / "model_optim_rng.pt",
         lambda content: content["model"][changed].add_(1),
     )
-    refused(there, tmp_path, f"{changed} differs between tensor-parallel ranks", *DENSE)
+    refused(there, tmp_path, f"{changed} differs between mp_rank_00 and mp_rank_01", *DENSE)
     (iteration / "mp_rank_00").rename(iteration / "mp_rank_02")
     refused(there, tmp_path, "lacks the file of tensor rank 0, pipeline rank 0", *DENSE)
 
@@ -207,16 +237,18 @@ def test_chunks_of_a_rank_are_in_the_order_of_their_numbers(tmp_path) -> None:
     assert read == list(range(12))
 
 
-def test_expert_parallel_ranks_are_refused(published, tmp_path) -> None:
-    there = tmp_path / "there"
-    save_ranks(published["moe"], load(tmp_path, "run"), there, 1, 1)
-
-    def parallel(content):
-        content["args"].expert_model_parallel_size = 2
-
-    _change(there / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt", parallel)
-    refused(there, tmp_path, "is of a run with expert parallelism")
-
-
 def test_folder_of_something_else_is_refused(tmp_path) -> None:
     refused(tmp_path, tmp_path, "neither a model of transformers")
+
+
+@pytest.mark.parametrize("form", ["distributed", "ranks"])
+def test_command_line_is_given_as_plain_values(published, tmp_path, form) -> None:
+    folder = published["folder"] / f"dense_{form}" / "iter_0000100"
+    found, config = open_megatron(folder), load(tmp_path, "run", *DENSE)
+    assert found.arguments["norm_epsilon"] == config.model.norm_epsilon
+    assert found.arguments["expert_model_parallel_size"] == 1
+    # Objects of classes, which were never made.
+    assert not {"attention_backend", "params_dtype", "load"} & found.arguments.keys()
+    mtp = [f"mtp.layers.0.{name}.weight" for name in ("enorm", "hnorm")]
+    assert found.skipped == (mtp if form == "ranks" else [])
+    assert not set(mtp) & found.names

@@ -181,8 +181,19 @@ class _Reader(dcp.FileSystemReader):
         return ends
 
 
+class _MegatronMetadata(Metadata):
+    """Stands for megatron-core's MCoreMetadata: torch's, with notes on how it was written."""
+
+
 class _Ignored:
     """Stands for megatron-core's notes on how a checkpoint was written."""
+
+
+# Of megatron-core 0.15 and forks of it; later ones have empty classes of these names.
+_STAND_INS = {
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _MegatronMetadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Ignored,
+}
 
 
 def _member(kind: type, name: str) -> Enum:
@@ -205,13 +216,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         ("pathlib", "PosixPath"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
+        # Where older torch keeps the dtype of a tensor.
+        ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+        ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     )
 
     def find_class(self, module: str, name: str):
-        if module == "megatron.core.dist_checkpointing.strategies.torch":
-            return _Ignored
+        if stand_in := _STAND_INS.get((module, name)):
+            return stand_in
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) in self._OTHERS:
