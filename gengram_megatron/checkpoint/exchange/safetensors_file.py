@@ -43,4 +43,4 @@ class SafetensorsFile:
         assert tensor.nbytes == end - begin, f"{name} is not what the header says"
         with self.path.open("r+b") as file:
             file.seek(self._start + begin)
-            file.write(tensor.view(torch.uint8).numpy())
+            file.write(tensor.flatten().view(torch.uint8).numpy())
