@@ -56,11 +56,12 @@ class Weight:
                     f"for {_describe(part.shape, dtype)}: give the config of the model that is there"
                 )
             if not part.index and not part.turned:  # all of ours, which takes no memory twice
-                return theirs.reshape(self.shape).contiguous()
+                return theirs.reshape(self.shape).to(dtype).contiguous()
             target = ours.view(self.view or self.shape)[part.index]
             if part.turned:
                 target = target.t()
             target.copy_(theirs.reshape(target.shape))
+            del theirs  # or the next one would be read beside it
         return ours
 
 
