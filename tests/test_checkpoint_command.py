@@ -6,14 +6,12 @@ import math
 import pickle
 import resource
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from gengram_megatron.checkpoint.checksums import MANIFEST, write_manifest
 from gengram_megatron.checkpoint.store import CheckpointStore, read_facts
@@ -22,8 +20,6 @@ from gengram_megatron.checkpoint.weights_only import Source, write
 from gengram_megatron.cli import main
 from gengram_megatron.errors import UserError
 from tests.exchange_models import Trained, build, load, make, named
-from tests.layouts.launch import ROOT
-from tests.training.tiny import RUN, environment
 
 
 @pytest.fixture(scope="module")
@@ -355,30 +351,3 @@ def test_megatron_folder_that_cannot_be_read_is_a_sentence(tmp_path, gengram) ->
     code, _, err = gengram("checkpoint", *words)
     assert code == 2 and len(err.splitlines()) == 1, err
     assert f"{newest} cannot be read" in err
-
-
-def test_no_command_holds_the_whole_model(tmp_path) -> None:
-    model = {
-        "hidden_size": 512,
-        "num_layers": 8,
-        "num_attention_heads": 8,
-        "attention": "mha",
-        "ffn_hidden_size": 2048,
-        "seq_length": 64,
-    }
-    config = {**RUN, "model": model, "data": {"path": "none"}, "run": {"dir": "none"}}
-    (tmp_path / "large.yaml").write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/memory_of_exchange.py"), str(tmp_path)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["model"] > 130_000_000
-    assert found["write"] > 0  # the others may do with the memory that it has used
-    for what in ("write", "export", "import"):
-        assert found[what] < 60_000_000, found

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from gengram_megatron.checkpoint.blocks import BlockReader
 from gengram_megatron.checkpoint.store import FACTS, checkpoints_at
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
@@ -155,7 +156,7 @@ class _PartPlanner(dcp.DefaultLoadPlanner):
         return self.state_dict[index.fqn]
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(BlockReader):
     """torch's reader, with the description of the tensors read once and safely."""
 
     def __init__(self, folder: Path):

@@ -6,7 +6,7 @@ A run starts from one in its folder as if its weights had been drawn (state.py).
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,8 +62,7 @@ def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) ->
         name: torch.empty(shape, dtype=source.dtypes[name], device="meta")
         for name, shape in source.shapes.items()
     }
-    # A file a tensor, because torch keeps what it wrote until a file is done.
-    writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
+    writer = dcp.FileSystemWriter(partial)
     try:
         _save(described, writer, _OneByOne(source.read))
         torch.save(common, partial / COMMON)
@@ -86,16 +85,20 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def _save(described: dict[str, Tensor], writer: dcp.StorageWriter, planner: "_OneByOne") -> None:
-    """dcp.save's own steps. It warns in a process that is no part of a group."""
+    """dcp.save's own steps, as if a rank had each tensor: the writer keeps what it wrote until it
+    has read the next one of the same rank. dcp.save warns in a process that is no part of a group.
+    """
     planner.set_up_planner(described, writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
+    local = writer.prepare_local_plan(planner.create_local_plan())
     plans, metadata = planner.create_global_plan(
-        [writer.prepare_local_plan(planner.create_local_plan())]
+        [replace(local, items=[item]) for item in local.items]
     )
-    (plan,) = writer.prepare_global_plan(plans)
-    written = writer.write_data(planner.finish_plan(plan), planner)
-    written.wait()
-    writer.finish(metadata, [written.value()])
+    written = [
+        writer.write_data(planner.finish_plan(plan), planner).wait()
+        for plan in writer.prepare_global_plan(plans)
+    ]
+    writer.finish(metadata, written)
 
 
 class _OneByOne(dcp.DefaultSavePlanner):

@@ -6,8 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
 from gengram_megatron.checkpoint.exchange.card import model_card
 from gengram_megatron.checkpoint.exchange.huggingface import (
     check_expressible,
@@ -15,6 +13,7 @@ from gengram_megatron.checkpoint.exchange.huggingface import (
     write_description,
 )
 from gengram_megatron.checkpoint.exchange.names import huggingface_weights
+from gengram_megatron.checkpoint.exchange.safetensors_file import SafetensorsFile
 from gengram_megatron.checkpoint.exchange.weights import Weight
 from gengram_megatron.checkpoint.stored import StoredTensors, read_config
 from gengram_megatron.errors import UserError
@@ -25,8 +24,8 @@ LARGEST_FILE = 5 * 10**9
 
 
 def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> None:
-    """Write `out`, which must not exist yet. At most one file's weights, and the parts of one
-    tensor of the checkpoint, are in memory at a time."""
+    """Write `out`, which must not exist yet. One tensor of the checkpoint is in memory at a time,
+    and one of its parts where that does not lie in it as the file has it."""
     check_installed()
     config = read_config(checkpoint)
     check_expressible(config.model)
@@ -44,7 +43,6 @@ def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> Non
         _write_weights(partial, stored, weights, largest_file)
         write_description(partial, config)
         (partial / "README.md").write_text(card)
-        _share(partial)
         for path in (*partial.iterdir(), partial):
             flush(path)
         os.rename(partial, out)
@@ -54,43 +52,33 @@ def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> Non
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _share(folder: Path) -> None:
-    """Let those read the files who may read the folder: the umask decided that, and safetensors
-    writes files that only their owner may read."""
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.iterdir():
-        path.chmod(mode)
-
-
 def _write_weights(folder: Path, stored: StoredTensors, weights: list[Weight], limit: int) -> None:
-    sizes = {
-        part.name: math.prod(part.shape) * stored.dtype(weight.key).itemsize
+    tensors = {
+        part.name: (part.shape, stored.dtype(weight.key))
         for weight in weights
         for part in weight.parts
     }
-    files = _files(sizes, limit)
-    left = {name: list(files.values()).count(name) for name in files.values()}
-    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
+    places = _files(sizes, limit)
+    files = {
+        file: SafetensorsFile(
+            folder / file, {name: tensors[name] for name in tensors if places[name] == file}
+        )
+        for file in dict.fromkeys(places.values())
+    }
     for weight in weights:
-        for name, tensor in weight.split(stored.read(weight.key)):
-            file = files[name]
-            waiting.setdefault(file, {})[name] = tensor
-            left[file] -= 1
-            if not left[file]:
-                _save(waiting.pop(file), folder / file)
-    if len(left) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        _write_weight(
+            weight, stored, {part.name: files[places[part.name]] for part in weight.parts}
+        )
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, too, is one of these and no OSError
-        raise UserError(f"{file} cannot be written: {error}") from None
+def _write_weight(weight: Weight, stored: StoredTensors, files: dict[str, SafetensorsFile]) -> None:
+    """In a function of its own: a loop's variable would keep a tensor while the next one is read."""
+    for name, tensor in weight.split(stored.read(weight.key)):
+        files[name].write(name, tensor)
 
 
 def _files(sizes: dict[str, int], limit: int) -> dict[str, str]:

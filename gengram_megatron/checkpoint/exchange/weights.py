@@ -38,12 +38,12 @@ class Weight:
     view: tuple[int, ...] | None = None
 
     def split(self, ours: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Our tensor as tensors of the other format, each with memory of its own."""
+        """Our tensor as tensors of the other format: contiguous, and views of ours where those are."""
         for part in self.parts:
             found = ours.view(self.view or self.shape)[part.index]
             if part.turned:
                 found = found.t()
-            yield part.name, found.reshape(part.shape).clone(memory_format=torch.contiguous_format)
+            yield part.name, found.reshape(part.shape).contiguous()
 
     def join(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
         """Our tensor from those of the other format. UserError: one has another shape or dtype."""
@@ -55,10 +55,13 @@ class Weight:
                     f"{part.name} is {_describe(theirs.shape, theirs.dtype)}, and the config asks "
                     f"for {_describe(part.shape, dtype)}: give the config of the model that is there"
                 )
+            if not part.index and not part.turned:  # all of ours, which takes no memory twice
+                return theirs.reshape(self.shape).to(dtype).contiguous()
             target = ours.view(self.view or self.shape)[part.index]
             if part.turned:
                 target = target.t()
             target.copy_(theirs.reshape(target.shape))
+            del theirs  # or the next one would be read beside it
         return ours
 
 
