@@ -7,14 +7,14 @@ in one tensor all get the names of megatron-core's plain modules.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gengram_megatron.checkpoint.access import check_readable
-from gengram_megatron.checkpoint.exchange.untrusted import StandIn, read_untrusted
+from gengram_megatron.checkpoint.exchange.untrusted import read_untrusted
 from gengram_megatron.checkpoint.stored import COMMON, METADATA, StoredTensors
 from gengram_megatron.errors import UserError
 
@@ -47,14 +47,34 @@ _GATED = re.compile(r"linear_fc1\.weight$")
 
 
 class MegatronTensors:
-    """names: what is there. read: one whole tensor. argument: a setting of the run, or None."""
+    """The tensors of one checkpoint, and the command line of the run that wrote it.
 
-    def __init__(self, names: set[str], read: Callable[[str], Tensor], arguments: StandIn | None):
-        self.names, self.read, self._arguments = names, read, arguments
+    names: what is there. read: one whole tensor. arguments: all plain values of the command line
+    (numbers, strings, booleans, None and lists of them); empty where the checkpoint has none.
+    skipped: tensors that were left out, as this model has no such part.
+    """
+
+    def __init__(
+        self,
+        names: set[str],
+        read: Callable[[str], Tensor],
+        arguments: object = None,
+        skipped: Iterable[str] = (),
+    ):
+        self.names, self.read, self.skipped = names, read, sorted(skipped)
+        # A StandIn, or the Namespace itself where megatron-core has told torch to let it through.
+        found = getattr(arguments, "__dict__", {})
+        self.arguments = {name: value for name, value in found.items() if _is_plain(value)}
 
     def argument(self, name: str):
         """As the run's command line had it; None where the checkpoint does not say."""
-        return getattr(self._arguments, name, None)
+        return self.arguments.get(name)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def find_megatron(path: Path) -> Path | None:
