@@ -2,13 +2,16 @@
 config from them."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from gengram_megatron.checkpoint.exchange import importing
 from gengram_megatron.checkpoint.exchange.importing import import_model
+from gengram_megatron.checkpoint.exchange.megatron import MegatronTensors
 from gengram_megatron.checkpoint.exchange.megatron_arguments import (
     differences,
     wanted_model,
@@ -382,6 +385,17 @@ def test_unknown_arguments_and_other_rounding_are_told() -> None:
     assert "fp32_residual_connection true" in line and "fp8 hybrid" in line
 
 
+def test_defaults_of_megatron_core_are_no_cause_for_a_warning() -> None:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    plain = (bool, int, float, str)
+    defaults = {
+        one.name: one.default for one in fields(MLATransformerConfig) if type(one.default) in plain
+    }
+    assert len(defaults) > 150
+    assert list(warnings(defaults)) == []
+
+
 # What a person does with a checkpoint. Its weights are those of the tiny model of MOE.
 
 
@@ -507,6 +521,19 @@ def test_warnings_are_shown(there) -> None:
     assert done.exit_code == 0
     assert "warning: " in done.stderr and "no_such_multiplier 3.5" in done.stderr
     assert "no_such_multiplier" not in done.stdout
+
+
+def test_tensors_left_out_are_told_in_a_line(there, monkeypatch) -> None:
+    opened = importing.open_megatron
+
+    def with_others(folder: Path) -> MegatronTensors:
+        tensors = opened(folder)
+        tensors.skipped = ["mtp.layers.0.a", "mtp.layers.0.b"]
+        return tensors
+
+    monkeypatch.setattr(importing, "open_megatron", with_others)
+    [line] = importing.open_foreign(there).warnings
+    assert "2 tensors" in line and "mtp.layers.0.a" in line
 
 
 def test_checkpoint_that_says_nothing_asks_for_the_sizes(there) -> None:

@@ -123,7 +123,7 @@ def import_(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CONFIG]",
+            metavar="CONFIG",
             help="The YAML file of a run; left out with --new-config and --print-config.",
             show_default=False,
         ),

@@ -61,6 +61,8 @@ class Foreign:
     @property
     def precision(self) -> str:
         """The value of train.precision with which a run keeps its weights as they are."""
+        if self.embedding not in self.names:
+            raise UserError(f"{self.path} lacks {self.embedding}: it is not a decoder of this kind")
         with reading(self.path):
             return "fp32" if self.read(self.embedding).dtype == torch.float32 else "bf16"
 
@@ -158,7 +160,8 @@ def _huggingface(path: Path) -> Foreign:
 
     def differences(config: Config) -> list[Difference]:
         check_expressible(config.model)
-        return _huggingface_differences(found, config)
+        _check_settings(path / HUGGINGFACE_CONFIG, found, config)
+        return []
 
     return Foreign(
         path,
@@ -190,14 +193,14 @@ def _read_json(file: Path) -> dict:
         raise UserError(f"{file} is not JSON: {error}") from None
 
 
-def _huggingface_differences(found: dict, config: Config) -> list[Difference]:
+def _check_settings(file: Path, found: dict, config: Config) -> None:
     """What the shapes of the weights do not show, such as the base of the rotary embedding."""
-    expected = json.loads(json.dumps(model_config(config)))
-    return [
-        Difference(name, found.get(name), None, value)
-        for name, value in expected.items()
-        if name not in _NO_MATTER and found.get(name) != value
-    ]
+    for name, value in json.loads(json.dumps(model_config(config))).items():
+        if name not in _NO_MATTER and found.get(name) != value:
+            raise UserError(
+                f"{file} has {name} {found.get(name)!r}, and the config makes it {value!r}: give "
+                "the config of the model that is there"
+            )
 
 
 def _megatron(folder: Path) -> Foreign:

@@ -33,6 +33,7 @@ _SAME = {
     "num_attention_heads": "num_attention_heads",
     "padded_vocab_size": "vocab_size",
     "norm_epsilon": "norm_epsilon",
+    "layernorm_epsilon": "norm_epsilon",  # later versions' names of this and layernorm_1p
     "rotary_base": "rotary_base",
 }
 """Arguments whose value is that of a key."""
@@ -76,6 +77,7 @@ _ALWAYS = {
     # Norms, biases and activations.
     "normalization": "RMSNorm",
     "apply_layernorm_1p": False,
+    "layernorm_zero_centered_gamma": False,
     "apply_residual_connection_post_layernorm": False,
     "add_bias_linear": False,
     "add_qkv_bias": False,
@@ -414,7 +416,7 @@ _HARMLESS = re.compile(
     r"|use_(nccl|sharp|megatron_fsdp|torch|tp_pp|ring|gloo|mp_args|mcore|flash|fused|te_|pytorch)"
     r"|overlap|align_|defer|delay_|wgrad|gradient_|grad_reduce|accumulate|tp_comm|cp_comm|scatter_"
     r"|account_for|microbatch_group|high_priority|sharp_|replication|async|torch_fsdp|pin_cpu|cpu_"
-    r"|use_persistent|suggested|keep_fp8|enable_(full|gloo|ft|one|msc|cuda|experimental)|symmetric"
+    r"|batch_p2p|use_mamba|use_persistent|suggested|keep_fp8|enable_(full|gloo|ft|one|msc|cuda|experimental)|symmetric"
     r"|moe_(deepep|enable_deepep|flex|hybridep|permute|pad|router_fusion|router_padding)|ep_overlap"
     r"|moe_(extended_tp|grouped_gemm|use_legacy_grouped|shared_expert_(overlap|gate))|offload|min_off"
     r"|fine_grained_act|max_seqlen|params_dtype|bf16$|lazy_mpu|local$|variable_seq"

@@ -52,7 +52,7 @@ def new_config(path: Path, foreign: Foreign, overrides: list[str]) -> tuple[str,
         plain["data"]["tokenizer"] = config.data.tokenizer
     lines = "\n".join(_lines(plain))
     text = f"""\
-# The model of {str(foreign.path.resolve())!r}, for a run that starts from its weights.
+# The model of {foreign.path}, for a run that starts from its weights.
 # All other keys have their defaults; `gengram config --keys` lists them.
 {lines}
 """
