@@ -101,10 +101,10 @@ TRAINING = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 2,
-    "transformer_pipeline_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 1,
+    "transformer_pipeline_model_parallel_size": 1,
     "expert_model_parallel_size": 1,
-    "data_parallel_size": 4,
+    "data_parallel_size": 8,
     "world_size": 8,
     "rank": 0,
     "local_rank": 0,
@@ -459,8 +459,8 @@ def test_printed_config_loads_and_gives_the_published_answers(there, published) 
     assert printed.exit_code == 0, printed.exception
     assert sorted(Path().iterdir()) == [there]
     file = Path("printed.yaml")
-    file.write_text(printed.output)
-    assert "CHOOSE" in printed.output
+    file.write_text(printed.stdout)
+    assert "CHOOSE" in printed.stdout
     config = load_config(file, ["checkpoint.asynchronous=false"], Config)
     assert config.run.dir == "runs/there"
     assert (config.train.precision, config.train.steps, config.train.samples) == ("fp32", 4, None)
