@@ -15,8 +15,8 @@ from gengram_megatron.checkpoint.exchange.megatron import MegatronTensors
 from gengram_megatron.checkpoint.exchange.megatron_arguments import (
     differences,
     wanted_model,
-    warnings,
 )
+from gengram_megatron.checkpoint.exchange.megatron_other_arguments import argument_warnings
 from gengram_megatron.cli import app
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
@@ -188,7 +188,7 @@ def tiny(tmp_path_factory) -> Config:
 
 def test_same_model_has_no_differences_and_no_warnings(tiny) -> None:
     assert table(MOE | TRAINING, tiny) == {}
-    assert list(warnings(MOE | TRAINING)) == []
+    assert list(argument_warnings(MOE | TRAINING)) == []
 
 
 def test_what_a_checkpoint_does_not_say_is_not_compared(tiny) -> None:
@@ -376,12 +376,17 @@ def test_router_of_one_expert_has_its_softmax_before_the_choice(tmp_path) -> Non
 
 
 def test_unknown_arguments_and_other_rounding_are_told() -> None:
-    unknown = {"embedding_multiplier": 12.0, "attn_logit_softcapping": 50, "spec": ["a", "b"]}
-    [line] = warnings(MOE | TRAINING | unknown | {"no_such_thing": False, "nor_this": []})
-    for name, value in (("embedding_multiplier", "12"), ("attn_logit_softcapping", "50")):
+    unknown = {
+        "embedding_multiplier": 12.0,
+        "attn_logit_softcapping": 50,
+        "spec": ["a", "b"],
+        "logits_scaling": 8,
+    }
+    [line] = argument_warnings(MOE | TRAINING | unknown | {"no_such_thing": False, "nor_this": []})
+    for name, value in (("embedding_multiplier", "12"), ("logits_scaling", "8")):
         assert f"{name} {value}" in line
     assert "no_such_thing" not in line and "nor_this" not in line
-    [line] = warnings(MOE | {"fp32_residual_connection": True, "fp8": "hybrid"})
+    [line] = argument_warnings(MOE | {"fp32_residual_connection": True, "fp8": "hybrid"})
     assert "fp32_residual_connection true" in line and "fp8 hybrid" in line
 
 
@@ -393,7 +398,7 @@ def test_defaults_of_megatron_core_are_no_cause_for_a_warning() -> None:
         one.name: one.default for one in fields(MLATransformerConfig) if type(one.default) in plain
     }
     assert len(defaults) > 150
-    assert list(warnings(defaults)) == []
+    assert list(argument_warnings(defaults)) == []
 
 
 # What a person does with a checkpoint. Its weights are those of the tiny model of MOE.

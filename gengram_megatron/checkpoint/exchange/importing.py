@@ -20,6 +20,7 @@ from gengram_megatron.checkpoint.exchange.huggingface import (
     model_config,
 )
 from gengram_megatron.checkpoint.exchange.megatron import NEWEST, find_megatron, open_megatron
+from gengram_megatron.checkpoint.exchange.megatron_other_arguments import argument_warnings
 from gengram_megatron.checkpoint.exchange.names import huggingface_weights, megatron_weights
 from gengram_megatron.checkpoint.exchange.settings import Difference, refuse
 from gengram_megatron.checkpoint.exchange.weights import Weight
@@ -217,7 +218,7 @@ def _megatron(folder: Path) -> Foreign:
             and int(part[1]) + 1 not in model.gengram.layers
         }
 
-    warnings = list(megatron_arguments.warnings(tensors.arguments))
+    warnings = list(argument_warnings(tensors.arguments))
     if tensors.skipped:
         warnings.append(
             f"{len(tensors.skipped)} tensors of multi-token prediction, which this program does "
