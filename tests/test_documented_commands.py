@@ -152,7 +152,8 @@ def gengram(words: list[str], shown: str) -> None:
         if len(words) > 1:
             check_config("gengram", words)
     elif name == "checkpoint":
-        if "config" in parsed("gengram", words):
+        given = parsed("gengram", words)
+        if given.get("config") and not (given["new_config"] or given["print_config"]):
             check_config("gengram", words)
     else:
         raise AssertionError(f"no way of checking `{shown}` is written here")

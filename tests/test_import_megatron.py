@@ -92,10 +92,6 @@ def refused(source: Path, tmp_path: Path, expected: str, *words: str) -> None:
         (["model.num_layers=5"], "lacks decoder.layers.4."),
         (["model.num_layers=3"], "holds decoder.layers.3."),
         (["model.gengram.enabled=false"], "which the config has no place for"),
-        (
-            ["model.gengram.window=20", "model.rotary_base=500"],
-            "was trained with rotary_base 10000",
-        ),
         (["model.ffn_hidden_size=16"], "and the config asks for 32 x 32"),
         (["train.precision=bf16"], "asks for 32 x 32 in bfloat16"),
     ],

@@ -9,10 +9,11 @@ import typer
 from gengram_megatron.checkpoint.access import check_readable, reading
 from gengram_megatron.checkpoint.checksums import check_whole
 from gengram_megatron.checkpoint.verify import verify
-from gengram_megatron.config.arguments import ConfigFile, Overrides
+from gengram_megatron.config.arguments import Overrides
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.files import check_folder_writable
+from gengram_megatron.errors import UserError, tell
+from gengram_megatron.files import check_folder_writable, check_writable, replacing
 
 app = typer.Typer(
     help="Look at checkpoints, and carry them in and out.",
@@ -119,19 +120,107 @@ def import_(
         Path,
         typer.Argument(metavar="PATH", help="The model's folder.", show_default=False),
     ],
-    config: ConfigFile,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="The YAML file of a run; left out with --new-config and --print-config.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
+    new_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--new-config",
+            metavar="FILE",
+            help="Write the config that the model wants to FILE, a new one, and import with it.",
+            show_default=False,
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print the config that the model wants, and no more."),
+    ] = False,
 ) -> None:
     """Let a run start from the weights of another format.
 
     PATH is what `gengram checkpoint export` wrote, or a checkpoint of Megatron-LM (its folder, or
     that of one iteration; files of tensor- and pipeline-parallel ranks, or a distributed one),
-    with or without the Gengram code published for it. CONFIG describes the model that is there, and
-    names the new run's folder as run.dir: `gengram train` with the same CONFIG then starts at step
-    0 from these weights. A model other than CONFIG's is refused.
-    """
-    loaded = load_config(config, overrides or [], Config)
-    check_folder_writable(Path(loaded.run.dir) / "checkpoints")
-    from gengram_megatron.checkpoint.exchange.importing import import_model
+    with or without the Gengram code published for it.
 
-    print(import_model(path, loaded))
+    \b
+      gengram checkpoint import megatron/iter_0001000 --print-config
+      gengram checkpoint import megatron/iter_0001000 --new-config my_run.yaml run.dir=runs/mine
+      gengram checkpoint import megatron/iter_0001000 my_run.yaml run.dir=runs/mine
+
+    A config can be written from what the model says of itself; set its data.path and train.steps
+    then. Or CONFIG describes the model that is there. Either names the new run's folder as run.dir:
+    `gengram train` with the same config then starts at step 0 from these weights.
+
+    A model other than the config's is refused, with a table of the settings that differ: the sizes
+    and all else that changes what the same weights compute.
+    """
+    file = None if config is None or "=" in config else Path(config)
+    words = [word for word in (config, *(overrides or [])) if word is not None]
+    if print_config or new_config:
+        option = "--print-config" if print_config else "--new-config"
+        if file is not None:
+            raise UserError(
+                f"CONFIG {file} and {option} are both given: leave out CONFIG, which would be "
+                f"written, or {option}"
+            )
+        if print_config and new_config:
+            raise UserError("--print-config and --new-config are both given: give one of them")
+    elif file is None:
+        raise UserError(
+            "CONFIG is missing: name the config of the model that is there, or let --new-config "
+            "FILE write it"
+        )
+    if print_config:
+        _print_config(path, words)
+    elif new_config:
+        _import_with_new_config(path, new_config, words)
+    else:
+        loaded = load_config(file, words[1:], Config)
+        check_folder_writable(Path(loaded.run.dir) / "checkpoints")
+        from gengram_megatron.checkpoint.exchange.importing import import_foreign
+
+        print(import_foreign(_opened(path), loaded))
+
+
+def _print_config(path: Path, words: list[str]) -> None:
+    from gengram_megatron.checkpoint.exchange.new_config import new_config
+
+    text, _ = new_config(path, _opened(path), words)
+    print(text, end="")
+
+
+def _import_with_new_config(path: Path, file: Path, words: list[str]) -> None:
+    """The file is written last, so that it is there only if the checkpoint is."""
+    if file.exists():
+        raise UserError(
+            f"--new-config {file} is there already: give another name, or give it as CONFIG"
+        )
+    check_writable(file, "--new-config")
+    from gengram_megatron.checkpoint.exchange.importing import import_foreign
+    from gengram_megatron.checkpoint.exchange.new_config import new_config
+
+    foreign = _opened(path)
+    text, config = new_config(path, foreign, words)
+    check_folder_writable(Path(config.run.dir) / "checkpoints")
+    checkpoint = import_foreign(foreign, config)
+    with replacing(file) as beside:
+        beside.write_text(text)
+    print(checkpoint)
+    print(f"wrote {file}; set its data.path and how long it trains, then: gengram train {file}")
+
+
+def _opened(path: Path):
+    """The model, after its warnings have been shown."""
+    from gengram_megatron.checkpoint.exchange.importing import open_foreign
+
+    foreign = open_foreign(path)
+    for line in foreign.warnings:
+        tell(f"warning: {line}")
+    return foreign

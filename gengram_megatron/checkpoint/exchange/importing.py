@@ -3,8 +3,8 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,22 +12,20 @@ from torch import Tensor
 
 from gengram_megatron.checkpoint import weights_only
 from gengram_megatron.checkpoint.access import check_readable, reading
+from gengram_megatron.checkpoint.exchange import megatron_arguments
 from gengram_megatron.checkpoint.exchange.huggingface import (
     DTYPES,
     check_expressible,
     check_installed,
     model_config,
 )
-from gengram_megatron.checkpoint.exchange.megatron import (
-    NEWEST,
-    MegatronTensors,
-    find_megatron,
-    open_megatron,
-)
+from gengram_megatron.checkpoint.exchange.megatron import NEWEST, find_megatron, open_megatron
+from gengram_megatron.checkpoint.exchange.megatron_other_arguments import argument_warnings
 from gengram_megatron.checkpoint.exchange.names import huggingface_weights, megatron_weights
+from gengram_megatron.checkpoint.exchange.settings import Difference, refuse
 from gengram_megatron.checkpoint.exchange.weights import Weight
 from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts
-from gengram_megatron.config.schema import Config
+from gengram_megatron.config.schema import Config, Model
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.errors import UserError
 
@@ -40,26 +38,66 @@ _NO_MATTER = ("architectures", "auto_map", "dtype", "initializer_range", "max_po
 
 @dataclass(frozen=True)
 class Foreign:
-    """The tensors of another format by name, and where each of ours lies among them."""
+    """A model of another format, before any config is compared with it.
 
+    names: of its tensors. read: one whole tensor. embedding: the name of the input embedding.
+    weights: where each of our tensors lies among them.
+    differences: all that it says otherwise than a config of what it computes.
+    model, train: keys below `model.` and `train.` of a config for it, as far as it says them.
+    unused: tensors that are there and that the model which a config describes does not use.
+    warnings: sentences for the person who imports it.
+    """
+
+    path: Path
     names: set[str]
     read: Callable[[str], Tensor]
-    weights: list[Weight]
+    embedding: str
+    weights: Callable[[Model], list[Weight]]
+    differences: Callable[[Config], list[Difference]]
+    model: dict[str, object]
+    train: dict[str, object] = field(default_factory=dict)
+    unused: Callable[[Model], set[str]] = lambda model: set()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def precision(self) -> str:
+        """The value of train.precision with which a run keeps its weights as they are."""
+        if self.embedding not in self.names:
+            raise UserError(f"{self.path} lacks {self.embedding}: it is not a decoder of this kind")
+        with reading(self.path):
+            return "fp32" if self.read(self.embedding).dtype == torch.float32 else "bf16"
 
 
 def import_model(path: Path, config: Config) -> Path:
     """Write the first checkpoint of config.run.dir; returns it. One tensor is in memory at a time.
 
-    UserError: what is there is another model than the config's.
+    UserError: what is there is another model than the config's. Nothing is left in run.dir then.
     """
+    return import_foreign(open_foreign(path), config)
+
+
+def open_foreign(path: Path) -> Foreign:
+    """UserError: there is no model of a known format, or its files cannot be read."""
+    with reading(path):
+        if (path / HUGGINGFACE_CONFIG).is_file():
+            return _huggingface(path)
+        if folder := find_megatron(path):
+            return _megatron(folder)
+    raise UserError(
+        f"{path} is neither a model of transformers, with its {HUGGINGFACE_CONFIG}, nor a "
+        f"checkpoint of Megatron-LM, with its {NEWEST} or the files of one iteration"
+    )
+
+
+def import_foreign(foreign: Foreign, config: Config) -> Path:
+    """As import_model, of a model that has been opened."""
     store = CheckpointStore(Path(config.run.dir) / "checkpoints")
     if store.newest():
         raise UserError(f"{store.folder} holds checkpoints already; give another run.dir")
-    with reading(path):
-        foreign = _open(path, config)
-    _check_names(path, foreign)
+    refuse(foreign.path, foreign.differences(config))
+    weights = {weight.key: weight for weight in foreign.weights(config.model)}
+    _check_names(foreign, config.model, list(weights.values()))
     dtype = getattr(torch, DTYPES[config.train.dtype])
-    weights = {weight.key: weight for weight in foreign.weights}
     source = weights_only.Source(
         {key: weight.shape for key, weight in weights.items()},
         dict.fromkeys(weights, dtype),
@@ -75,38 +113,43 @@ def import_model(path: Path, config: Config) -> Path:
         tables={table.name: asdict(table) for table in tables},
     )
     common = {"config": config.model_dump(), "step": 0}
-    return weights_only.write(store, source, common, facts)
+    with _removed_if_empty(store.folder):
+        return weights_only.write(store, source, common, facts)
 
 
-def _open(path: Path, config: Config) -> Foreign:
-    if (path / HUGGINGFACE_CONFIG).is_file():
-        return _huggingface(path, config)
-    if folder := find_megatron(path):
-        return _megatron(folder, config)
-    raise UserError(
-        f"{path} is neither a model of transformers, with its {HUGGINGFACE_CONFIG}, nor a "
-        f"checkpoint of Megatron-LM, with its {NEWEST} or the files of one iteration"
-    )
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """After an error, folders that were made for what could not be written are removed again."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    except BaseException:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
+        raise
 
 
-def _check_names(path: Path, foreign: Foreign) -> None:
+def _check_names(foreign: Foreign, model: Model, weights: list[Weight]) -> None:
     """All that the config asks for is there, and nothing that it has no place for."""
-    wanted = {part.name for weight in foreign.weights for part in weight.parts}
-    if missing := sorted(wanted - foreign.names):
-        raise UserError(f"{path} lacks {missing[0]}: give the config of the model that is there")
-    if others := sorted(foreign.names - wanted):
+    wanted = {part.name for weight in weights for part in weight.parts}
+    names = foreign.names - foreign.unused(model)
+    if missing := sorted(wanted - names):
         raise UserError(
-            f"{path} holds {others[0]}, which the config has no place for: give the config of "
-            "the model that is there"
+            f"{foreign.path} lacks {missing[0]}: give the config of the model that is there"
+        )
+    if others := sorted(names - wanted):
+        raise UserError(
+            f"{foreign.path} holds {others[0]}, which the config has no place for: give the "
+            "config of the model that is there"
         )
 
 
-def _huggingface(path: Path, config: Config) -> Foreign:
+def _huggingface(path: Path) -> Foreign:
     check_installed()
-    check_expressible(config.model)
     weights = sorted(path.glob("*.safetensors"))
     check_readable([path / HUGGINGFACE_CONFIG, *weights])
-    _check_settings(path, config)
+    found = _read_json(path / HUGGINGFACE_CONFIG)
     files = {}
     for file in weights:
         with _safetensors(file) as tensors:
@@ -116,7 +159,20 @@ def _huggingface(path: Path, config: Config) -> Foreign:
         with _safetensors(files[name]) as tensors:
             return tensors.get_tensor(name)
 
-    return Foreign(set(files), read, huggingface_weights(config.model))
+    def differences(config: Config) -> list[Difference]:
+        check_expressible(config.model)
+        _check_settings(path / HUGGINGFACE_CONFIG, found, config)
+        return []
+
+    return Foreign(
+        path,
+        set(files),
+        read,
+        embedding="model.embed_tokens.weight",
+        weights=huggingface_weights,
+        differences=differences,
+        model={},
+    )
 
 
 @contextmanager
@@ -131,13 +187,15 @@ def _safetensors(file: Path) -> Iterator:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 
-def _check_settings(path: Path, config: Config) -> None:
-    """What the shapes of the weights do not show, such as the base of the rotary embedding."""
-    file = path / HUGGINGFACE_CONFIG
+def _read_json(file: Path) -> dict:
     try:
-        found = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def _check_settings(file: Path, found: dict, config: Config) -> None:
+    """What the shapes of the weights do not show, such as the base of the rotary embedding."""
     for name, value in json.loads(json.dumps(model_config(config))).items():
         if name not in _NO_MATTER and found.get(name) != value:
             raise UserError(
@@ -146,43 +204,35 @@ def _check_settings(path: Path, config: Config) -> None:
             )
 
 
-def _megatron(folder: Path, config: Config) -> Foreign:
+def _megatron(folder: Path) -> Foreign:
     check_readable(file for file in folder.rglob("*") if not file.is_dir())
-    tensors, model = open_megatron(folder), config.model
-    _check_arguments(folder, tensors, config)
-    # The published code has the memory's weights in every layer, and uses them in some.
-    unused = {
-        name
-        for name in tensors.names
-        if (part := re.match(r"decoder\.layers\.(\d+)\.gengram\.", name))
-        and model.gengram.enabled
-        and int(part[1]) + 1 not in model.gengram.layers
-    }
-    return Foreign(tensors.names - unused, tensors.read, megatron_weights(model))
+    tensors = open_megatron(folder)
 
-
-def _check_arguments(folder: Path, tensors: MegatronTensors, config: Config) -> None:
-    """As far as the checkpoint holds its command line: what the shapes do not show."""
-    model = config.model
-    expected = {
-        "num_attention_heads": model.num_attention_heads,
-        "rotary_base": model.rotary_base,
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
-        "norm_epsilon": model.norm_epsilon,
-        "normalization": "RMSNorm",
-    }
-    if model.attention == "mla":
-        expected["rope_type"] = "rope"
-    if model.num_experts is not None:
-        expected |= {
-            "moe_router_topk": model.moe_router_topk,
-            "moe_router_pre_softmax": model.moe_router_topk == 1,
+    def unused(model: Model) -> set[str]:
+        """The published code has the memory's weights in every layer, and uses them in some."""
+        return {
+            name
+            for name in tensors.names
+            if (part := re.match(r"decoder\.layers\.(\d+)\.gengram\.", name))
+            and model.gengram.enabled
+            and int(part[1]) + 1 not in model.gengram.layers
         }
-    for name, value in expected.items():
-        found = tensors.argument(name)
-        if found is not None and found != value:
-            raise UserError(
-                f"{folder} was trained with {name} {found!r}, and the config makes it {value!r}: "
-                "give the config of the model that is there"
-            )
+
+    warnings = list(argument_warnings(tensors.arguments))
+    if tensors.skipped:
+        warnings.append(
+            f"{len(tensors.skipped)} tensors of multi-token prediction, which this program does "
+            f"not have, are left out: {tensors.skipped[0]} and so on"
+        )
+    return Foreign(
+        folder,
+        tensors.names,
+        tensors.read,
+        embedding="embedding.word_embeddings.weight",
+        weights=megatron_weights,
+        differences=lambda config: megatron_arguments.differences(tensors.arguments, config),
+        model=megatron_arguments.wanted_model(tensors.arguments),
+        train=megatron_arguments.wanted_batch(tensors.arguments),
+        unused=unused,
+        warnings=tuple(warnings),
+    )

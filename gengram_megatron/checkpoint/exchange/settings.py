@@ -4,6 +4,7 @@ A setting that differs would let weights load that then compute something else. 
 are told at once, with the values of both sides.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +32,34 @@ def refuse(path: Path, differences: list[Difference]) -> None:
         return
     rows = [("there", "value there", "key here", "value here")]
     for one in differences:
-        rows.append(
-            (one.name, inline_yaml(one.theirs), one.key or "no key for it", inline_yaml(one.ours))
-        )
+        rows.append((one.name, shown(one.theirs), one.key or "no key for it", shown(one.ours)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     table = "\n".join(
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
         for row in rows
     )
+    remedies = []
+    if any(one.key for one in differences):
+        remedies.append(
+            "set the keys to the values that are there, or let --print-config write the config of "
+            "this model"
+        )
+    if not all(one.key for one in differences):
+        remedies.append(
+            "a model with a setting that has no key here cannot be imported: this program always "
+            "computes with the value here"
+        )
+    remedy = "\n".join(remedies)
     raise UserError(
         f"{path} holds another model than the config's; its weights would load and compute "
-        f"something else:\n{table}\nset the keys to the values that are there, or let "
-        "--print-config write the config of this model"
+        f"something else:\n{table}\n{remedy}"
     )
+
+
+def shown(value: object) -> str:
+    """A value of an argument or a key on one line."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict | float):
+        return json.dumps(value)
+    return inline_yaml(list(value) if isinstance(value, tuple) else value)
