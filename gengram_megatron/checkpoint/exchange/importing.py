@@ -1,10 +1,10 @@
 """A model of another format as a checkpoint that a run starts from: its weights at step 0."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,28 +12,30 @@ from torch import Tensor
 
 from gengram_megatron.checkpoint import weights_only
 from gengram_megatron.checkpoint.access import check_readable, reading
-from gengram_megatron.checkpoint.exchange import megatron_arguments
+from gengram_megatron.checkpoint.exchange import huggingface_settings, megatron_arguments
 from gengram_megatron.checkpoint.exchange.huggingface import (
     DTYPES,
     check_expressible,
     check_installed,
-    model_config,
 )
+from gengram_megatron.checkpoint.exchange.huggingface_files import open_files, read_json
 from gengram_megatron.checkpoint.exchange.megatron import NEWEST, find_megatron, open_megatron
 from gengram_megatron.checkpoint.exchange.megatron_other_arguments import argument_warnings
-from gengram_megatron.checkpoint.exchange.names import huggingface_weights, megatron_weights
+from gengram_megatron.checkpoint.exchange.names import (
+    EMBEDDING,
+    OUTPUT,
+    huggingface_weights,
+    is_joined,
+    megatron_weights,
+)
 from gengram_megatron.checkpoint.exchange.settings import Difference, refuse
 from gengram_megatron.checkpoint.exchange.weights import Weight
 from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts
 from gengram_megatron.config.schema import Config, Model
 from gengram_megatron.config.tables import kmer_tables
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import UserError, tell
 
 HUGGINGFACE_CONFIG = "config.json"
-
-# Of a model's config.json, what decides neither its weights nor what it computes.
-_NO_MATTER = ("architectures", "auto_map", "dtype", "initializer_range", "max_position_embeddings",
-              "router_aux_loss_coef", "rope_theta")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def import_foreign(foreign: Foreign, config: Config) -> Path:
     if store.newest():
         raise UserError(f"{store.folder} holds checkpoints already; give another run.dir")
     refuse(foreign.path, foreign.differences(config))
+    _tell_of_rounding(foreign, config)
     weights = {weight.key: weight for weight in foreign.weights(config.model)}
     _check_names(foreign, config.model, list(weights.values()))
     dtype = getattr(torch, DTYPES[config.train.dtype])
@@ -115,6 +118,21 @@ def import_foreign(foreign: Foreign, config: Config) -> Path:
     common = {"config": config.model_dump(), "step": 0}
     with _removed_if_empty(store.folder):
         return weights_only.write(store, source, common, facts)
+
+
+def _tell_of_rounding(foreign: Foreign, config: Config) -> None:
+    """Weights in another precision than the run's are converted, which must not go unseen."""
+    there, here = foreign.precision, config.train.dtype
+    if (there, here) == ("fp32", "bf16"):
+        tell(
+            "warning: the weights are float32 there and are rounded to bfloat16, because "
+            "train.precision keeps them so here"
+        )
+    elif there != here:
+        tell(
+            "warning: the weights have 16 bits there and are kept in float32, because "
+            "train.precision is fp32; they gain no digits by it"
+        )
 
 
 @contextmanager
@@ -147,61 +165,32 @@ def _check_names(foreign: Foreign, model: Model, weights: list[Weight]) -> None:
 
 def _huggingface(path: Path) -> Foreign:
     check_installed()
-    weights = sorted(path.glob("*.safetensors"))
-    check_readable([path / HUGGINGFACE_CONFIG, *weights])
-    found = _read_json(path / HUGGINGFACE_CONFIG)
-    files = {}
-    for file in weights:
-        with _safetensors(file) as tensors:
-            files |= dict.fromkeys(tensors.keys(), file)
+    check_readable([path / HUGGINGFACE_CONFIG])
+    found = read_json(path / HUGGINGFACE_CONFIG)
+    try:
+        wanted = huggingface_settings.wanted_model(found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    names, read_stored = open_files(path)
+    tied = huggingface_settings.tied(found)
 
     def read(name: str) -> Tensor:
-        with _safetensors(files[name]) as tensors:
-            return tensors.get_tensor(name)
+        return read_stored(EMBEDDING if tied and name == OUTPUT else name)
 
     def differences(config: Config) -> list[Difference]:
         check_expressible(config.model)
-        _check_settings(path / HUGGINGFACE_CONFIG, found, config)
-        return []
+        return huggingface_settings.differences(found, config)
 
     return Foreign(
         path,
-        set(files),
+        names | {OUTPUT} if tied else names,
         read,
-        embedding="model.embed_tokens.weight",
-        weights=huggingface_weights,
+        embedding=EMBEDDING,
+        weights=partial(huggingface_weights, joined=any(map(is_joined, names))),
         differences=differences,
-        model={},
+        model=wanted,
+        warnings=tuple(huggingface_settings.notes(found)),
     )
-
-
-@contextmanager
-def _safetensors(file: Path) -> Iterator:
-    """A file of safetensors, open for reading."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-
-
-def _check_settings(file: Path, found: dict, config: Config) -> None:
-    """What the shapes of the weights do not show, such as the base of the rotary embedding."""
-    for name, value in json.loads(json.dumps(model_config(config))).items():
-        if name not in _NO_MATTER and found.get(name) != value:
-            raise UserError(
-                f"{file} has {name} {found.get(name)!r}, and the config makes it {value!r}: give "
-                "the config of the model that is there"
-            )
 
 
 def _megatron(folder: Path) -> Foreign:

@@ -6,18 +6,30 @@ from gengram_megatron.checkpoint.exchange.weights import Part, Weight, whole
 from gengram_megatron.config.schema import Model
 from gengram_megatron.config.tables import kmer_tables
 
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+"""Names of transformers, of the input embedding and of the output layer."""
 
-def huggingface_weights(model: Model) -> list[Weight]:
-    """As in transformers' Llama (dense) or Mixtral (experts), with memory in layers that have it."""
+
+def huggingface_weights(model: Model, joined: bool | None = None) -> list[Weight]:
+    """As in transformers' Llama (dense) or Mixtral (experts), with memory in layers that have it.
+
+    joined: whether the experts of a layer are one tensor; None: as our exports have it.
+    """
+    joined = model.gengram.enabled if joined is None else joined
     return [
-        whole("embedding.word_embeddings.weight", "model.embed_tokens.weight", *_vocabulary(model)),
-        *(w for n in range(model.num_layers) for w in _huggingface_layer(model, n)),
+        whole("embedding.word_embeddings.weight", EMBEDDING, *_vocabulary(model)),
+        *(w for n in range(model.num_layers) for w in _huggingface_layer(model, n, joined)),
         whole("decoder.final_layernorm.weight", "model.norm.weight", model.hidden_size),
-        whole("output_layer.weight", "lm_head.weight", *_vocabulary(model)),
+        whole("output_layer.weight", OUTPUT, *_vocabulary(model)),
     ]
 
 
-def _huggingface_layer(model: Model, number: int) -> Iterator[Weight]:
+def is_joined(name: str) -> bool:
+    """Whether a name of transformers is that of all experts of a layer."""
+    return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+
+
+def _huggingface_layer(model: Model, number: int, joined: bool) -> Iterator[Weight]:
     """number: from 0."""
     ours, theirs = f"decoder.layers.{number}.", f"model.layers.{number}."
     hidden = model.hidden_size
@@ -35,7 +47,7 @@ def _huggingface_layer(model: Model, number: int) -> Iterator[Weight]:
     )
     if model.num_experts is None:
         yield from _dense(model, f"{ours}mlp.", f"{theirs}mlp.")
-    elif model.gengram.enabled:
+    elif joined:
         yield from _joined_experts(model, f"{ours}mlp.", f"{theirs}mlp.")
     else:
         yield from _experts(model, f"{ours}mlp.", f"{theirs}block_sparse_moe.")

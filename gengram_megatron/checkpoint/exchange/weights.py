@@ -9,6 +9,9 @@ from torch import Tensor
 
 from gengram_megatron.errors import UserError
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""dtypes of weights that are read. Those of quantized models mean nothing without their scales."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -46,11 +49,14 @@ class Weight:
             yield part.name, found.reshape(part.shape).contiguous()
 
     def join(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
-        """Our tensor from those of the other format. UserError: one has another shape or dtype."""
+        """Our tensor from those of the other format, converted to a dtype of ours.
+
+        UserError: one has another shape, or holds no floating-point numbers.
+        """
         ours = torch.empty(self.shape, dtype=dtype)
         for part in self.parts:
             theirs = read(part.name)
-            if (tuple(theirs.shape), theirs.dtype) != (part.shape, dtype):
+            if tuple(theirs.shape) != part.shape or theirs.dtype not in _FLOATS:
                 raise UserError(
                     f"{part.name} is {_describe(theirs.shape, theirs.dtype)}, and the config asks "
                     f"for {_describe(part.shape, dtype)}: give the config of the model that is there"
