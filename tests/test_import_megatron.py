@@ -93,12 +93,19 @@ def refused(source: Path, tmp_path: Path, expected: str, *words: str) -> None:
         (["model.num_layers=3"], "holds decoder.layers.3."),
         (["model.gengram.enabled=false"], "which the config has no place for"),
         (["model.ffn_hidden_size=16"], "and the config asks for 32 x 32"),
-        (["train.precision=bf16"], "asks for 32 x 32 in bfloat16"),
     ],
 )
 @pytest.mark.parametrize("form", ["distributed", "ranks"])
 def test_another_model_is_refused(published, tmp_path, form, words, expected) -> None:
     refused(published["folder"] / f"moe_{form}", tmp_path, expected, *words)
+
+
+@pytest.mark.parametrize("form", ["distributed", "ranks"])
+def test_weights_are_rounded_and_it_is_said(published, tmp_path, form, capfd) -> None:
+    config = load(tmp_path, "run", "train.precision=bf16")
+    stored = StoredTensors(import_model(published["folder"] / f"moe_{form}", config))
+    assert {stored.dtype(name) for name in stored.names} == {torch.bfloat16}
+    assert "rounded to bfloat16" in capfd.readouterr().err
 
 
 def test_file_that_would_run_code_is_refused(tmp_path) -> None:
