@@ -34,7 +34,9 @@ def save(
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     layout = layout_of(world, *sizes)
     start_processes(layout, 1, rank)
-    config = load(folder, f"of_rank_{rank}", *words)
+    own = folder / f"of_rank_{rank}"  # ranks must not write one file at a time
+    own.mkdir()
+    config = load(own, "run", *words)
     gpt = published_model(config, layout)
     whole = torch.load(folder / "whole.pt")
     fill(gpt, whole, sizes)

@@ -88,6 +88,11 @@ class Gengram(Section):
         "or the tables, once a step; auto: tables on CPUs, where a rank has more tokens a step "
         "than the tables have rows on average",
     )
+    projection_bias: bool = Field(
+        False,
+        description="bias terms in the maps to key and value (equation 11); the published code has "
+        "none",
+    )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
     init: Literal["published", "scaled"] = Field(
         "scaled",
@@ -338,6 +343,11 @@ class Train(Section):
         "bf16",
         description="of weights and activations; gradients add up in fp32; fp8: bf16, but for the "
         "products of attention, feed-forward and experts, by Transformer Engine",
+    )
+    disable_bf16_reduced_precision_matmul: bool = Field(
+        True,
+        description="partial sums of a bf16 product are added up in fp32 on GPUs, as the published "
+        "launches ask for; false: in bf16 where cuBLAS finds it faster; without bf16 no matter",
     )
     fp8: Fp8 = Fp8()
     engine: Literal["megatron", "deepspeed"] = Field(

@@ -103,6 +103,7 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
         or (1.0 if gengram.init == "published" else config.model.init_std),
         deduplicate=gengram.deduplicate,
         signed_sqrt=gengram.signed_sqrt,
+        projection_bias=gengram.projection_bias,
         output=gengram.output,
         project=projection(config, layout, torch.cuda.is_available()).of,
     )
@@ -131,6 +132,10 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": bf16,
+        # megatron-core sets torch's switch, which holds for all products of the process.
+        "disable_bf16_reduced_precision_matmul": (
+            config.train.disable_bf16_reduced_precision_matmul
+        ),
         "bias_activation_fusion": torch.cuda.is_available(),
         "deallocate_pipeline_outputs": True,
         "cuda_graph_scope": [],

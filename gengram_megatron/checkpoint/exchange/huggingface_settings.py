@@ -44,6 +44,7 @@ _SAME = {
 """Keys there whose value is that of a key below `model.` here."""
 _SAME_OF_MEMORY = (
     "layers", "dim", "window", "token_ids", "deduplicate", "signed_sqrt", "output", "conv_kernel",
+    "projection_bias",
 )  # fmt: skip
 _NOT_COMPUTED = {
     "architectures", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype",

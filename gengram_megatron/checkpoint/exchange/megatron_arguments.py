@@ -59,6 +59,7 @@ _PUBLISHED_MEMORY = {
     "reset_at_document": False,
     "share_reverse_complements": False,
     "signed_sqrt": True,
+    "projection_bias": False,
 }
 """Keys below model.gengram for which the published code has no argument, and what it always does."""
 _PUBLISHED_EPSILON = 1e-5
