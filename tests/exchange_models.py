@@ -22,7 +22,6 @@ OPTIONS = (
     "model.gengram.deduplicate=true",
     "model.gengram.reset_at_document=true",
     "model.gengram.signed_sqrt=false",
-    "model.gengram.projection_bias=true",
 )
 KINDS = {
     "dense_mha": (*PLAIN, *DENSE, *MHA, "model.rotary_base=500000"),

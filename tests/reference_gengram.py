@@ -19,7 +19,6 @@ class Options:
     deduplicate: bool = False
     signed_sqrt: bool = True
     output: str = "convolution"
-    bias: bool = False  # of key and value (equation 11)
     eod: int | None = None  # where given, nothing crosses this token
 
 
@@ -136,14 +135,12 @@ def gengram(
     alphabet: list[int],
     window: int | None,
     options: Options = PUBLISHED,
-    key_bias: Tensor | float = 0.0,
-    value_bias: Tensor | float = 0.0,
 ) -> Tensor:
     """What a layer adds to its hidden state.
 
     hidden: [s, b, h]; tokens: b rows of s ids; tables[k]: [5^k, d], in the order of k;
     key, value: [h, number of k * d]; taps: of the convolution, or [h], the weight of the norm of
-    output "norm"; key_bias, value_bias: [h], or none; the rest as above. Returns [s, b, h].
+    output "norm"; the rest as above. Returns [s, b, h].
     """
     dilation = max(tables)
     columns = []
@@ -151,7 +148,7 @@ def gengram(
         o = []
         for position in range(len(row)):
             m = pooled(row, position, tables, window, alphabet, options)
-            z, u = key @ m + key_bias, value @ m + value_bias
+            z, u = key @ m, value @ m
             g = gate(hidden[position, b], z, norm_hidden, norm_key, options.signed_sqrt)
             o.append(g * u)
         out = []

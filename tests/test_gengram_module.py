@@ -78,7 +78,6 @@ def make_memory(
         deduplicate=options.deduplicate,
         signed_sqrt=options.signed_sqrt,
         output=options.output,
-        projection_bias=options.bias,
         project=project,
     )
     memory = GengramMemory(config, shape, ProcessGroupCollection.use_mpu_process_groups())
@@ -124,7 +123,6 @@ def module_results(memory, text, eod=None) -> dict[str, torch.Tensor]:
         "value": value,
         "norm of hidden": memory.gate.norm_hidden.weight.grad,
         "norm of key": memory.gate.norm_key.weight.grad,
-        **({} if memory.bias is None else {"bias": memory.bias.grad}),
         **(
             {"output weight": output_weight(memory).grad}
             if output_weight(memory) is not None
@@ -146,8 +144,6 @@ def reference_results(memory, text, options=PUBLISHED) -> dict[str, torch.Tensor
     norm_hidden, norm_key = leaf(memory.gate.norm_hidden.weight), leaf(memory.gate.norm_key.weight)
     weight = output_weight(memory)
     taps = None if weight is None else leaf(weight)
-    bias = None if memory.bias is None else leaf(memory.bias)
-    biases = (0.0, 0.0) if bias is None else bias.chunk(2)
     out = gengram(
         hidden,
         text,
@@ -160,7 +156,6 @@ def reference_results(memory, text, options=PUBLISHED) -> dict[str, torch.Tensor
         ALPHABET,
         memory.shape.window,
         options,
-        *biases,
     )
     out.square().sum().backward()
     return {
@@ -171,7 +166,6 @@ def reference_results(memory, text, options=PUBLISHED) -> dict[str, torch.Tensor
         "value": value.grad,
         "norm of hidden": norm_hidden.grad,
         "norm of key": norm_key.grad,
-        **({} if bias is None else {"bias": bias.grad}),
         **({} if taps is None else {"output weight": taps.grad}),
     }
 
@@ -213,22 +207,13 @@ OPTIONS = {
     "no signed square root": Options(signed_sqrt=False),
     "norm output": Options(output="norm"),
     "plain output": Options(output="plain"),
-    "bias": Options(bias=True),
     "documents": Options(eod=EOD),
     "documents, distinct k-mers": Options(deduplicate=True, eod=EOD),
-    "the paper's equations": Options(deduplicate=True, signed_sqrt=False, output="norm", bias=True),
+    "the paper's equations": Options(deduplicate=True, signed_sqrt=False, output="norm"),
 }
 
 
-TEXTS_OF_OPTIONS = [
-    "bases and all other tokens",
-    "repeats",
-    "shorter than most k",
-    "nothing valid",  # key and value are their bias alone
-]
-
-
-@pytest.mark.parametrize("text", TEXTS_OF_OPTIONS)
+@pytest.mark.parametrize("text", ["bases and all other tokens", "repeats", "shorter than most k"])
 @pytest.mark.parametrize("window", [None, 6, 21])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(one_process, options, window, text):
@@ -240,7 +225,7 @@ def test_options(one_process, options, window, text):
         assert_same(module_results(memory, TEXTS[text], options.eod), expected, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["distinct k-mers", "documents", "bias"])
+@pytest.mark.parametrize("name", ["distinct k-mers", "documents"])
 def test_options_change_the_answer(one_process, name):
     """So that the comparison above could fail."""
     text, options = TEXTS["bases and all other tokens"], OPTIONS[name]

@@ -113,41 +113,6 @@ def test_the_memory_starts_as_in_the_published_code(one_process):
         ), name
 
 
-def test_biases_start_as_those_of_torch_or_at_zero(one_process):
-    config = make_config()
-    config.model.gengram.projection_bias = True
-    (scaled,) = [
-        w for name, w in build(config, one_process).items() if name.endswith("memory.bias")
-    ]
-    assert len(scaled) == 2 * 32 and (scaled == 0).all()
-    config.model.gengram.init = "published"
-    (bias,) = [w for name, w in build(config, one_process).items() if name.endswith("memory.bias")]
-    bound = torch.nn.Linear(6 * 16, 32).bias.abs().max().item()  # of 32 draws, below 96 ** -0.5
-    assert 0.7 * bound < bias.abs().max() <= (6 * 16) ** -0.5
-    assert abs(bias.mean()) < 0.3 * bound and len(bias.unique()) == len(bias)
-
-
-def test_weight_decay_leaves_biases_alone(one_process):
-    """By megatron-core's rule, as norms: what has one axis. A step with gradients of zero moves
-    nothing but by decay."""
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer
-
-    config = make_config()
-    config.model.gengram.projection_bias, config.model.gengram.init = True, "published"
-    chunks = wrap_for_data_parallelism(build_model(config, one_process), config, one_process)
-    optimizer = build_optimizer(config, chunks)
-    before = {name: weight.detach().clone() for name, weight in chunks[0].named_parameters()}
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = 0.1, 0.1 * group["wd_mult"]
-    optimizer.step()
-    still = {n for n, w in chunks[0].named_parameters() if torch.equal(before[n], w)}
-    assert any(name.endswith("memory.bias") for name in still)
-    assert still == {name for name, weight in before.items() if weight.ndim == 1}
-
-
 @pytest.mark.parametrize(("precision", "asked"), [("bf16", True), ("bf16", False), ("fp32", True)])
 def test_sums_of_bf16_products_are_as_the_key_says(one_process, precision, asked):
     """The switch is the process's: megatron-core throws it when the model is described."""

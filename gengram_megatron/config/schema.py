@@ -88,11 +88,6 @@ class Gengram(Section):
         "or the tables, once a step; auto: tables on CPUs, where a rank has more tokens a step "
         "than the tables have rows on average",
     )
-    projection_bias: bool = Field(
-        False,
-        description="bias terms in the maps to key and value (equation 11); the published code has "
-        "none",
-    )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
     init: Literal["published", "scaled"] = Field(
         "scaled",

@@ -103,7 +103,6 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
         or (1.0 if gengram.init == "published" else config.model.init_std),
         deduplicate=gengram.deduplicate,
         signed_sqrt=gengram.signed_sqrt,
-        projection_bias=gengram.projection_bias,
         output=gengram.output,
         project=projection(config, layout, torch.cuda.is_available()).of,
     )

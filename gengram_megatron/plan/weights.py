@@ -95,12 +95,9 @@ def memory_projection(model: Model) -> Weights:
 
 
 def memory_rest(model: Model) -> Weights:
-    """One memory's gate, which has two norms, its convolution or norm by the output's form, and
-    the bias of the maps to key and value."""
-    gengram = model.gengram
-    taps = {"convolution": gengram.conv_kernel, "norm": 1, "plain": 0}[gengram.output]
-    bias = 2 if gengram.projection_bias else 0
-    return Weights(whole=(2 + taps + bias) * model.hidden_size)
+    """One memory's gate, which has two norms, and its convolution or norm by the output's form."""
+    taps = {"convolution": model.gengram.conv_kernel, "norm": 1, "plain": 0}
+    return Weights(whole=(2 + taps[model.gengram.output]) * model.hidden_size)
 
 
 def embedding(model: Model) -> Weights:

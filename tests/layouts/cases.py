@@ -62,9 +62,6 @@ PROJECTED = gengram(project="tables")
 # Without windows some gates do come near zero.
 PROJECTED_NO_WINDOW = gengram(project="tables", window=None, signed_sqrt=False)
 PROJECTED_DOCUMENTS = gengram(project="tables", reset_at_document=True)
-# The published start, because the bias begins at zero in the other.
-BIAS = gengram(projection_bias=True, init="published")
-PROJECTED_BIAS = gengram(projection_bias=True, init="published", project="tables")
 NORM_OUTPUT = {"gengram": {**MODEL["gengram"], "output": "norm"}}
 NO_WINDOW = {"gengram": {**MODEL["gengram"], "window": None}}
 
@@ -78,9 +75,6 @@ CASES = {
     "tp2_sp_dense_mha": (2, {**DENSE, **MHA}, {"tensor": 2}, {}),
     "tp2_sp_dense_mla": (2, {**DENSE, **MLA}, {"tensor": 2}, {}),
     "tp2_sp_no_window": (2, NO_WINDOW, {"tensor": 2}, {}),
-    "tp2_sp_bias": (2, BIAS, {"tensor": 2}, {"recompute": "full"}),
-    "tp2_dense_bias": (2, {**DENSE, **BIAS}, {"tensor": 2, "sequence": False}, {}),
-    "cp2_pp2_projected_bias": (4, PROJECTED_BIAS, {"context": 2, "pipeline": 2}, {}),
     "tp2_sp_norm_output": (2, NORM_OUTPUT, {"tensor": 2}, {}),
     "tp2_sp_rows": (2, ROWS, {"tensor": 2}, {}),
     "tp2_dense_rows": (2, {**DENSE, **ROWS}, {"tensor": 2, "sequence": False}, {}),

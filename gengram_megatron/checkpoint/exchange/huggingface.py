@@ -104,16 +104,7 @@ def _auto_map(model: Model) -> dict:
 
 def _gengram(model: Model) -> dict:
     gengram = model.gengram
-    same = (
-        "layers",
-        "dim",
-        "window",
-        "token_ids",
-        "deduplicate",
-        "signed_sqrt",
-        "output",
-        "projection_bias",
-    )
+    same = ("layers", "dim", "window", "token_ids", "deduplicate", "signed_sqrt", "output")
     return {
         **{name: getattr(gengram, name) for name in (*same, "conv_kernel")},
         "eod": EOD if gengram.reset_at_document else None,

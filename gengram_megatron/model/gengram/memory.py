@@ -14,12 +14,6 @@ from gengram_megatron.model.gengram.projected import ProjectedTables
 from gengram_megatron.model.gengram.projection import KeyValueProjection
 from gengram_megatron.model.gengram.shape import GengramShape
 from gengram_megatron.model.gengram.tables import Tables
-from gengram_megatron.model.initialize import (
-    InitialLaw,
-    marker,
-    torch_default,
-    whole_weight,
-)
 from gengram_megatron.model.zigzag import Piece, context_pieces, sequence_pieces
 
 
@@ -33,21 +27,11 @@ class GengramMemory(MegatronModule):
         dp_group = pg_collection.dp_cp
         self.tables = Tables(config, gengram, pg_collection)
         self.projection = KeyValueProjection(config, gengram, self.tp_group, dp_group)
-        self.bias = self._bias() if gengram.projection_bias else None
         self.gate = Gate(config, gengram.signed_sqrt)
         self.output = self._output()
         self.projected = None
         if gengram.project == "tables":
             self.projected = ProjectedTables(self.tables, self.projection, gengram)
-
-    def _bias(self) -> nn.Parameter:
-        """[2 h], of key and value (equation 11). Every tensor-parallel rank has all of it and adds
-        it to the positions it holds, after the sum over the ranks."""
-        shape = self.shape
-        law = InitialLaw(constant=0.0)
-        if shape.init == "published":
-            law = torch_default(fan_in=len(shape.kmer_sizes) * shape.dim)
-        return whole_weight((2 * self.config.hidden_size,), self.config, marker(law))
 
     def _output(self) -> nn.Module:
         shape, config = self.shape, self.config
@@ -90,8 +74,6 @@ class GengramMemory(MegatronModule):
     def _gate_and_output(
         self, hidden: Tensor, key_value: Tensor, pieces: list[Piece], kmers: KmerIds
     ) -> Tensor:
-        if self.bias is not None:
-            key_value = key_value + self.bias
         key, value = key_value.chunk(2, dim=-1)
         return self.output(self.gate(hidden, key) * value, pieces, kmers)
 

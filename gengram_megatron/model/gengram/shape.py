@@ -20,7 +20,6 @@ class GengramShape:
     init_std: float  # of the tables
     deduplicate: bool = False
     signed_sqrt: bool = True
-    projection_bias: bool = False
     output: Literal["convolution", "norm", "plain"] = "convolution"
     project: Literal["features", "tables"] = "features"
 

@@ -138,9 +138,8 @@ class GengramMemory(nn.Module):
         self.embeddings = nn.ModuleList(
             nn.Embedding(table["rows"], table["columns"]) for table in self.tables
         )
-        bias = gengram.get("projection_bias", False)  # unknown to older exports
-        self.key_proj = nn.Linear(width, hidden, bias=bias)
-        self.value_proj = nn.Linear(width, hidden, bias=bias)
+        self.key_proj = nn.Linear(width, hidden, bias=False)
+        self.value_proj = nn.Linear(width, hidden, bias=False)
         self.norm_q = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
         self.norm_k = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
         if self.output == "convolution":
