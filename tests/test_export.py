@@ -185,6 +185,7 @@ def test_run_starts_from_imported_weights(models, exported, tmp_path, kind) -> N
         (["model.num_layers=5"], "has num_hidden_layers 4, and the config makes it 5"),
         (["train.precision=bf16"], "is 32 x 32 in float32, and the config asks for 32 x 32 in bf"),
         (["model.gengram.window=20"], "has gengram"),
+        (["model.gengram.projection_bias=true"], "has gengram"),
         (["model.gengram.enabled=false"], "has model_type 'gengram_mixtral'"),
     ],
 )
