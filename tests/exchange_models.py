@@ -33,6 +33,7 @@ KINDS = {
     "options": (*DENSE, *OPTIONS),
     "norm": (*DENSE, "model.gengram.output=norm", "model.gengram.window=null"),
     "plain": (*MHA, "model.gengram.output=plain", "model.gengram.window=6"),
+    "bias": (*DENSE, "model.gengram.projection_bias=true"),
     # Dense: with experts, a rounding may send a token to another one.
     "bf16": (*DENSE, "train.precision=bf16"),
     "mla": (*PLAIN, "model.attention=mla", "model.num_query_groups=null"),

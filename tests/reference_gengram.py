@@ -135,12 +135,15 @@ def gengram(
     alphabet: list[int],
     window: int | None,
     options: Options = PUBLISHED,
+    key_bias: Tensor | float = 0.0,
+    value_bias: Tensor | float = 0.0,
 ) -> Tensor:
     """What a layer adds to its hidden state.
 
     hidden: [s, b, h]; tokens: b rows of s ids; tables[k]: [5^k, d], in the order of k;
     key, value: [h, number of k * d]; taps: of the convolution, or [h], the weight of the norm of
-    output "norm"; the rest as above. Returns [s, b, h].
+    output "norm"; key_bias, value_bias: [h], the terms b_k and b_v of equation 11; the rest as
+    above. Returns [s, b, h].
     """
     dilation = max(tables)
     columns = []
@@ -148,7 +151,7 @@ def gengram(
         o = []
         for position in range(len(row)):
             m = pooled(row, position, tables, window, alphabet, options)
-            z, u = key @ m, value @ m
+            z, u = key @ m + key_bias, value @ m + value_bias
             g = gate(hidden[position, b], z, norm_hidden, norm_key, options.signed_sqrt)
             o.append(g * u)
         out = []

@@ -187,6 +187,10 @@ def test_run_starts_from_imported_weights(models, exported, tmp_path, kind) -> N
         (["model.gengram.window=20"], r"gengram\.window +21 +model\.gengram\.window +20"),
         (["model.gengram.kmer_sizes=[1, 2]"], r"gengram\.tables .* model\.gengram\.kmer_sizes"),
         (["model.gengram.enabled=false"], r"gengram_mixtral +model\.gengram\.enabled +false"),
+        (
+            ["model.gengram.projection_bias=true"],
+            r"gengram\.projection_bias +false +model\.gengram",
+        ),
     ],
 )
 def test_import_of_another_model_is_refused(exported, tmp_path, words, expected) -> None:

@@ -57,6 +57,9 @@ MEMORIES = {
         "gengram": {"enabled": True, "layers": [2], "dim": 8, "output": "norm"}
     },
     "plain output": {"gengram": {"enabled": True, "layers": [2], "dim": 8, "output": "plain"}},
+    "a bias for key and value": {
+        "gengram": {"enabled": True, "layers": [1, 3], "dim": 8, "projection_bias": True}
+    },
 }
 
 

@@ -48,7 +48,13 @@ PROJECT = pytest.mark.parametrize("project", ["features", "tables"])
 
 
 def make_memory(
-    kmer_sizes, window, dtype, scale: float = 1.0, options=PUBLISHED, project="features"
+    kmer_sizes,
+    window,
+    dtype,
+    scale: float = 1.0,
+    options=PUBLISHED,
+    project="features",
+    bias=False,
 ):
     """A module with random weights that make every part of it matter."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -79,6 +85,7 @@ def make_memory(
         signed_sqrt=options.signed_sqrt,
         output=options.output,
         project=project,
+        projection_bias=bias,
     )
     memory = GengramMemory(config, shape, ProcessGroupCollection.use_mpu_process_groups())
     generator = torch.Generator().manual_seed(11)
@@ -115,12 +122,16 @@ def module_results(memory, text, eod=None) -> dict[str, torch.Tensor]:
     out.square().sum().backward()
     memory.finish_gradients()
     key, value = memory.projection.weight.grad.flatten(2)
+    biases = {}
+    if memory.projection.bias is not None:
+        biases["key's bias"], biases["value's bias"] = memory.projection.bias.grad.chunk(2)
     return {
         "output": out.detach(),
         "hidden": hidden.grad,
         **{f"table {k}": memory.tables.weights[f"k{k}"].grad for k in memory.shape.kmer_sizes},
         "key": key,
         "value": value,
+        **biases,
         "norm of hidden": memory.gate.norm_hidden.weight.grad,
         "norm of key": memory.gate.norm_key.weight.grad,
         **(
@@ -141,6 +152,10 @@ def reference_results(memory, text, options=PUBLISHED) -> dict[str, torch.Tensor
     hidden = leaf(make_hidden(len(text[0]), len(text)).to(dtype))
     tables = {k: leaf(memory.tables.weights[f"k{k}"]) for k in memory.shape.kmer_sizes}
     key, value = (leaf(half) for half in memory.projection.weight.flatten(2))
+    biases = {}
+    if memory.projection.bias is not None:
+        key_bias, value_bias = (leaf(half) for half in memory.projection.bias.chunk(2))
+        biases = {"key_bias": key_bias, "value_bias": value_bias}
     norm_hidden, norm_key = leaf(memory.gate.norm_hidden.weight), leaf(memory.gate.norm_key.weight)
     weight = output_weight(memory)
     taps = None if weight is None else leaf(weight)
@@ -156,6 +171,7 @@ def reference_results(memory, text, options=PUBLISHED) -> dict[str, torch.Tensor
         ALPHABET,
         memory.shape.window,
         options,
+        **biases,
     )
     out.square().sum().backward()
     return {
@@ -164,6 +180,7 @@ def reference_results(memory, text, options=PUBLISHED) -> dict[str, torch.Tensor
         **{f"table {k}": table.grad for k, table in tables.items()},
         "key": key.grad,
         "value": value.grad,
+        **{name.replace("_", "'s "): bias.grad for name, bias in biases.items()},
         "norm of hidden": norm_hidden.grad,
         "norm of key": norm_key.grad,
         **({} if taps is None else {"output weight": taps.grad}),
@@ -184,6 +201,39 @@ def assert_same(ours: dict, expected: dict, tolerance: float, of_output: float |
 def test_output_and_every_gradient(one_process, window, text, project):
     memory = make_memory(ALL_SIZES, window, torch.float64, project=project)
     assert_same(module_results(memory, text), reference_results(memory, text), 1e-10)
+
+
+NOTHING_AT_FIRST = [[EOD] * 7 + bases(33, 16), [N] * 4 + [PAD] * 30 + bases(6, 17)]
+
+
+@PROJECT
+@pytest.mark.parametrize("options", [PUBLISHED, Options(output="norm"), Options(eod=EOD)], ids=str)
+@pytest.mark.parametrize(
+    "text", [NOTHING_AT_FIRST, TEXTS["runs of N"], TEXTS["one token"], TEXTS["nothing valid"]]
+)
+@pytest.mark.parametrize("window", [None, 21])
+def test_bias_of_key_and_value(one_process, window, text, options, project):
+    """Where a window holds nothing that is valid, key and value are the bias alone."""
+    memory = make_memory(
+        ALL_SIZES, window, torch.float64, options=options, project=project, bias=True
+    )
+    expected = reference_results(memory, text, options)
+    assert {"key's bias", "value's bias"} <= expected.keys()
+    assert_same(module_results(memory, text, options.eod), expected, 1e-10)
+
+
+@PROJECT
+def test_bias_is_there_only_where_it_is_asked_for(one_process, project):
+    """It has one axis, by which megatron-core knows that it does not decay. Without it, nothing is
+    added where no k-mer is valid; with it, the output is its value through the gate."""
+    text = TEXTS["nothing valid"]
+    without = make_memory(ALL_SIZES, 21, torch.float64, project=project)
+    memory = make_memory(ALL_SIZES, 21, torch.float64, project=project, bias=True)
+    assert "projection.bias" not in dict(without.named_parameters())
+    assert dict(memory.named_parameters())["projection.bias"].shape == (2 * HIDDEN,)
+    hidden = make_hidden(8, 2)
+    assert (add_to(without, hidden, text) == 0).all()
+    assert (add_to(memory, hidden, text) != 0).all()
 
 
 @pytest.mark.parametrize("text", ["bases and all other tokens", "shorter than most k"])
@@ -247,7 +297,8 @@ def test_in_float32(one_process, window, project):
 def test_projected_tables_add_up_the_microbatches_of_a_step_and_follow_the_weights(one_process):
     """Two microbatches in blocks and pieces of their own, then a step, then another microbatch."""
     memories = [
-        make_memory(ALL_SIZES, 21, torch.float64, project=p) for p in ("features", "tables")
+        make_memory(ALL_SIZES, 21, torch.float64, project=p, bias=True)
+        for p in ("features", "tables")
     ]
     found = []
     for memory in memories:

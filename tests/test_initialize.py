@@ -153,6 +153,31 @@ def test_what_the_memory_adds_at_the_start(one_process, init, measured):
     assert added.square().mean().sqrt().item() == pytest.approx(measured, rel=0.1)
 
 
+def test_the_bias_of_key_and_value_starts_as_in_torch_or_at_zero(one_process):
+    """published: uniform by the number of inputs, as the bias of nn.Linear. With a bias or without,
+    all other weights are the same."""
+    config = make_config()
+    config.model.gengram.init = "published"
+    without = build(config, one_process)
+    config.model.gengram.projection_bias = True
+    published = build(config, one_process)
+    config.model.gengram.init = "scaled"
+    scaled = build(config, one_process)
+    (name,) = published.keys() - without.keys()
+    assert name.endswith("memory.projection.bias")
+    assert all(torch.equal(weight, published[other]) for other, weight in without.items())
+    assert scaled[name].shape == (2 * 32,) and (scaled[name] == 0).all()
+    inputs, bias = 6 * 16, published[name]
+    reference = torch.nn.Linear(inputs, 2**16).bias.detach()
+    bound = inputs**-0.5
+    assert reference.abs().max() == pytest.approx(bound, rel=1e-3)
+    assert 0.9 * bound < bias.max() <= bound and -bound <= bias.min() < -0.9 * bound
+    ratio = (bias.square().mean() / reference.square().mean()).sqrt().item()
+    assert abs(ratio - 1) < 5 / math.sqrt(len(bias))
+    assert abs(bias.mean().item()) < 5 * reference.std().item() / math.sqrt(len(bias))
+    assert len(bias.unique()) == len(bias)
+
+
 @pytest.mark.parametrize(("attention", "experts"), KINDS)
 def test_every_parameter_is_marked_and_drawn(one_process, attention, experts):
     from gengram_megatron.model.build import build_model

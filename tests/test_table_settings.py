@@ -8,6 +8,8 @@ from tests.training.tiny import RUN
 
 LR, DECAY = 0.01, 0.5
 BATCH, LENGTH = 8, 64
+# A bias that is not zero at the start, so that its decay would show.
+GENGRAM = {**RUN["model"]["gengram"], "projection_bias": True, "init": "published"}
 
 
 def config_of(optimizer: dict, precision: str) -> Config:
@@ -16,6 +18,7 @@ def config_of(optimizer: dict, precision: str) -> Config:
         {
             **RUN,
             "run": {"dir": "unused", "seed": 5},
+            "model": {**RUN["model"], "gengram": GENGRAM},
             "data": {"path": "unused"},
             "optimizer": {**settings, **optimizer},
             "train": {**RUN["train"], "precision": precision},
@@ -76,10 +79,14 @@ def test_usual_step_is_that_of_adam(usual) -> None:
         step = ((after - before) + LR * DECAY * before).abs()
         assert step.max() == pytest.approx(LR, rel=1e-2), name
     assert untouched(tables[-1], usual).float().mean() > 0.9
-    norms = [name for name, step in usual.items() if step[0].dim() == 1]
-    assert norms
-    for name in norms:  # no decay: a weight of 1 would move by more than its rate
+    flat = [name for name, step in usual.items() if step[0].dim() == 1]
+    biases = [name for name in flat if name.endswith("projection.bias")]
+    assert len(biases) == 2 and len(flat) > len(biases)
+    for name in flat:  # no decay: a norm's weight of 1 would move by more than its rate
         assert moved(usual[name]).abs().max() <= LR * 1.001, name
+    for name in biases:
+        assert (LR * DECAY * usual[name][0]).abs().max() > LR * 0.05
+        assert moved(usual[name]).abs().max() == pytest.approx(LR, rel=1e-3), name
 
 
 @pytest.mark.parametrize("distributed", [True, False])

@@ -21,6 +21,9 @@ FREE = {
 }
 """Keys of the model that may change: they decide neither which weights there are nor what these
 mean."""
+ADDED = {"model.gengram.projection_bias": False}
+"""Keys that older checkpoints lack, and what these were trained with. Of other keys that they lack,
+any value fits."""
 FREE_TO_A_NEW_RUN = {"model.seq_length", "model.rotary_base"}
 """And those that a run which begins with another's weights may have otherwise."""
 
@@ -46,7 +49,7 @@ def check_same_model(checkpoint: Path, stored: dict, config: Config, new_run: bo
     otherwise = "load another checkpoint" if new_run else "start in another run.dir"
     theirs = _settings(stored)
     for key, own in _settings(config.model.model_dump()).items():
-        other = theirs.get(key, own)  # one that the checkpoint does not know is new
+        other = theirs.get(key, ADDED.get(key, own))
         if key not in free and other != own:
             raise UserError(
                 f"{checkpoint} was trained with {key} = {inline_yaml(other)}, not "

@@ -88,12 +88,17 @@ class Gengram(Section):
         "or the tables, once a step; auto: tables on CPUs, where a rank has more tokens a step "
         "than the tables have rows on average",
     )
+    projection_bias: bool = Field(
+        False,
+        description="bias terms in the maps to key and value, as in equation 11; the published code "
+        "has none",
+    )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
     init: Literal["published", "scaled"] = Field(
         "scaled",
         description="initial weights; published: tables normal with standard deviation 1, maps to "
         "key and value and convolution uniform within 1 / sqrt(inputs), torch's defaults; scaled: "
-        "all normal with model.init_std",
+        "all normal with model.init_std, the bias of the maps zero",
     )
     init_std: Annotated[float, Field(gt=0)] | None = Field(
         None,

@@ -105,6 +105,7 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
         signed_sqrt=gengram.signed_sqrt,
         output=gengram.output,
         project=projection(config, layout, torch.cuda.is_available()).of,
+        projection_bias=gengram.projection_bias,
     )
 
 

@@ -90,14 +90,16 @@ def tables(model: Model) -> int:
 
 
 def memory_projection(model: Model) -> Weights:
-    """One memory's maps from the pooled features to key and value."""
+    """One memory's maps from the pooled features to key and value, without bias."""
     return Weights(cut=2 * model.hidden_size * len(model.gengram.kmer_sizes) * model.gengram.dim)
 
 
 def memory_rest(model: Model) -> Weights:
-    """One memory's gate, which has two norms, and its convolution or norm by the output's form."""
+    """One memory's bias of key and value, its gate, which has two norms, and its convolution or
+    norm by the output's form."""
+    biases = 2 if model.gengram.projection_bias else 0
     taps = {"convolution": model.gengram.conv_kernel, "norm": 1, "plain": 0}
-    return Weights(whole=(2 + taps[model.gengram.output]) * model.hidden_size)
+    return Weights(whole=(biases + 2 + taps[model.gengram.output]) * model.hidden_size)
 
 
 def embedding(model: Model) -> Weights:

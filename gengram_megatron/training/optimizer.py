@@ -47,7 +47,7 @@ class Optimizer(ChainedOptimizer):
 
 def adam_settings(config: Config) -> tuple[OptimizerConfig, dict[ParamKey, ParamGroupOverride]]:
     """For all weights, and what some have instead: Gengram tables may have their own learning rate
-    and weight decay; norm weights are not decayed."""
+    and weight decay; norm weights and biases are not decayed."""
     settings = config.optimizer
     bf16 = config.train.dtype == "bf16"
     optimizer_config = OptimizerConfig(

@@ -62,6 +62,10 @@ PROJECTED = gengram(project="tables")
 # Without windows some gates do come near zero.
 PROJECTED_NO_WINDOW = gengram(project="tables", window=None, signed_sqrt=False)
 PROJECTED_DOCUMENTS = gengram(project="tables", reset_at_document=True)
+# Not zero at the start, so that it shows how often it is added.
+BIAS = gengram(projection_bias=True, init="published")
+BIAS_ROWS = gengram(projection_bias=True, init="published", split="rows", rows_over="tensor")
+BIAS_PROJECTED = gengram(projection_bias=True, init="published", project="tables")
 NORM_OUTPUT = {"gengram": {**MODEL["gengram"], "output": "norm"}}
 NO_WINDOW = {"gengram": {**MODEL["gengram"], "window": None}}
 
@@ -118,6 +122,11 @@ CASES = {
     "pp2_vpp3_projected_full": (2, PROJECTED, {"pipeline": 2, "virtual_pipeline": 3}, {"recompute": "full"}),
     "tp2_sp_cp2_projected": (4, PROJECTED, {"tensor": 2, "context": 2}, {"recompute": "full"}),
     "tp2_sp_dp2_projected": (4, PROJECTED_NO_WINDOW, {"tensor": 2}, {"recompute": "selective"}),
+    "tp2_sp_bias": (2, BIAS, {"tensor": 2}, {}),
+    "tp2_dense_bias": (2, {**DENSE, **BIAS}, {"tensor": 2, "sequence": False}, {}),
+    "tp2_sp_bias_rows": (2, BIAS_ROWS, {"tensor": 2}, {}),
+    "cp2_bias_projected": (2, BIAS_PROJECTED, {"context": 2}, {}),
+    "tp2_sp_pp2_bias_projected": (4, BIAS_PROJECTED, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
     "tp2_sp_pp2": (4, {}, {"tensor": 2, "pipeline": 2}, {}),
     "tp2_sp_pp2_full": (4, {}, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
     "tp2_sp_pp2_uneven": (4, {}, {"tensor": 2, "pipeline": 2, "first_stage_layers": 2}, {"recompute": "full"}),

@@ -36,6 +36,7 @@ HASHED = (
     # rounding alone would show after a few steps.
     "model.gengram.signed_sqrt=false",
 )
+BIAS = ("model.gengram.projection_bias=true",)
 DATA, EXPERT, TENSOR = (
     ("model.gengram.split=rows", f"model.gengram.rows_over={group}")
     for group in ("data", "expert", "tensor")
@@ -87,12 +88,12 @@ PAIRS = {
     "dp4_to_dp2": pair("dp4", "dp2"),
     "vpp_to_one": pair("pp2_vpp2", "one"),
     "one_to_vpp": pair("one", "pp2_vpp2"),
-    "cp2_to_tp2": pair("cp2", "tp2"),
+    "cp2_to_tp2": pair("cp2", "tp2", *BIAS),
     "ep2_to_itself": pair("ep2", "ep2"),
     "columns_to_rows": Pair((), Side("tp2"), Side("dp4", DATA)),
     "rows_to_columns": Pair((), Side("dp4", DATA), Side("tp2")),
     "rows_over_expert_to_tensor": Pair((), Side("ep2", EXPERT), Side("tp2", TENSOR)),
-    "hashed": pair("tp2", "pp2", *HASHED),
+    "hashed": pair("tp2", "pp2", *HASHED, *BIAS),
     "hashed_rows_to_columns": Pair(HASHED, Side("dp2", DATA), Side("tp2")),
     "bf16_dp4_to_tp2": pair("dp4", "tp2", BF16),
     "plain_to_plain": pair("dp2", "tp2_pp2", PLAIN),

@@ -153,6 +153,7 @@ def _model_rows(config: Config) -> Iterable[tuple[str, str]]:
         "stops at a document's end": gengram.reset_at_document,
         "shared rows of reverse complements": gengram.share_reverse_complements,
         "signed square root at the gate": gengram.signed_sqrt,
+        "bias of key and value": gengram.projection_bias,
     }
     yield "memory's options", ", ".join(name for name, on in options.items() if on) or "none"
 

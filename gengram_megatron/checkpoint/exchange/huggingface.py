@@ -107,6 +107,8 @@ def _gengram(model: Model) -> dict:
     same = ("layers", "dim", "window", "token_ids", "deduplicate", "signed_sqrt", "output")
     return {
         **{name: getattr(gengram, name) for name in (*same, "conv_kernel")},
+        # Only where there is one: models that were exported before the key was there lack it.
+        **({"projection_bias": True} if gengram.projection_bias else {}),
         "eod": EOD if gengram.reset_at_document else None,
         "tables": [asdict(table) for table in kmer_tables(gengram)],
     }

@@ -212,6 +212,16 @@ def _memory(model: Model, number: int, ours: str, theirs: str) -> Iterator[Weigh
             for place, name in enumerate(("key_proj", "value_proj"))
         ),
     )
+    if gengram.projection_bias:
+        yield Weight(
+            f"{ours}projection.bias",
+            shape=(2 * hidden,),
+            view=(2, hidden),
+            parts=tuple(
+                Part(f"{theirs}{name}.bias", (hidden,), (place,))
+                for place, name in enumerate(("key_proj", "value_proj"))
+            ),
+        )
     yield whole(f"{ours}gate.norm_hidden.weight", f"{theirs}norm_q.weight", hidden)
     yield whole(f"{ours}gate.norm_key.weight", f"{theirs}norm_k.weight", hidden)
     if gengram.output == "convolution":

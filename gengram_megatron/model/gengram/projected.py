@@ -48,7 +48,8 @@ class ProjectedTables:
             )
             for sequence in range(len(kmers.ids[0]))
         ]
-        return torch.stack(sequences, dim=1)
+        # Its gradient comes with each microbatch, as it does without projected tables.
+        return self.projection.add_bias(torch.stack(sequences, dim=1))
 
     def finish_gradients(self) -> None:
         """After a step's last microbatch. What was folded is out of date then, too."""

@@ -1,4 +1,5 @@
-"""Key z and value u: two linear maps, without bias, of the pooled features (paper section 3.3).
+"""Key z and value u: two linear maps of the pooled features (paper section 3.3, equation 11), with
+bias terms where gengram.projection_bias asks for them.
 
 The features are concatenated in the order of k. A tensor-parallel rank has d / tp columns of each
 table, multiplies them with its part of both maps, and the sum over the ranks gives the result: one
@@ -20,34 +21,55 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import marker, split_weight, torch_default
+from gengram_megatron.model.initialize import (
+    InitialLaw,
+    marker,
+    split_weight,
+    torch_default,
+    whole_weight,
+)
 
 
 class KeyValueProjection(nn.Module):
-    """weight: [2, h, number of k, d / tp]; index 0 makes the key, 1 the value."""
+    """weight: [2, h, number of k, d / tp]; index 0 makes the key, 1 the value.
+
+    bias: [2 h], the key's before the value's, whole on each tensor-parallel rank; or None. It has
+    one axis because that is how megatron-core tells which parameters do not decay.
+    """
 
     def __init__(self, config, gengram: GengramShape, tp_group, dp_group):
         super().__init__()
         self.tp_group, self.dp_group = tp_group, dp_group
         self.sequence_parallel = config.sequence_parallel
         num_sizes, dim = len(gengram.kmer_sizes), gengram.dim
-        init_method = config.init_method
+        init_method, bias_law = config.init_method, InitialLaw(constant=0.0)
         if gengram.init == "published":
-            init_method = marker(torch_default(fan_in=num_sizes * dim))
+            bias_law = torch_default(fan_in=num_sizes * dim)
+            init_method = marker(bias_law)
         shape = (2, config.hidden_size, num_sizes, dim // tp_group.size())
         self.weight = split_weight(shape, 3, config, init_method)
+        self.bias = None
+        if gengram.projection_bias:
+            self.bias = whole_weight((2 * config.hidden_size,), config, marker(bias_law))
 
     def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
         """pool: makes the features [s, b, number of k * d / tp] from the rows; returns key and
         value side by side, [s, b, 2 h], or [s / tp, b, 2 h] under sequence parallelism."""
         partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *rows)
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
-        return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+            total = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
+        else:
+            total = reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+        return self.add_bias(total)
+
+    def add_bias(self, key_value: Tensor) -> Tensor:
+        """key_value: [s, b, 2 h], summed over the tensor-parallel ranks, so that the bias enters
+        once. Returns the same shape."""
+        return key_value if self.bias is None else key_value + self.bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
         before = len(sharded_offsets)
-        return {
+        state = {
             f"{prefix}weight": ShardedTensor.from_rank_offsets(
                 f"{prefix}weight",
                 self.weight,
@@ -57,6 +79,15 @@ class KeyValueProjection(nn.Module):
                 prepend_axis_num=before,
             )
         }
+        if self.bias is not None:
+            state[f"{prefix}bias"] = ShardedTensor.from_rank_offsets(
+                f"{prefix}bias",
+                self.bias,
+                *sharded_offsets,
+                replica_id=(0, self.tp_group.rank(), self.dp_group.rank()),
+                prepend_axis_num=before,
+            )
+        return state
 
 
 class _LinearOfPooled(torch.autograd.Function):

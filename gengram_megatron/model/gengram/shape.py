@@ -22,6 +22,7 @@ class GengramShape:
     signed_sqrt: bool = True
     output: Literal["convolution", "norm", "plain"] = "convolution"
     project: Literal["features", "tables"] = "features"
+    projection_bias: bool = False
 
     @property
     def kmer_sizes(self) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 gengram: layers (with memory, from 1), tables (k, rows, columns, hash_seed, shared of each), dim,
 window (null: only the k-mer that ends at each token), token_ids (of A C G T N), eod (null: memory
-looks across documents), deduplicate, signed_sqrt, output, conv_kernel.
+looks across documents), deduplicate, signed_sqrt, output, conv_kernel, projection_bias (of key and
+value; false where it is not there).
 """
 
 from transformers import LlamaConfig, MixtralConfig

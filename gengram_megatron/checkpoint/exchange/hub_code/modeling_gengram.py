@@ -138,8 +138,9 @@ class GengramMemory(nn.Module):
         self.embeddings = nn.ModuleList(
             nn.Embedding(table["rows"], table["columns"]) for table in self.tables
         )
-        self.key_proj = nn.Linear(width, hidden, bias=False)
-        self.value_proj = nn.Linear(width, hidden, bias=False)
+        bias = gengram.get("projection_bias", False)
+        self.key_proj = nn.Linear(width, hidden, bias=bias)
+        self.value_proj = nn.Linear(width, hidden, bias=bias)
         self.norm_q = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
         self.norm_k = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
         if self.output == "convolution":
