@@ -95,7 +95,7 @@ class Gengram(Section):
     )
     conv_kernel: Positive = Field(4, description="taps of the causal depthwise convolution")
     init: Literal["published", "scaled"] = Field(
-        "scaled",
+        "published",
         description="initial weights; published: tables normal with standard deviation 1, maps to "
         "key and value and convolution uniform within 1 / sqrt(inputs), torch's defaults; scaled: "
         "all normal with model.init_std, the bias of the maps zero",

@@ -17,7 +17,7 @@ MODEL = {
     "seq_length": 64,
     "vocab_size": 32,
     "init_std": 0.1,
-    "gengram": {"enabled": True, "layers": [2, 3, 6], "dim": 8, "init_std": 0.5},
+    "gengram": {"enabled": True, "layers": [2, 3, 6], "dim": 8, "init": "scaled", "init_std": 0.5},
 }
 DENSE = {"num_experts": None}
 MHA = {"attention": "mha", "num_query_groups": None}

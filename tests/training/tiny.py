@@ -24,7 +24,7 @@ RUN = {
         "seq_length": 64,
         "vocab_size": 32,
         "init_std": 0.1,
-        "gengram": {"enabled": True, "layers": [2, 3], "dim": 8, "init_std": 0.5},
+        "gengram": {"enabled": True, "layers": [2, 3], "dim": 8, "init": "scaled", "init_std": 0.5},
     },
     "data": {"workers": 0},
     # So few steps at so high a rate multiply rounding, the more the longer Adam's memory.
