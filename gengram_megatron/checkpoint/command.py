@@ -145,9 +145,9 @@ def import_(
 ) -> None:
     """Let a run start from the weights of another format.
 
-    PATH is what `gengram checkpoint export` wrote, or a checkpoint of Megatron-LM (its folder, or
-    that of one iteration; files of tensor- and pipeline-parallel ranks, or a distributed one),
-    with or without the Gengram code published for it.
+    PATH is a folder of transformers (a Llama or Mixtral, or what `gengram checkpoint export` wrote),
+    or a checkpoint of Megatron-LM (its folder, or that of one iteration; files of tensor-, pipeline-
+    and expert-parallel ranks, or torch_dist), with or without the Gengram code published for it.
 
     \b
       gengram checkpoint import megatron/iter_0001000 --print-config

@@ -16,6 +16,7 @@ _STEPS = 1000
 _DATA = "datasets/mine"
 _COMMENTS = {
     "run.dir": "the folder of the run, relative to the current one",
+    "model.seq_length": "bases a sample of the new run",
     "data.path": "CHOOSE what gengram-data build wrote, relative to the current folder",
     "train.global_batch_size": "samples a step, over all processes",
     "train.micro_batch_size": "samples of one forward pass; more of them need more memory",
