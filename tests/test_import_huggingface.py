@@ -221,7 +221,7 @@ def test_what_computes_something_else_is_a_difference(change, name, key) -> None
         {"head_dim": 64},
         {"rope_theta": None, "rope_parameters": ROPE},
         {"rope_parameters": ROPE},
-        {"num_local_experts": None, "rms_norm_eps": None, "num_key_value_heads": None},
+        {"num_local_experts": None, "rms_norm_eps": None},
         {"sliding_window": 1048576},
         {"router_aux_loss_coef": 0.5, "attention_dropout": 0.1, "initializer_range": 0.5},
         {"max_position_embeddings": 8192, "bos_token_id": None, "use_cache": False},

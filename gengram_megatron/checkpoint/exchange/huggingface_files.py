@@ -17,15 +17,20 @@ ONE_FILE = "model.safetensors"
 def open_files(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
     """The names of a folder's tensors, and what reads one of them whole.
 
-    Which files count is decided as transformers does it: those that the index names, or
-    model.safetensors, or, where there is neither, all.
+    Those that the index names count, or model.safetensors, or, where there is neither, all.
 
-    UserError: there are none, one that the index names is missing, or a name is in two files.
+    UserError: there are none, one that the index names is missing, a name is in two files, or there
+    is model.safetensors, which transformers reads first, beside the files of an index.
     """
     index, one = folder / INDEX, folder / ONE_FILE
     check_readable(path for path in (index, one) if path.exists())
     if index.is_file():
         places = _indexed(index)
+        if one.is_file() and set(places.values()) != {one}:
+            raise UserError(
+                f"{folder} holds its weights twice, in {ONE_FILE} and in the files that {INDEX} "
+                "names, and they may differ: remove the wrong ones"
+            )
     else:
         files = [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
         places = _held(files)

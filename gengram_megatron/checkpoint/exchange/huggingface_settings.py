@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from gengram_megatron.checkpoint.exchange.huggingface import PAD
+from gengram_megatron.checkpoint.exchange.huggingface_values import check_values
 from gengram_megatron.checkpoint.exchange.settings import Difference
 from gengram_megatron.config.schema import Config, Gengram, Hashing, Model
 from gengram_megatron.config.tables import LARGEST_DIRECT, kmer_tables
@@ -141,7 +142,9 @@ def notes(found: dict) -> Iterator[str]:
             "starts as a copy of it, and the two are trained apart"
         )
     known = {*_NOT_COMPUTED, *_COMPARED, *_SPECIAL_IDS}
-    if unknown := sorted(name for name, value in found.items() if name not in known and value):
+    if unknown := sorted(
+        name for name, value in found.items() if name not in known and value is not None
+    ):
         yield (
             f"config.json has keys that are not known here and are not compared: "
             f"{', '.join(unknown)}"
@@ -156,9 +159,12 @@ def tied(found: dict) -> bool:
 def _compared(found: dict) -> Iterator[_Wanted]:
     """All that has a key here."""
     get, kind = _getter(found), found["model_type"]
+    check_values(found)
     for name, key in _SAME.items():
         yield _Wanted(name, get(name), key, get(name))
-    groups = get("num_key_value_heads") or get("num_attention_heads")
+    # An explicit null has another meaning than none: Mixtral's default is 8.
+    default = _DEFAULTS[KINDS[kind]]["num_key_value_heads"]
+    groups = found.get("num_key_value_heads", default) or get("num_attention_heads")
     yield _Wanted("num_key_value_heads", groups, "num_query_groups", groups)
     theta = _rope(found)["rope_theta"]
     yield _Wanted("rope_theta", theta, "rotary_base", int(theta) if theta % 1 == 0 else theta)
@@ -174,6 +180,10 @@ def _compared(found: dict) -> Iterator[_Wanted]:
     if memory is not None:
         for name in _SAME_OF_MEMORY:
             value = memory.get(name, getattr(Gengram(), name))
+            if name == "layers":
+                value = sorted(value)  # their order means nothing
+            if name == "conv_kernel" and memory.get("output", "convolution") != "convolution":
+                continue  # nothing is convolved
             yield _Wanted(f"gengram.{name}", value, f"gengram.{name}", value)
         eod = memory.get("eod")
         yield _Wanted("gengram.eod", eod, "gengram.reset_at_document", eod is not None)
@@ -200,12 +210,17 @@ def _without_key(found: dict) -> Iterator[tuple[str, object, object]]:
         yield "sliding_window", window, None
     if found.get("quantization_config"):
         yield "quantization_config", "given", None
+    memory = _memory(found) or {}
+    if memory.get("eod") not in (None, EOD):
+        yield "gengram.eod", memory["eod"], EOD
+    for name in sorted(memory.keys() - {*_SAME_OF_MEMORY, "eod", "tables"}):
+        yield f"gengram.{name}", memory[name], "not known"
 
 
 def _getter(found: dict):
     """Reads a key with the default of the model's kind."""
     kind = found.get("model_type")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(
             f"config.json has model_type {kind!r}, which is no model that can be imported: it may "
             f"be {', '.join(KINDS)}"
@@ -223,18 +238,22 @@ def _rope(found: dict) -> dict:
     """Base, type and share of the rotary embedding, by whichever keys say them."""
     given = found.get("rope_parameters") or {}
     scaling = found.get("rope_scaling") or {}
-    base, older = given.get("rope_theta"), found.get("rope_theta")
-    if base is not None and older is not None and base != older:
-        raise UserError(
-            f"config.json contradicts itself: rope_theta is {older:g}, and in rope_parameters it "
-            f"is {base:g}; remove the wrong one"
-        )
+    places = {"": found, " of rope_parameters": given, " of rope_scaling": scaling}
+
+    def only(name: str, default: float) -> float:
+        said = {
+            place: group[name] for place, group in places.items() if group.get(name) is not None
+        }
+        if len(set(said.values())) > 1:
+            values = ", ".join(f"{name}{place} is {value:g}" for place, value in said.items())
+            raise UserError(f"config.json contradicts itself: {values}; remove the wrong ones")
+        return next(iter(said.values()), default)
+
     kinds = [one.get("rope_type") or one.get("type") or "default" for one in (given, scaling)]
-    share = given.get("partial_rotary_factor", found.get("partial_rotary_factor"))
     return {
-        "rope_theta": base or older or _getter(found)("rope_theta"),
+        "rope_theta": only("rope_theta", _getter(found)("rope_theta")),
         "rope_type": next((kind for kind in kinds if kind != "default"), "default"),
-        "partial_rotary_factor": 1.0 if share is None else share,
+        "partial_rotary_factor": only("partial_rotary_factor", 1.0),
     }
 
 

@@ -97,14 +97,19 @@ def import_foreign(foreign: Foreign, config: Config) -> Path:
     if store.newest():
         raise UserError(f"{store.folder} holds checkpoints already; give another run.dir")
     refuse(foreign.path, foreign.differences(config))
-    _tell_of_rounding(foreign, config)
     weights = {weight.key: weight for weight in foreign.weights(config.model)}
     _check_names(foreign, config.model, list(weights.values()))
-    dtype = getattr(torch, DTYPES[config.train.dtype])
+    dtype, stored = getattr(torch, DTYPES[config.train.dtype]), set()
+
+    def read(name: str) -> Tensor:
+        tensor = foreign.read(name)
+        stored.add(tensor.dtype)
+        return tensor
+
     source = weights_only.Source(
         {key: weight.shape for key, weight in weights.items()},
         dict.fromkeys(weights, dtype),
-        lambda key: weights[key].join(foreign.read, dtype),
+        lambda key: weights[key].join(read, dtype),
     )
     tables = kmer_tables(config.model.gengram) if config.model.gengram.enabled else ()
     facts = Facts(
@@ -117,20 +122,27 @@ def import_foreign(foreign: Foreign, config: Config) -> Path:
     )
     common = {"config": config.model_dump(), "step": 0}
     with _removed_if_empty(store.folder):
-        return weights_only.write(store, source, common, facts)
+        written = weights_only.write(store, source, common, facts)
+    _tell_of_conversion(stored - {dtype}, dtype)
+    return written
 
 
-def _tell_of_rounding(foreign: Foreign, config: Config) -> None:
-    """Weights in another precision than the run's are converted, which must not go unseen."""
-    there, here = foreign.precision, config.train.dtype
-    if (there, here) == ("fp32", "bf16"):
+def _tell_of_conversion(there: set[torch.dtype], here: torch.dtype) -> None:
+    """Weights in another precision than the run's are converted, which must not go unseen.
+
+    there: the dtypes of weights that had to be converted.
+    """
+    if not there:
+        return
+    names = " and ".join(sorted(str(one).removeprefix("torch.") for one in there))
+    if here == torch.bfloat16:  # float16 has more digits, too
         tell(
-            "warning: the weights are float32 there and are rounded to bfloat16, because "
+            f"warning: weights that are {names} there are rounded to bfloat16, because "
             "train.precision keeps them so here"
         )
-    elif there != here:
+    else:
         tell(
-            "warning: the weights have 16 bits there and are kept in float32, because "
+            f"warning: weights that are {names} there are kept in float32, because "
             "train.precision is fp32; they gain no digits by it"
         )
 
@@ -173,6 +185,12 @@ def _huggingface(path: Path) -> Foreign:
         raise UserError(f"{path}: {error}") from None
     names, read_stored = open_files(path)
     tied = huggingface_settings.tied(found)
+    if tied and {EMBEDDING, OUTPUT} <= names and not _equal(read_stored, EMBEDDING, OUTPUT):
+        raise UserError(
+            f"{path / HUGGINGFACE_CONFIG} has tie_word_embeddings true, and there is a {OUTPUT} "
+            f"other than {EMBEDDING}, which transformers uses from version 5 on: set it to false "
+            f"if that is right, or remove {OUTPUT}"
+        )
 
     def read(name: str) -> Tensor:
         return read_stored(EMBEDDING if tied and name == OUTPUT else name)
@@ -191,6 +209,10 @@ def _huggingface(path: Path) -> Foreign:
         model=wanted,
         warnings=tuple(huggingface_settings.notes(found)),
     )
+
+
+def _equal(read: Callable[[str], Tensor], one: str, other: str) -> bool:
+    return torch.equal(read(one), read(other))
 
 
 def _megatron(folder: Path) -> Foreign:
