@@ -470,7 +470,12 @@ def test_printed_config_loads_and_gives_the_published_answers(there, published) 
     assert config.run.dir == "runs/there"
     assert (config.train.precision, config.train.steps, config.train.samples) == ("fp32", 4, None)
     assert (config.train.global_batch_size, config.train.micro_batch_size) == (8, 2)
-    assert config.model == load(there, "unused", "model.gengram.init_std=null").model
+    assert (
+        config.model
+        == load(
+            there, "unused", "model.gengram.init=published", "model.gengram.init_std=null"
+        ).model
+    )
     import_model(there, config)
     layout = check_layout(config, 1)
     chunks, optimizer, schedule = build(config, layout)
