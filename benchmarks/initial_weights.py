@@ -17,6 +17,7 @@ from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.files import save_figure
 from gengram_megatron.training.metrics import read_metrics
+from gengram_megatron.training.plot import decorate
 
 FOLDER = Path("runs/sweeps/initial_weights_cpu")
 OUT = Path("benchmarks/results/initial_weights_cpu.png")
@@ -58,9 +59,7 @@ def draw(found: dict[tuple[str, int], dict[int, list[float]]], out: Path) -> Non
         dots = [(n, loss) for n, seeds in zip(tokens, values) for loss in seeds]
         axes.plot(*zip(*dots), ".", color=colours[name], alpha=0.5)
     axes.set_xlabel("tokens, millions")
-    axes.set_ylabel("validation loss, nats a base")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    decorate(axes, "validation loss")
     save_figure(figure, out, dpi=110)
 
 

@@ -1,5 +1,7 @@
 """Tiny models of all kinds that are exported and imported: a checkpoint and the answers of each."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,21 @@ class Trained:
     tokens: Tensor
     logits: Tensor
     hidden: Tensor
+
+
+def run_alone(folder: Path, *words: str, timeout: int = 300) -> str:
+    """What Python prints of `words` in a folder, in a process that has nothing of this package and
+    no network; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return done.stdout
 
 
 def load(folder: Path, run: str, *words: str) -> Config:

@@ -173,15 +173,6 @@ def test_formal_runs_fit_their_gpus(folder, name):
         assert gengram.window == (21 if name.endswith("21") else None)
 
 
-@pytest.mark.parametrize("name", FORMAL)
-def test_continued_runs_start_from_the_run_of_their_name(name):
-    source, config = load(f"pretrain_200b_8k/{name}"), load(f"pretrain_100b_32k/{name}")
-    assert config.checkpoint.load == source.run.dir
-    assert source.checkpoint.load is None
-    # Raises if it is not.
-    check_same_model(Path(source.run.dir), source.model.model_dump(), config, new_run=True)
-
-
 RELEASED = {"genos_1.2b": 128, "genos_10b": 256, "gengram_10b": 128}
 """The published weights, and their padded vocabulary."""
 
@@ -225,9 +216,15 @@ def test_the_other_published_layout_of_genos_10b_fits_too(words):
     assert planned(load("genos/genos_10b", *words), GPUS)["warnings"] == []
 
 
-@pytest.mark.parametrize("released", RELEASED)
-def test_released_models_are_continued_from_their_own_weights(released):
-    source, config = load(f"genos/{released}"), load(f"genos/{released}_cpt")
+CONTINUED = [
+    *((f"pretrain_200b_8k/{name}", f"pretrain_100b_32k/{name}") for name in FORMAL),
+    *((f"genos/{name}", f"genos/{name}_cpt") for name in RELEASED),
+]
+
+
+@pytest.mark.parametrize(("first", "continued"), CONTINUED)
+def test_continued_runs_start_from_the_weights_of_the_first(first, continued):
+    source, config = load(first), load(continued)
     assert config.checkpoint.load == source.run.dir
     assert source.checkpoint.load is None
     # Raises if it is not.

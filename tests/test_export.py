@@ -1,8 +1,6 @@
 """Exported models are what transformers makes of them, and come back bit for bit."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, EOD, PIECES, DnaTokenizer
-from tests.exchange_models import KINDS, Trained, build, load, make, named
+from tests.exchange_models import KINDS, Trained, build, load, make, named, run_alone
 from tests.layouts.launch import ROOT
 
 REFUSED = ("mla", "top1")
@@ -49,15 +47,7 @@ def answers(models, exported) -> dict[str, dict]:
     tokens = {kind: models[kind].tokens.tolist() for kind in EXPORTED}
     given = {"text": TEXT, "new_tokens": NEW_TOKENS, "tokens": tokens}
     (exported / "given.json").write_text(json.dumps(given))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/huggingface_worker.py"), str(exported)],
-        cwd=exported,
-        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": str(exported / "home")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    run_alone(exported, str(ROOT / "tests/huggingface_worker.py"), str(exported), timeout=600)
     return torch.load(exported / "answers.pt")
 
 

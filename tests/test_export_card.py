@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -17,7 +15,7 @@ from gengram_megatron.checkpoint.store import FACTS
 from gengram_megatron.checkpoint.stored import find_checkpoint, read_config
 from gengram_megatron.checkpoint.weights_only import strip
 from gengram_megatron.training.metrics import RunLog
-from tests.exchange_models import KINDS, Trained, load, make
+from tests.exchange_models import KINDS, Trained, load, make, run_alone
 
 ALONE = """
 for text in ("ACGTTGCAACGTTGCA", "ggcattac"):
@@ -72,19 +70,11 @@ def test_code_of_the_card_runs(models, tmp_path, kind) -> None:
     export(find_checkpoint(models[kind].run), out)
     card = (out / "README.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", code + ALONE],
-        cwd=out,
-        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    scores = yaml.safe_load(re.search(r"scores: (.*)", done.stdout)[1])
-    alone = [float(number) for number in re.findall(r"alone: (.*)", done.stdout)]
+    printed = run_alone(out, "-c", code + ALONE)
+    scores = yaml.safe_load(re.search(r"scores: (.*)", printed)[1])
+    alone = [float(number) for number in re.findall(r"alone: (.*)", printed)]
     assert scores == pytest.approx(alone, rel=1e-5)
-    generated = yaml.safe_load(re.search(r"generated: (.*)", done.stdout)[1])
+    generated = yaml.safe_load(re.search(r"generated: (.*)", printed)[1])
     assert generated[0].startswith("ACGTTGCA") and generated[1].startswith("GGC")
     assert {letter for text in generated for letter in text} <= set("ACGTN")
     assert ("trust_remote_code" in card) == (kind == "moe_memory")

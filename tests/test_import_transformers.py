@@ -1,15 +1,12 @@
 """From a checkpoint of Megatron-LM to a model of transformers: the same logits at both ends."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from gengram_megatron.checkpoint.exchange.export import export
 from gengram_megatron.checkpoint.exchange.importing import import_model
 from gengram_megatron.tokenizer import BASE_IDS, EOD
-from tests.exchange_models import load
+from tests.exchange_models import load, run_alone
 from tests.published_model import logits, published_model, save_distributed, save_ranks
 from tests.published_worker import describe_as_mcore_metadata
 
@@ -37,15 +34,7 @@ def test_published_model_answers_the_same_in_transformers(one_process, tmp_path,
     tokens = torch.tensor(BASE_IDS)[torch.randint(5, (2, 48), generator=generator)]
     tokens[0, 20] = EOD
     torch.save(tokens, tmp_path / "tokens.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", ANSWER],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_alone(tmp_path, "-c", ANSWER)
     expected = logits(gpt, config, tokens)
     assert expected.std() > 0.1  # and not all the same
     found = torch.load(tmp_path / "logits.pt")

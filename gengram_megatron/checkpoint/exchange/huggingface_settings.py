@@ -7,12 +7,12 @@ and Mixtral. Files of transformers 4 have `rope_theta` and `rope_scaling`, files
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from gengram_megatron.checkpoint.exchange.huggingface import PAD
 from gengram_megatron.checkpoint.exchange.huggingface_values import check_values
-from gengram_megatron.checkpoint.exchange.settings import Difference
-from gengram_megatron.config.schema import Config, Gengram, Hashing, Model
+from gengram_megatron.checkpoint.exchange.settings import Difference, Wanted, value_of
+from gengram_megatron.config.schema import Config, Gengram, Hashing
 from gengram_megatron.config.tables import LARGEST_DIRECT, kmer_tables
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import EOD
@@ -71,16 +71,6 @@ _SEEDS = 1000
 """As many seeds of hashed tables are tried."""
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """A setting there, its value, and the key below `model.` that says it here, with its value."""
-
-    name: str
-    theirs: object
-    key: str
-    value: object
-
-
 def differences(found: dict, config: Config) -> list[Difference]:
     """All that a config.json, as parsed, says otherwise than a config of what the model computes.
 
@@ -95,7 +85,7 @@ def differences(found: dict, config: Config) -> list[Difference]:
         of_memory = one.key.startswith("gengram.") and one.key != "gengram.enabled"
         if of_memory and not model.gengram.enabled:
             continue  # that there is a memory says it all
-        own = ours.get(one.key, _value(model, one.key))
+        own = ours.get(one.key, value_of(model, one.key))
         if one.value != own:
             different.append(Difference(one.name, one.theirs, f"model.{one.key}", own))
     if _memory(found) and model.gengram.enabled:
@@ -156,27 +146,27 @@ def tied(found: dict) -> bool:
     return bool(found.get("tie_word_embeddings"))
 
 
-def _compared(found: dict) -> Iterator[_Wanted]:
+def _compared(found: dict) -> Iterator[Wanted]:
     """All that has a key here."""
     get, kind = _getter(found), found["model_type"]
     check_values(found)
     for name, key in _SAME.items():
-        yield _Wanted(name, get(name), key, get(name))
+        yield Wanted(name, get(name), key, get(name))
     # An explicit null has another meaning than none: Mixtral's default is 8.
     default = _DEFAULTS[KINDS[kind]]["num_key_value_heads"]
     groups = found.get("num_key_value_heads", default) or get("num_attention_heads")
-    yield _Wanted("num_key_value_heads", groups, "num_query_groups", groups)
+    yield Wanted("num_key_value_heads", groups, "num_query_groups", groups)
     theta = _rope(found)["rope_theta"]
-    yield _Wanted("rope_theta", theta, "rotary_base", int(theta) if theta % 1 == 0 else theta)
+    yield Wanted("rope_theta", theta, "rotary_base", int(theta) if theta % 1 == 0 else theta)
     if KINDS[kind]:
-        yield _Wanted("num_local_experts", get("num_local_experts"), "num_experts",
+        yield Wanted("num_local_experts", get("num_local_experts"), "num_experts",
                       get("num_local_experts"))  # fmt: skip
-        yield _Wanted("num_experts_per_tok", get("num_experts_per_tok"), "moe_router_topk",
+        yield Wanted("num_experts_per_tok", get("num_experts_per_tok"), "moe_router_topk",
                       get("num_experts_per_tok"))  # fmt: skip
     else:
-        yield _Wanted("model_type", kind, "num_experts", None)
+        yield Wanted("model_type", kind, "num_experts", None)
     memory = _memory(found)
-    yield _Wanted("model_type", kind, "gengram.enabled", memory is not None)
+    yield Wanted("model_type", kind, "gengram.enabled", memory is not None)
     if memory is not None:
         for name in _SAME_OF_MEMORY:
             value = memory.get(name, getattr(Gengram(), name))
@@ -184,9 +174,9 @@ def _compared(found: dict) -> Iterator[_Wanted]:
                 value = sorted(value)  # their order means nothing
             if name == "conv_kernel" and memory.get("output", "convolution") != "convolution":
                 continue  # nothing is convolved
-            yield _Wanted(f"gengram.{name}", value, f"gengram.{name}", value)
+            yield Wanted(f"gengram.{name}", value, f"gengram.{name}", value)
         eod = memory.get("eod")
-        yield _Wanted("gengram.eod", eod, "gengram.reset_at_document", eod is not None)
+        yield Wanted("gengram.eod", eod, "gengram.reset_at_document", eod is not None)
 
 
 def _without_key(found: dict) -> Iterator[tuple[str, object, object]]:
@@ -267,13 +257,6 @@ def _memory(found: dict) -> dict | None:
             "which says what its memory computes"
         )
     return found["gengram"]
-
-
-def _value(model: Model, key: str) -> object:
-    value = model
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _told(tables: object) -> object:

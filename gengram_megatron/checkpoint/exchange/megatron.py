@@ -46,10 +46,6 @@ class MegatronTensors:
         found = getattr(arguments, "__dict__", {})
         self.arguments = {name: value for name, value in found.items() if _is_plain(value)}
 
-    def argument(self, name: str):
-        """As the run's command line had it; None where the checkpoint does not say."""
-        return self.arguments.get(name)
-
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):

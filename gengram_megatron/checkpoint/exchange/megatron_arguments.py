@@ -7,23 +7,12 @@ only `gengram_window_size` may be absent from a run with memory, whose code then
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from gengram_megatron.checkpoint.exchange.settings import Difference, shown
+from gengram_megatron.checkpoint.exchange.settings import Difference, Wanted, shown, value_of
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import LARGEST_DIRECT
 
 Arguments = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """An argument, its value, and the key below `model.` that says it here, with the key's value."""
-
-    name: str
-    theirs: object
-    key: str
-    value: object
 
 
 _SAME = {
@@ -159,7 +148,7 @@ def differences(arguments: Arguments, config: Config) -> list[Difference]:
     found = []
     for one in _wanted(arguments):
         if not _agrees(one, config, arguments):
-            ours = _ours(config, one.key)
+            ours = value_of(config.model, one.key)
             found.append(Difference(one.name, _told(one), f"model.{one.key}", ours))
     if arguments.get("gengram_enabled") and config.model.gengram.enabled:
         for key, value in _PUBLISHED_MEMORY.items():
@@ -252,16 +241,9 @@ def _training(arguments: Arguments) -> Iterator[Wanted]:
             yield one
 
 
-def _ours(config: Config, key: str) -> object:
-    value: object = config.model
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _agrees(one: Wanted, config: Config, arguments: Arguments) -> bool:
     """Whether the config computes the same, which several values of a key may do."""
-    model, ours = config.model, _ours(config, one.key)
+    model, ours = config.model, value_of(config.model, one.key)
     groups = model.num_query_groups or model.num_attention_heads
     if one.key == "num_query_groups":
         return groups == one.value

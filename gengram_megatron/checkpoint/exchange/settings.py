@@ -6,8 +6,10 @@ are told at once, with the values of both sides.
 
 import json
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
+from gengram_megatron.config.schema import Model
 from gengram_megatron.config.tree import inline_yaml
 from gengram_megatron.errors import UserError
 
@@ -24,6 +26,22 @@ class Difference:
     theirs: object
     key: str | None
     ours: object
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A setting of another format, its value, and the key below `model.` that says it here, with
+    the key's value."""
+
+    name: str
+    theirs: object
+    key: str
+    value: object
+
+
+def value_of(model: Model, key: str) -> object:
+    """The value of a key below `model.`, with dots."""
+    return attrgetter(key)(model)
 
 
 def refuse(path: Path, differences: list[Difference]) -> None:

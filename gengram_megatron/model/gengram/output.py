@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gengram_megatron.model.gengram.halo import Halo
 from gengram_megatron.model.gengram.ids import KmerIds
 from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import marker, torch_default, whole_weight
+from gengram_megatron.model.initialize import whole_weight
 from gengram_megatron.model.norm import RMSNorm
 from gengram_megatron.model.zigzag import Piece
 
@@ -48,11 +48,8 @@ class ConvolutionOutput(nn.Module):
         self.kernel, self.dilation = gengram.conv_kernel, max(gengram.kmer_sizes)
         reach = (self.kernel - 1) * self.dilation
         self.halo = Halo(reach, config.sequence_parallel, tp_group, cp_group)
-        init_method = config.init_method
-        if gengram.init == "published":
-            init_method = marker(
-                torch_default(fan_in=self.kernel)
-            )  # one input channel to each output
+        # Depthwise: one input channel to each output.
+        init_method = gengram.init_method(config, fan_in=self.kernel)
         self.weight = whole_weight((self.kernel, config.hidden_size), config, init_method)
 
     def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:

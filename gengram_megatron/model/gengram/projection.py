@@ -25,7 +25,6 @@ from gengram_megatron.model.initialize import (
     InitialLaw,
     marker,
     split_weight,
-    torch_default,
     whole_weight,
 )
 
@@ -42,15 +41,14 @@ class KeyValueProjection(nn.Module):
         self.tp_group, self.dp_group = tp_group, dp_group
         self.sequence_parallel = config.sequence_parallel
         num_sizes, dim = len(gengram.kmer_sizes), gengram.dim
-        init_method, bias_law = config.init_method, InitialLaw(constant=0.0)
-        if gengram.init == "published":
-            bias_law = torch_default(fan_in=num_sizes * dim)
-            init_method = marker(bias_law)
+        init_method = gengram.init_method(config, fan_in=num_sizes * dim)
         shape = (2, config.hidden_size, num_sizes, dim // tp_group.size())
         self.weight = split_weight(shape, 3, config, init_method)
         self.bias = None
         if gengram.projection_bias:
-            self.bias = whole_weight((2 * config.hidden_size,), config, marker(bias_law))
+            published = gengram.init == "published"
+            of_bias = init_method if published else marker(InitialLaw(constant=0.0))
+            self.bias = whole_weight((2 * config.hidden_size,), config, of_bias)
 
     def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
         """pool: makes the features [s, b, number of k * d / tp] from the rows; returns key and

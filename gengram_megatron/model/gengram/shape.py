@@ -1,11 +1,15 @@
 """The settings of `model.gengram` that decide a memory module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import nn
 
 from gengram_megatron.config.placement import Placement
 from gengram_megatron.config.tables import KmerTable
 from gengram_megatron.model.gengram.pooling import Pooling
+from gengram_megatron.model.initialize import marker, torch_default
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,13 @@ class GengramShape:
     output: Literal["convolution", "norm", "plain"] = "convolution"
     project: Literal["features", "tables"] = "features"
     projection_bias: bool = False
+
+    def init_method(self, config, fan_in: int) -> Callable[[nn.Parameter], nn.Parameter]:
+        """Of a weight besides the tables and norms, with so many inputs to each output: torch's
+        own where `init` is published, else megatron-core's config's."""
+        if self.init == "published":
+            return marker(torch_default(fan_in))
+        return config.init_method
 
     @property
     def kmer_sizes(self) -> tuple[int, ...]:
