@@ -63,7 +63,9 @@ TWO = {
     for model, engines in RUNS.items()
     for engine in engines
 }
-DATA, TENSOR, CONTEXT = (), ("parallel.tensor=2",), ("parallel.context=2",)
+DATA, CONTEXT = (), ("parallel.context=2",)
+# With a bias, whose gradient is added up over the ranks that share a sequence.
+TENSOR = ("parallel.tensor=2", "model.gengram.projection_bias=true")
 WHOLE_EXPERTS = ("parallel.expert=4", "parallel.expert_tensor=1")
 #   name: settings
 FOUR = {
