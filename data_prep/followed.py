@@ -2,15 +2,14 @@
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from data_prep.interrupts import as_finished, interrupts_held_back
+
 AT_A_TIME = 1 << 20
 """Bytes that are read and hashed at a time."""
-
-POLL = 0.1
-"""Seconds between two looks at how far the thread is."""
 
 
 class Followed:
@@ -40,7 +39,8 @@ class Followed:
 
     def __exit__(self, *_: object) -> None:
         self._stop = True
-        self._thread.shutdown(cancel_futures=True)
+        with interrupts_held_back():
+            self._thread.shutdown(cancel_futures=True)
         self._file.close()
 
     def written(self, part: int) -> None:
@@ -48,7 +48,8 @@ class Followed:
         self._missing.discard(part)
         complete = min(self._missing, default=len(self._ends))
         if complete:
-            self._thread.submit(self._hash_to, self._ends[complete - 1])
+            with interrupts_held_back():
+                self._thread.submit(self._hash_to, self._ends[complete - 1])
 
     def facts(
         self, advance: Callable[[int], None] = lambda count: None, told: int = 0
@@ -56,14 +57,17 @@ class Followed:
         """Size and SHA-256 of the whole file, to be asked for when all parts are written; `advance`
         is told meanwhile how many more bytes were gone through, from byte `told` on."""
         size = self.path.stat().st_size
-        rest = self._thread.submit(self._hash_to, size)
-        ended = False
-        while not ended:
-            ended = bool(wait([rest], POLL).done)
+
+        def tell() -> None:
+            nonlocal told
             hashed = self.hashed
             advance(hashed - told)
             told = hashed
-        rest.result()
+
+        with interrupts_held_back():
+            rest = self._thread.submit(self._hash_to, size)
+        for future in as_finished([rest], tell):
+            future.result()
         return {"bytes": size, "sha256": self._digest.hexdigest()}
 
     def _hash_to(self, end: int) -> None:

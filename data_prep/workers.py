@@ -5,20 +5,18 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
+from data_prep.interrupts import POLL, as_finished, interrupts_held_back
 from gengram_megatron.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
 """Is told how much more was gone through, in bases or in bytes of files."""
-
-POLL = 0.1
-"""Seconds between two looks at how far the workers are."""
 
 KEPT = 16 << 20
 """Bytes."""
@@ -48,16 +46,18 @@ class Workers:
             context = multiprocessing.get_context("fork")
             self._amount = context.Value("Q", 0)
             self._stop = context.Value("b", 0, lock=False)
-            self._pool = ProcessPoolExecutor(
-                self._count, context, _start_worker, (self._amount, self._stop)
-            )
-            self._pool.submit(int).result()
+            with interrupts_held_back():
+                self._pool = ProcessPoolExecutor(
+                    self._count, context, _start_worker, (self._amount, self._stop)
+                )
+                self._pool.submit(int).result()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
-            self._stop.value = 1
-            self._pool.shutdown(cancel_futures=True)
+            with interrupts_held_back():
+                self._stop.value = 1
+                self._pool.shutdown(cancel_futures=True)
 
     def run(
         self, function: Callable[[Task, Advance], Result], tasks: list[Task], advance: Advance
@@ -67,13 +67,11 @@ class Workers:
         if self._pool is None:
             yield from ((task, function(task, advance)) for task in tasks)
             return
-        futures = {self._pool.submit(_run, function, task): task for task in tasks}
-        left: set[Future] = set(futures)
+        with interrupts_held_back():
+            futures = {self._pool.submit(_run, function, task): task for task in tasks}
         try:
-            while left:
-                done, left = wait(left, POLL, FIRST_COMPLETED)
-                advance(self._taken())
-                yield from ((futures[future], future.result()) for future in done)
+            for future in as_finished(futures, lambda: advance(self._taken())):
+                yield futures[future], future.result()
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was ended from outside, perhaps because memory ran out; start "
@@ -84,10 +82,11 @@ class Workers:
         """How much workers went through since the last look; 0 if that cannot be said now, as a
         worker that was killed holds the lock for ever."""
         lock = self._amount.get_lock()
-        if not lock.acquire(timeout=POLL):
-            return 0
-        amount, self._amount.value = self._amount.value, 0
-        lock.release()
+        with interrupts_held_back():
+            if not lock.acquire(timeout=POLL):
+                return 0
+            amount, self._amount.value = self._amount.value, 0
+            lock.release()
         return amount
 
 

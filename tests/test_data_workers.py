@@ -48,3 +48,49 @@ def _killed_while_it_counts(_: int, __: Advance) -> None:
 def test_worker_that_is_killed_while_it_counts_stops_nobody():
     with Workers(2) as pool, pytest.raises(UserError, match="was ended from outside"):
         list(pool.run(_killed_while_it_counts, [1, 2], lambda bases: None))
+
+
+INTERRUPT_AT_EVERY_LINE = """
+import faulthandler, os, signal, sys, time
+from data_prep.workers import Workers
+
+def count(task, advance):
+    for _ in range(20):
+        advance(1)
+        time.sleep(0.0005)
+
+def interrupt_at(line):
+    left = line
+    def trace(frame, event, _):
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+        return trace
+    return trace
+
+for line in range(1, 260):
+    faulthandler.dump_traceback_later(20, exit=True)  # instead of a hang
+    interrupted = False
+    try:
+        with Workers(2) as workers:
+            sys.settrace(interrupt_at(line))
+            try:
+                list(workers.run(count, [1, 2], lambda amount: None))
+            finally:
+                sys.settrace(None)
+    except KeyboardInterrupt:
+        interrupted = True
+    if line == 1:
+        assert interrupted
+print(interrupted)
+"""
+
+
+def test_an_interrupt_at_any_line_ends_the_work():
+    """Also while a lock of the pool is held, which its own thread would then wait for."""
+    command = [sys.executable, "-c", INTERRUPT_AT_EVERY_LINE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"]

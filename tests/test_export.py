@@ -190,6 +190,15 @@ def test_import_of_another_model_is_refused(exported, tmp_path, words, expected)
     assert not CheckpointStore(tmp_path / "imported" / "checkpoints").newest()
 
 
+def test_only_a_model_with_a_bias_says_that_it_has_one(exported) -> None:
+    """So that models that were exported before there was the key are read as ever."""
+    for kind in WITH_MEMORY:
+        memory = json.loads((exported / kind / "config.json").read_text())["gengram"]
+        card = (exported / kind / "README.md").read_text()
+        assert memory.get("projection_bias") == (True if kind == "bias" else None), kind
+        assert ("bias of key and value" in card) == (kind == "bias"), kind
+
+
 def unflattened(keys: dict[str, object]) -> dict:
     tree: dict = {}
     for key, value in keys.items():

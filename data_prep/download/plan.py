@@ -19,6 +19,7 @@ from data_prep.download.record import RECORD, Record
 from data_prep.download.schema import DownloadConfig, File
 from data_prep.download.wanted import Wanted, name_in, web_address
 from data_prep.download.web import Web
+from data_prep.interrupts import as_finished, interrupts_held_back
 from gengram_megatron.errors import UserError
 
 Result = TypeVar("Result")
@@ -75,13 +76,17 @@ def at_once(calls: list[Callable[[], Result]], parallel: int) -> list[Result]:
     results, problems = [], {}
     pool = ThreadPoolExecutor(parallel)
     try:
-        for future in [pool.submit(call) for call in calls]:
-            try:
-                results.append(future.result())
-            except UserError as error:
-                problems[str(error)] = True
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun need not begin
+        with interrupts_held_back():
+            futures = [pool.submit(call) for call in calls]
+        list(as_finished(futures))
+    finally:  # after Ctrl-C, what has not begun need not begin
+        with interrupts_held_back():
+            pool.shutdown(cancel_futures=True)
+    for future in futures:
+        try:
+            results.append(future.result())
+        except UserError as error:
+            problems[str(error)] = True
     if problems:
         raise UserError("\n".join(problems))
     return results

@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from data_prep.download.plan import Item, check_space, standing, wanted_files
 from data_prep.download.record import Record
 from data_prep.download.schema import DownloadConfig
 from data_prep.download.web import Web
+from data_prep.interrupts import as_finished, interrupts_held_back
 from gengram_megatron.errors import UserError
 
 
@@ -50,17 +51,19 @@ def download(config: DownloadConfig, items: list[Item], web: Web, watcher: Watch
         record = Record(folder)
         _record_adopted(items, folder, record)
         store = partial(_store, folder=folder, record=record, web=web, stop=stop, watcher=watcher)
-        futures = {pool.submit(store, item): item for item in items if not item.here}
         try:
-            for future in as_completed(futures):
+            with interrupts_held_back():
+                futures = {pool.submit(store, item): item for item in items if not item.here}
+            for future in as_finished(futures):
                 try:
                     sizes.append(future.result())
                     watcher.stored(futures[future].wanted.name, sizes[-1])
                 except UserError as error:
                     problems.append(str(error))
         finally:  # also after Ctrl-C, when threads would otherwise go on to the end
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+            with interrupts_held_back():
+                stop.set()
+                pool.shutdown(cancel_futures=True)
     if problems:
         raise UserError("\n".join(problems))
     return sizes
