@@ -17,7 +17,7 @@ def _complements() -> np.ndarray:
 _COMPLEMENTS = _complements()
 
 
-def draw(seed: int, source: str, record: str, count: int, share: float) -> np.ndarray:
+def draw_reversed(seed: int, source: str, record: str, count: int, share: float) -> np.ndarray:
     """Whether each of the `count` fragments of a record's grid is turned, with probability
     `share`: [count] bool.
 
@@ -31,7 +31,7 @@ def draw(seed: int, source: str, record: str, count: int, share: float) -> np.nd
     return uniform < share
 
 
-def turn(fragments: np.ndarray, reverse: np.ndarray) -> np.ndarray:
+def reverse_complement(fragments: np.ndarray, reverse: np.ndarray) -> np.ndarray:
     """Fragments [count, seq_length] of token ids, those of `reverse` [count] turned; the same array if
     there are none."""
     if not reverse.any():

@@ -11,7 +11,8 @@ from types import TracebackType
 
 import numpy as np
 
-from data_prep import fragment, strand
+from data_prep import fragment
+from data_prep.strand import draw_reversed, reverse_complement
 from data_prep.fasta import Piece, read_pieces
 from data_prep.fragment import Fate
 from data_prep.origins import ORIGIN, origins_path
@@ -135,7 +136,7 @@ def write_part(part: Part, advance: Advance, folder: Path, config: DataConfig) -
                     continue
                 # Most pieces go to one split whole, and need not be copied for it.
                 kept = fragments if len(chosen) == len(fragments) else fragments[chosen]
-                turned = strand.turn(kept, reverse[chosen])
+                turned = reverse_complement(kept, reverse[chosen])
                 starts = piece.start + chosen * config.seq_length
                 writer.add(turned, part.first_row + row, starts, reverse[chosen])
             advance(len(piece.ids))
@@ -155,7 +156,7 @@ def _fragments(
             raise changed(source.path)
         count = int(survey.lengths[row]) // length
         fates = part.fates[ends[row] - count : ends[row]]
-        reverse = strand.draw(config.seed, source.key, name, count, config.reverse_complement)
+        reverse = draw_reversed(config.seed, source.key, name, count, config.reverse_complement)
         for piece in own:
             if piece.start + len(piece.ids) > survey.lengths[row]:
                 raise changed(source.path)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.build import build
 from data_prep.schema import DataConfig
-from data_prep.strand import draw
+from data_prep.strand import draw_reversed
 from gengram_megatron.errors import UserError
 from tests.origins import Origins
 
@@ -44,7 +44,7 @@ def slow_documents(records: list, config: DataConfig, split: str) -> list[tuple]
         bases = "".join(base if base in "ACGT" else "N" for base in text.upper())
         length = config.seq_length
         genes = [(first, size) for first, size in genes if first < len(bases)]
-        turned = draw(
+        turned = draw_reversed(
             config.seed, "g/x", f"r{number}", len(bases) // length, config.reverse_complement
         )
         for place in range(len(bases) // length):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep import strand
+from data_prep.strand import draw_reversed
 from data_prep.inspect.contents import ORIGINS_AT_A_TIME, count_fragments
 from data_prep.inspect.opened import DataSet, Sequence, Split
 from data_prep.manifest import MANIFEST
@@ -28,7 +28,7 @@ class Grid:
         settings, sequences = data.facts.settings, data.sequences
         places = [sequence.bases // data.seq_length for sequence in sequences]
         draws = [
-            strand.draw(settings.seed, own.source, own.name, count, settings.reverse_complement)
+            draw_reversed(settings.seed, own.source, own.name, count, settings.reverse_complement)
             for own, count in zip(sequences, places)
         ]
         return cls(data.seq_length, np.cumsum([0, *places]), np.concatenate(draws))

@@ -15,7 +15,7 @@ from data_prep.manifest import MANIFEST, file_facts
 from data_prep.progress import Phase, Report
 from data_prep.schema import DataConfig
 from data_prep.sources import inputs
-from data_prep.strand import turn
+from data_prep.strand import reverse_complement
 from data_prep.verify.tally import Tally
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, BASES
@@ -108,7 +108,7 @@ def _differing(ordered: Ordered, record: int, ids: np.ndarray, seq_length: int) 
         block = slice(start, min(start + step, end))
         origins = ordered.split.origins[block]
         bases = fragment.grid(ids, seq_length)[origins["start"] // np.uint64(seq_length)]
-        expected = turn(bases, origins["strand"] == b"-")
+        expected = reverse_complement(bases, origins["strand"] == b"-")
         differs = (expected != ordered.split.tokens[block, :-1]).any(axis=1)
         found.append(start + np.flatnonzero(differs))
     return np.concatenate(found)

@@ -125,3 +125,8 @@ def _gpus_here() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def log_file(logs: Path, rank: int) -> Path:
+    """The log of a rank. Under srun `--output` names it so."""
+    return logs / f"rank-{rank}.log"

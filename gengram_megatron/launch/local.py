@@ -11,8 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from gengram_megatron.errors import EXIT_CODE, NOT_FINITE, PREFIX, UserError, tell
-from gengram_megatron.launch.job import RANK_MODULE, Job
-from gengram_megatron.launch.rank import log_file
+from gengram_megatron.launch.job import RANK_MODULE, Job, log_file
 from gengram_megatron.launch.stop import StoppedBeforeRanks, StopRequests
 from gengram_megatron.signals import REQUEUE
 

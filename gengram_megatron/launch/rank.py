@@ -13,17 +13,13 @@ from gengram_megatron.signals import STOP_SIGNALS, ignore_stop_signals
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
-def log_file(logs: Path, rank: int) -> Path:
-    """The log of a rank. Under srun `--output` names it so."""
-    return logs / f"rank-{rank}.log"
-
-
 def main() -> None:
     """Train as the rank that torchrun or srun made this process."""
     # Blocked before the first import that takes time, so that a request to stop stays pending, and
     # does not kill the process, until `gengram train` has handlers (see StopSignals).
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     from gengram_megatron.config.layout import world_size_from_environment
+    from gengram_megatron.launch.job import log_file
 
     logs = Path(sys.argv[1])
     sys.argv = ["gengram", *sys.argv[2:]]

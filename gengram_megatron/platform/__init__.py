@@ -4,7 +4,12 @@ none, `cpu.py` lets the same code run on the CPU."""
 
 from functools import cache
 
-from gengram_megatron.platform import cpu, imports
+from gengram_megatron.platform import cpu
+from gengram_megatron.platform.imports import (
+    complete_without_transformer_engine,
+    has,
+    import_quietly,
+)
 
 
 @cache
@@ -15,8 +20,8 @@ def prepare() -> None:
     without_cuda = not torch.cuda.is_available()
     if without_cuda:
         cpu.stand_in_for_cuda()
-    imports.import_quietly(compiled=not without_cuda)
-    if not imports.has("transformer_engine"):
-        imports.complete_without_transformer_engine()
+    import_quietly(compiled=not without_cuda)
+    if not has("transformer_engine"):
+        complete_without_transformer_engine()
     if without_cuda:
         cpu.adapt_megatron()
