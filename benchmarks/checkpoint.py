@@ -30,10 +30,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from gengram_megatron.checkpoint.store import size
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
-from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.engine.training.processes import end_processes, start_processes
+from gengram_megatron.runs.store import size
 
 
 def config_of(arguments: argparse.Namespace, folder: str, asynchronous: bool) -> Config:
@@ -61,9 +61,9 @@ def config_of(arguments: argparse.Namespace, folder: str, asynchronous: bool) ->
 
 def make_state(config: Config):
     """All that a checkpoint holds, after a first step of Adam."""
-    from gengram_megatron.checkpoint.state import TrainingState
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer, build_schedule
+    from gengram_megatron.engine.checkpoint.state import TrainingState
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer, build_schedule
 
     layout = check_layout(config, dist.get_world_size())
     chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)

@@ -26,9 +26,9 @@ import numpy as np
 from data_prep.manifest import read_manifest
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.data.blend import BlendOrder
-from gengram_megatron.data.dataset import FragmentDataset
-from gengram_megatron.training.data import RunData
+from gengram_megatron.engine.data.dataset import FragmentDataset
+from gengram_megatron.engine.data.order import BlendOrder
+from gengram_megatron.engine.data.run_data import RunData
 
 SAMPLES = 25_066_252  # of the paper's 200 B token run
 

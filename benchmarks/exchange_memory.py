@@ -37,14 +37,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gengram_megatron.checkpoint import weights_only
-from gengram_megatron.checkpoint.checksums import read_manifest
-from gengram_megatron.checkpoint.exchange.export import export
-from gengram_megatron.checkpoint.exchange.importing import import_model
-from gengram_megatron.checkpoint.exchange.names import huggingface_weights, megatron_weights
-from gengram_megatron.checkpoint.exchange.weights import Part, Weight
-from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.checkpoint import weights_only
+from gengram_megatron.engine.exchange.export import export
+from gengram_megatron.engine.exchange.importing import import_model
+from gengram_megatron.engine.exchange.names import huggingface_weights, megatron_weights
+from gengram_megatron.engine.exchange.weights import Part, Weight
+from gengram_megatron.runs.store import FORMAT, CheckpointStore, Facts, read_manifest
 
 RANKS = 2
 FACTS = Facts(format=FORMAT, step=0, samples=0, seed=1, layout={})

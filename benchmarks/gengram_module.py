@@ -34,16 +34,15 @@ from torch import Tensor, nn
 
 from data_prep.fasta import read_fasta
 from gengram_megatron.config.layout import Layout
-from gengram_megatron.config.placement import Placement
-from gengram_megatron.config.tables import direct_table
-from gengram_megatron.model.gengram.ids import KmerIds
-from gengram_megatron.model.gengram.memory import GengramMemory
-from gengram_megatron.model.gengram.pooling import Pooling, pooled
-from gengram_megatron.model.gengram.shape import GengramShape
-from gengram_megatron.model.initialize import InitialLaw, marker
-from gengram_megatron.model.zigzag import Piece
+from gengram_megatron.config.tables import Placement, direct_table
+from gengram_megatron.engine.model.gengram.ids import KmerIds
+from gengram_megatron.engine.model.gengram.memory import GengramMemory
+from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled
+from gengram_megatron.engine.model.gengram.shape import GengramShape
+from gengram_megatron.engine.model.initialize import InitialLaw, marker
+from gengram_megatron.engine.model.sequence import Piece
+from gengram_megatron.engine.training.processes import end_processes, start_processes
 from gengram_megatron.tokenizer import BASE_IDS
-from gengram_megatron.training.processes import end_processes, start_processes
 
 SIZES, WINDOW, KERNEL, DIM, EPSILON = (1, 2, 3, 4, 5, 6), 21, 4, 1024, 1e-5
 PLACEMENTS = tuple(Placement(direct_table(k, DIM), None, "one process") for k in SIZES)

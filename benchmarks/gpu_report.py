@@ -25,7 +25,7 @@ from gengram_megatron.plan.flops import (
     model_flops_utilisation,
     training_flops,
 )
-from gengram_megatron.training.metrics import read_metrics
+from gengram_megatron.runs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 5

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.files import save_figure
-from gengram_megatron.training.metrics import read_metrics
-from gengram_megatron.training.plot import decorate
+from gengram_megatron.runs.metrics import read_metrics
+from gengram_megatron.runs.plot import decorate
 
 FOLDER = Path("runs/sweeps/initial_weights_cpu")
 OUT = Path("benchmarks/results/initial_weights_cpu.png")

@@ -21,7 +21,7 @@ from pathlib import Path
 import dnaio
 import sentencepiece
 
-from gengram_megatron.platform import prepare
+from gengram_megatron.engine.platform import prepare
 
 LINES_A_TASK = 32
 VOCABULARY = 20  # at most; there are five letters and two special pieces

@@ -21,8 +21,8 @@ import numpy as np
 
 from data_prep.manifest import read_manifest
 from gengram_megatron.errors import EXIT_CODE, UserError, tell
+from gengram_megatron.runs.plot import write_markov_levels
 from gengram_megatron.tokenizer import BASE_IDS
-from gengram_megatron.training.plot import write_markov_levels
 
 HIGHEST_ORDER = 12  # 4^13 counts of 8 bytes are half a gigabyte
 BLOCK = 2048  # fragments at a time

@@ -18,8 +18,8 @@ from rich.table import Table
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.plan.flops import count_parameters
-from gengram_megatron.training.metrics import read_metrics
-from gengram_megatron.training.plot import plot_loss, short_number
+from gengram_megatron.runs.metrics import read_metrics
+from gengram_megatron.runs.plot import plot_loss, short_number
 
 ORDERS = (1, 3, 5)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gengram_megatron.training.metrics import read_metrics
+from gengram_megatron.runs.metrics import read_metrics
 
 CONFIG = "configs/smoke/cpu.yaml"
 ONE_PROCESS = ["parallel.tensor=1", "parallel.pipeline=1", "checkpoint.keep=1"]

@@ -17,17 +17,24 @@ import numpy as np
 from rich.filesize import decimal
 
 from data_prep import manifest, mix
-from data_prep.followed import Followed
 from data_prep.fragment import Fate
 from data_prep.genes import notes
-from data_prep.origins import ORIGIN, write_records
 from data_prep.progress import Phase, Report
 from data_prep.schema import DataConfig
 from data_prep.sources import Input, inputs
 from data_prep.survey import Survey, changed, survey
 from data_prep.work import Work, work_on
-from data_prep.workers import Advance, Workers
-from data_prep.write import INDEX_BYTES, SPLITS, Part, prepare_split, tokens_path, write_part
+from data_prep.workers import Advance, Followed, Workers
+from data_prep.write import (
+    INDEX_BYTES,
+    ORIGIN,
+    SPLITS,
+    Part,
+    prepare_split,
+    tokens_path,
+    write_part,
+    write_records,
+)
 from gengram_megatron.errors import UserError
 
 Say = Callable[[str], None]

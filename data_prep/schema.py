@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gengram_megatron.config.section import Fraction, NonNegative, Positive, Section
+from gengram_megatron.config.keys import Fraction, NonNegative, Positive, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 SourceName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_-]+|\*)$")]

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from data_prep import fragment, genes, split
-from data_prep.chromosomes import with_chromosomes
 from data_prep.compressed import Hashed, bytes_after
 from data_prep.fasta import read_counts
 from data_prep.fragment import Fate, Record
 from data_prep.manifest import file_facts
 from data_prep.schema import DataConfig
 from data_prep.sources import Input
+from data_prep.split import with_chromosomes
 from data_prep.workers import Advance
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASES

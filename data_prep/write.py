@@ -1,5 +1,15 @@
-"""The second reading of a source: its fragments go to their place in the data set."""
+"""The files that lead from a fragment of a data set back to its coordinates.
 
+`records.tsv` lists the records of all sources, a row each: source, record, bases.
+`<split>.origins.npy` has for each document the row number, the start in that record, and the
+strand: `-` where the document is the reverse complement of those bases, else `+`.
+
+Which fragments are written as their reverse complement, and how.
+
+The second reading of a source: its fragments go to their place in the data set.
+"""
+
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -12,15 +22,62 @@ from types import TracebackType
 import numpy as np
 
 from data_prep import fragment
-from data_prep.strand import draw_reversed, reverse_complement
 from data_prep.fasta import Piece, read_pieces
 from data_prep.fragment import Fate
-from data_prep.origins import ORIGIN, origins_path
 from data_prep.schema import DataConfig
 from data_prep.sources import Input
 from data_prep.survey import Survey, changed, check_unchanged
 from data_prep.workers import Advance
-from gengram_megatron.tokenizer import EOD
+from gengram_megatron.tokenizer import EOD, DnaTokenizer
+
+ORIGIN = np.dtype([("record", "<u4"), ("start", "<u8"), ("strand", "S1")])
+RECORDS = "records.tsv"
+
+
+def origins_path(folder: Path, split: str) -> Path:
+    """The file with the origins of a split."""
+    return folder / f"{split}.origins.npy"
+
+
+def write_records(folder: Path, rows: list[tuple[str, str, int]]) -> None:
+    """Write records.tsv; a row is source, record and bases."""
+    lines = ["source\trecord\tbases", *("\t".join(map(str, row)) for row in rows)]
+    (folder / RECORDS).write_text("\n".join(lines) + "\n")
+
+
+def _complements() -> np.ndarray:
+    """The complement of each token id; those that are no base stay."""
+    table = np.arange(EOD + 1, dtype=np.uint8)
+    table[DnaTokenizer().encode("ACGTN")] = DnaTokenizer().encode("TGCAN")
+    return table
+
+
+_COMPLEMENTS = _complements()
+
+
+def draw_reversed(seed: int, source: str, record: str, count: int, share: float) -> np.ndarray:
+    """Whether each of the `count` fragments of a record's grid is turned, with probability
+    `share`: [count] bool.
+
+    Philox counts instead of keeping a state: its i-th number is a hash of i under its key, here
+    the seed, source and record. So a fragment's strand hangs on its place alone, not on which
+    others are there or on the order of work.
+    """
+    place = "\0".join((str(seed), source, record)).encode()
+    key = int.from_bytes(hashlib.blake2b(place, digest_size=16).digest(), "little")
+    uniform = (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    return uniform < share
+
+
+def reverse_complement(fragments: np.ndarray, reverse: np.ndarray) -> np.ndarray:
+    """Fragments [count, seq_length] of token ids, those of `reverse` [count] turned; the same array if
+    there are none."""
+    if not reverse.any():
+        return fragments
+    turned = fragments.copy()
+    turned[reverse] = _COMPLEMENTS[fragments[reverse, ::-1]]
+    return turned
+
 
 SPLITS = {"train": Fate.TRAIN, "validation": Fate.VALIDATION}
 

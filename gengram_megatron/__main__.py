@@ -10,7 +10,7 @@ def main() -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # not where a shell in the background ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from gengram_megatron.cli import main as run_command
+    from gengram_megatron.commands.cli import main as run_command
 
     signal.signal(signal.SIGINT, before)
     run_command()

@@ -84,7 +84,7 @@ def load(folder: Path, run: str, *words: str) -> Config:
 
 def make(kind: str, folder: Path, step: int = 3) -> Trained:
     """Build and save a model. megatron-core's groups must be there."""
-    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.engine.checkpoint.state import TrainingState
 
     config = load(folder, kind, *KINDS[kind])
     layout = check_layout(config, 1)
@@ -106,8 +106,8 @@ def make(kind: str, folder: Path, step: int = 3) -> Trained:
 
 def build(config: Config, layout: Layout):
     """Model chunks, wrapped; optimizer; schedule."""
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer, build_schedule
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer, build_schedule
 
     chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
     optimizer = build_optimizer(config, chunks)
@@ -130,7 +130,7 @@ def answers(chunk, config: Config, tokens: Tensor) -> tuple[Tensor, Tensor]:
     from megatron.core.utils import unwrap_model
 
     from gengram_megatron.config.tables import kmer_tables
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     chunk.eval()
     gengram, kmers = config.model.gengram, None

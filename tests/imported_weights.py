@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gengram_megatron.checkpoint.stored import StoredTensors
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.checkpoint.stored import StoredTensors
 
 
 def check_weights(checkpoint: Path, config: Config, gpt) -> None:

@@ -50,7 +50,7 @@ def observe(config: Config) -> dict:
     by name; the loss; the line of implementations' parts; and how often each layer was in fp8."""
     from megatron.core.utils import unwrap_model
 
-    from gengram_megatron.platform.report import parts as parts_of
+    from gengram_megatron.engine.training.report import parts as parts_of
 
     layout = check_layout(config, 1)
     chunks, optimizer, _ = build(config, layout)
@@ -78,8 +78,8 @@ def observe(config: Config) -> dict:
 def built(config: Config) -> list[tuple[str, tuple, Tensor]]:
     """This rank's initial weights: name; its first element in the whole, and the shape of that; the
     weight."""
-    from gengram_megatron.model.build import build_model
-    from gengram_megatron.model.initialize import parts
+    from gengram_megatron.engine.model.build import build_model
+    from gengram_megatron.engine.model.initialize import parts
 
     [chunk] = build_model(config, check_layout(config, 2))
     return [
@@ -90,7 +90,7 @@ def built(config: Config) -> list[tuple[str, tuple, Tensor]]:
 
 @torch.no_grad()
 def _pieces(chunk) -> Iterator[tuple[str, tuple, Tensor, Tensor]]:
-    from gengram_megatron.model.initialize import parts
+    from gengram_megatron.engine.model.initialize import parts
 
     for piece, parameter, first in parts(chunk):
         gradient = parameter.main_grad.flatten()[first : first + piece.data.numel()]
@@ -112,7 +112,7 @@ def same_model(found: dict, expected: dict, tolerance: float) -> None:
 
 def diagnosed(config: Config) -> str:
     """What is said of a batch whose numbers are all finite."""
-    from gengram_megatron.training.diagnosis import diagnose
+    from gengram_megatron.engine.training.diagnosis import diagnose
 
     layout = check_layout(config, 1)
     chunks, _, _ = build(config, layout)
@@ -121,7 +121,7 @@ def diagnosed(config: Config) -> str:
 
 def go_on(config: Config, steps: int, save: bool = True) -> list[float]:
     """Their losses, after the newest checkpoint of the run's folder; and a new one."""
-    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.engine.checkpoint.state import TrainingState
 
     layout = check_layout(config, 1)
     chunks, optimizer, schedule = build(config, layout)
@@ -139,7 +139,7 @@ def go_on(config: Config, steps: int, save: bool = True) -> list[float]:
 
 
 def _compute(chunks: list, config: Config, layout: Layout, seed: int) -> float:
-    from gengram_megatron.training.step import forward_backward
+    from gengram_megatron.engine.training.step import forward_backward
 
     generator = torch.Generator().manual_seed(seed)
     shape = (layout.num_microbatches, config.train.micro_batch_size, config.model.seq_length + 1)

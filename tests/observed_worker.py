@@ -16,7 +16,7 @@ import torch
 
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
-from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.engine.training.processes import end_processes, start_processes
 from tests.exchange_models import load
 from tests.observed import KINDS, LAYOUTS, SOME, built, configs, diagnosed, go_on, observe
 
@@ -41,7 +41,7 @@ def transformer_engine(folder: Path) -> dict:
 
 def apex(folder: Path) -> dict:
     """Layers of torch. That there is a GPU is pretended to the one function that asks for it."""
-    from gengram_megatron.model import build
+    from gengram_megatron.engine.model import build
 
     build.apex_adds_up = lambda: True
     return {

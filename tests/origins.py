@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.origins import RECORDS, origins_path
+from data_prep.write import RECORDS, origins_path
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def published_model(config: Config, layout: Layout):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from gengram_megatron.model.attention import CoreAttention
-    from gengram_megatron.model.build import transformer_config
+    from gengram_megatron.engine.model.attention import CoreAttention
+    from gengram_megatron.engine.model.build import transformer_config
 
     model, generator = config.model, torch.Generator().manual_seed(11)
     settings = transformer_config(config, layout)

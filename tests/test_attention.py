@@ -39,7 +39,7 @@ def make_attention(**arguments):
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from gengram_megatron.model.attention import CoreAttention
+    from gengram_megatron.engine.model.attention import CoreAttention
 
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
     return CoreAttention(

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gengram_megatron.data.batches import microbatches, split_batch
-from gengram_megatron.data.order import SampleOrder
+from gengram_megatron.engine.data.batches import microbatches, split_batch
+from gengram_megatron.engine.data.order import SampleOrder
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import EOD
 from tests.layouts.launch import ROOT
@@ -104,7 +104,7 @@ def test_processes_read_the_same():
 READ = """
 import torch
 from tests.test_batches import read
-from gengram_megatron.data.order import SampleOrder
+from gengram_megatron.engine.data.order import SampleOrder
 order = SampleOrder(1000, 7)
 assert read(order, 4, batch=80000, workers=2) == read(order, 4, batch=80000)
 """
@@ -141,7 +141,7 @@ def test_processes_hand_over_where_torch_could_not_share_a_tensor(place, tmp_pat
 
 @pytest.mark.skipif(not may_mount(), reason="only root may mount a /dev/shm")
 def test_a_run_without_room_for_semaphores_is_refused():
-    program = "from gengram_megatron.training.devices import check_shared_memory as c; c()"
+    program = "from gengram_megatron.engine.training.processes import check_shared_memory as c; c()"
     command = [*SMALL, sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert "UserError: /dev/shm has" in done.stderr
@@ -226,7 +226,7 @@ def test_an_error_in_a_reading_process_ends_the_training_process():
     """With its traceback, which must not keep the processes alive that this one waits for."""
     program = """
 from tests.test_batches import Numbered, InSequence
-from gengram_megatron.data.batches import microbatches
+from gengram_megatron.engine.data.batches import microbatches
 class Failing(Numbered):
     def __getitem__(self, index):
         if index > 20:

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengram_megatron.checkpoint.checksums import MANIFEST, write_manifest
-from gengram_megatron.checkpoint.store import CheckpointStore, read_facts
-from gengram_megatron.checkpoint.stored import StoredTensors
-from gengram_megatron.checkpoint.weights_only import Source, write
-from gengram_megatron.cli import main
+from gengram_megatron.commands.cli import main
+from gengram_megatron.engine.checkpoint.stored import StoredTensors
+from gengram_megatron.engine.checkpoint.weights_only import Source, write
 from gengram_megatron.errors import UserError
+from gengram_megatron.runs.store import MANIFEST, CheckpointStore, read_facts, write_manifest
 from tests.exchange_models import Trained, build, load, make, named
 
 
@@ -131,7 +130,7 @@ def test_nothing_is_made_of_a_damaged_checkpoint(trained, tmp_path, gengram, com
 
 def test_description_of_tensors_names_no_modules() -> None:
     """What the modules of these classes import must not be had through them."""
-    from gengram_megatron.checkpoint.stored import _MetadataUnpickler
+    from gengram_megatron.engine.checkpoint.stored import _MetadataUnpickler
 
     for name in ("os", "torch", "Any"):
         pickled = f"ctorch.distributed.checkpoint.metadata\n{name}\n.".encode()
@@ -142,7 +141,7 @@ def test_description_of_tensors_names_no_modules() -> None:
 
 
 def test_run_cannot_go_on_without_its_optimizer(trained, tmp_path, gengram, one_process) -> None:
-    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.engine.checkpoint.state import TrainingState
 
     config = load(tmp_path, "run")
     gengram("checkpoint", "strip", trained.run, tmp_path / "run" / "checkpoints")
@@ -162,7 +161,7 @@ def without_schedule(checkpoint: Path) -> None:
 
 def test_weights_alone_are_not_taken_after_half_a_load(trained, tmp_path, one_process) -> None:
     """What was loaded of the optimizer would stay, as weights alone do not overwrite it."""
-    from gengram_megatron.checkpoint.state import Beginning, TrainingState
+    from gengram_megatron.engine.checkpoint.state import Beginning, TrainingState
 
     folder = tmp_path / "run" / "checkpoints"
     newest = folder / "step_00000003"
@@ -189,7 +188,7 @@ def test_weights_alone_are_not_taken_after_half_a_load(trained, tmp_path, one_pr
 
 def test_another_runs_checkpoint_is_not_set_aside(trained, tmp_path, one_process) -> None:
     """Its newest has tensors that are none; the one before is taken, and that is told."""
-    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.engine.checkpoint.state import TrainingState
 
     folder = tmp_path / "source" / "checkpoints"
     for step in (3, 4):

@@ -10,13 +10,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from typer.testing import CliRunner
 
-from gengram_megatron.checkpoint.checksums import MANIFEST, damage, write_manifest
-from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts
-from gengram_megatron.checkpoint.verify import DAMAGED
-from gengram_megatron.cli import app
+from gengram_megatron.commands.checkpoint import DAMAGED
+from gengram_megatron.commands.cli import app
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
+from gengram_megatron.runs.store import (
+    FORMAT,
+    MANIFEST,
+    CheckpointStore,
+    Facts,
+    damage,
+    write_manifest,
+)
 from tests.training.tiny import RUN, environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -205,7 +211,7 @@ def test_helper_that_was_killed_at_once_is_not_forgotten() -> None:
     """In a process of its own, as what is tried lasts as long as its process."""
     program = """
 import multiprocessing, os, signal
-from gengram_megatron.checkpoint.writer import _processes_from_now_on
+from gengram_megatron.engine.checkpoint.writer import _processes_from_now_on
 started = _processes_from_now_on()
 context = multiprocessing.get_context("fork")
 first = context.Process(target=signal.raise_signal, args=(signal.SIGKILL,))

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from gengram_megatron.checkpoint.store import CheckpointStore, read_facts
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.training.data import RunData
+from gengram_megatron.engine.data.run_data import RunData
+from gengram_megatron.runs.store import CheckpointStore, read_facts
 from tests.training.launch import run_jobs
 from tests.training.tiny import build_data, entries, losses, write_config
 
@@ -91,15 +91,14 @@ def runs(tmp_path_factory) -> Runs:
 
 def loss_of_weights(config: Config, checkpoint: Path) -> float:
     """Of the first batch, with weights that are copied from the checkpoint one by one."""
-    from gengram_megatron.training.processes import end_processes, start_processes
+    from gengram_megatron.engine.training.processes import end_processes, start_processes
 
     layout = check_layout(config, 1)
     start_processes(layout, config.run.seed, 0)
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.model.initialize import parts
-    from gengram_megatron.training.agreement import agree
-    from gengram_megatron.training.optimizer import build_optimizer
-    from gengram_megatron.training.step import forward_backward
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.model.initialize import parts
+    from gengram_megatron.engine.training.optimizer import build_optimizer
+    from gengram_megatron.engine.training.step import agree, forward_backward
 
     chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
     build_optimizer(config, chunks)

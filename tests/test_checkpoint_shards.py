@@ -11,8 +11,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
-from gengram_megatron.checkpoint.shards import blocks, pieces_of
-from gengram_megatron.checkpoint.stored import StoredTensors
+from gengram_megatron.engine.checkpoint.contents import blocks, pieces_of
+from gengram_megatron.engine.checkpoint.stored import StoredTensors
 from tests.layouts.launch import launch
 from tests.resharding.both_ways import CASES, processes, write
 from tests.training.tiny import build_data, write_config

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from data_prep.cli import program
 from data_prep.schema import DataConfig
 from gengram_megatron import __version__
-from gengram_megatron.cli import app
-from gengram_megatron.config.list_keys import print_keys
+from gengram_megatron.commands.cli import app
+from gengram_megatron.config.command_line import print_keys
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
@@ -146,7 +146,7 @@ def test_version():
 
 
 def test_start_imports_no_torch():
-    code = "import sys, gengram_megatron.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, gengram_megatron.commands.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -158,7 +158,7 @@ def test_config_checks_the_layout_where_a_number_of_processes_is_given():
 
 
 def test_a_run_folder_that_cannot_be_made_is_a_sentence(tmp_path):
-    from gengram_megatron.training.folder import make_folder
+    from gengram_megatron.runs.folder import make_folder
 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
@@ -219,8 +219,8 @@ def test_all_commands_know_h_and_are_listed_whole():
 @pytest.mark.parametrize(
     "module, name, typed, completed",
     [
-        ("gengram_megatron.cli", "gengram", "gengram sw", "sweep"),
-        ("gengram_megatron.cli", "gengram", "gengram launch --sl", "--slurm"),
+        ("gengram_megatron.commands.cli", "gengram", "gengram sw", "sweep"),
+        ("gengram_megatron.commands.cli", "gengram", "gengram launch --sl", "--slurm"),
         ("data_prep.cli", "gengram-data", "gengram-data bu", "build"),
     ],
 )

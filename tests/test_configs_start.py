@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gengram_megatron.plan.command import smallest_world
+from gengram_megatron.commands.plan import smallest_world
 from gengram_megatron.plan.flops import count_parameters
 from tests.plan.configs import RUNS, load
 from tests.training.launch import run_jobs

@@ -18,7 +18,7 @@ from data_prep.annotation import Annotation, read_annotation
 from data_prep.build import build
 from data_prep.fragment import Fate, Record
 from data_prep.genes import drop_far, near
-from data_prep.inspect.facts import read_facts
+from data_prep.inspect.opened import read_facts
 from data_prep.schema import DataConfig, Source
 from gengram_megatron.errors import UserError
 from tests.origins import Origins

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from data_prep.inspect.opened import DataSet
-from gengram_megatron.platform import prepare
+from gengram_megatron.engine.platform import prepare
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

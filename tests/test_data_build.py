@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from data_prep import write
 from data_prep.build import build
 from data_prep.manifest import file_facts, read_manifest
-from data_prep.origins import ORIGIN
 from data_prep.progress import Phase
 from data_prep.schema import DataConfig
+from data_prep.write import ORIGIN
+from gengram_megatron.engine.platform import prepare
 from gengram_megatron.errors import UserError
-from gengram_megatron.platform import prepare
 from gengram_megatron.tokenizer import EOD
 from tests.origins import Origin, Origins
 

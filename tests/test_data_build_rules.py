@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.build import build
 from data_prep.schema import DataConfig
-from data_prep.strand import draw_reversed
+from data_prep.write import draw_reversed
 from gengram_megatron.errors import UserError
 from tests.origins import Origins
 

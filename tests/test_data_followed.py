@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import followed
-from data_prep.followed import Followed
+from data_prep import workers as followed
 from data_prep.manifest import file_facts
+from data_prep.workers import Followed
 
 
 @settings(deadline=None)  # the machine may be busy

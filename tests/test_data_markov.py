@@ -78,7 +78,7 @@ def test_the_script_prints_a_line_for_each_order(data_set, monkeypatch, capsys):
 
 def test_what_was_counted_is_kept_for_the_pictures_of_runs(data_set, capsys):
     from data_prep.manifest import read_manifest
-    from gengram_megatron.training.plot import markov_levels
+    from gengram_megatron.runs.plot import markov_levels
 
     nats = markov.markov_nats(data_set, [0, 2])
     markov.keep(data_set, nats)

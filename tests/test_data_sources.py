@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.build import build
-from data_prep.chromosomes import with_chromosomes
 from data_prep.download.schema import DownloadConfig
 from data_prep.fragment import Record
 from data_prep.schema import DataConfig, Source
 from data_prep.sources import inputs
-from data_prep.split import held_out
+from data_prep.split import held_out, with_chromosomes
 from gengram_megatron.config.load import load_config
 from gengram_megatron.errors import UserError
 from tests.origins import Origins

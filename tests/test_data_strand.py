@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.strand import draw_reversed, reverse_complement
+from data_prep.write import draw_reversed, reverse_complement
 from gengram_megatron.tokenizer import DnaTokenizer
 
 
@@ -16,7 +16,9 @@ def test_turning_against_a_table_of_pairs(length, data):
     ids = np.stack([DnaTokenizer().encode(text) for text in texts])
     before = ids.copy()
     pairs = {"A": "T", "C": "G", "G": "C", "T": "A", "N": "N"}
-    for text, ids_of_turned, is_turned in zip(texts, reverse_complement(ids, np.array(reverse)), reverse):
+    for text, ids_of_turned, is_turned in zip(
+        texts, reverse_complement(ids, np.array(reverse)), reverse
+    ):
         expected = "".join(pairs[base] for base in text[::-1]) if is_turned else text
         assert DnaTokenizer().decode(ids_of_turned) == expected
     assert np.array_equal(ids, before)

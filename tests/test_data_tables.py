@@ -11,15 +11,13 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from data_prep import build_command
+from data_prep import cli as build_command
 from data_prep.cli import program
-from data_prep.fate_table import FATES
 from data_prep.fragment import Fate
-from data_prep.inspect.contents import contents, describe
+from data_prep.inspect.command import sample_table, tables
+from data_prep.inspect.contents import contents, describe, locate
 from data_prep.inspect.opened import DataSet
-from data_prep.inspect.sample import locate
-from data_prep.inspect.tables import sample_table, tables
-from data_prep.manifest import read_manifest
+from data_prep.manifest import FATES, read_manifest
 from data_prep.schema import DataConfig
 from gengram_megatron.config.keys import Keys
 from gengram_megatron.errors import UserError

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gengram_megatron.data.batches import microbatches
-from gengram_megatron.data.checksums import CHECKED, check, identity, not_checked_yet
-from gengram_megatron.data.dataset import FragmentDataset
-from gengram_megatron.data.order import SampleOrder
+from gengram_megatron.data_set import CHECKED, check, identity, not_checked_yet
+from gengram_megatron.engine.data.batches import microbatches
+from gengram_megatron.engine.data.dataset import FragmentDataset
+from gengram_megatron.engine.data.order import SampleOrder
+from gengram_megatron.engine.training import nodes
 from gengram_megatron.errors import UserError
 from gengram_megatron.signals import StopSignals
 from gengram_megatron.tokenizer import EOD
-from gengram_megatron.training import nodes
 from tests.built_sets import random_fragments, write_set
 
 LENGTH, COUNT = 16, 40

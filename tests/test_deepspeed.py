@@ -209,7 +209,7 @@ def test_run_says_what_runs_and_nothing_else(runs: Runs) -> None:
 def test_checkpoint_has_the_common_form(runs: Runs) -> None:
     """The same tensors as megatron-core's, in bf16 and of every stage, and whole; also with experts
     that two of four ranks hold copies of."""
-    from gengram_megatron.checkpoint.stored import StoredTensors
+    from gengram_megatron.engine.checkpoint.stored import StoredTensors
 
     def tensors(name: str) -> dict:
         stored = StoredTensors(runs[name] / "checkpoints" / "step_00000004")

@@ -7,11 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 
-from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.layout import check_layout, projection
 from gengram_megatron.config.load import load_config
-from gengram_megatron.config.placement import placements
-from gengram_megatron.config.projection import projection
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import placements
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
 from gengram_megatron.plan.time import Speed
@@ -131,9 +130,9 @@ def test_it_is_imported_only_where_it_runs():
     """Its import takes a second, and changes the environment."""
     program = """
 import sys
-from gengram_megatron.platform import prepare
+from gengram_megatron.engine.platform import prepare
 prepare()
-import gengram_megatron.checkpoint.state, gengram_megatron.training.engines.deepspeed
+import gengram_megatron.engine.checkpoint.state, gengram_megatron.engine.training.engines.deepspeed
 sys.exit("deepspeed" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=300)

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from gengram_megatron.checkpoint.store import estimated_size
-from gengram_megatron.config.layout import check_layout
+from gengram_megatron.commands.doctor import examine
+from gengram_megatron.commands.doctor.examine import NoAnswer, ask
+from gengram_megatron.commands.doctor.fit import memory_problems, room_problems, sample
+from gengram_megatron.config.layout import Projection, check_layout
 from gengram_megatron.config.load import load_config
-from gengram_megatron.config.projection import Projection
 from gengram_megatron.config.schema import Config
-from gengram_megatron.doctor import examine
-from gengram_megatron.doctor.ask import NoAnswer, ask
-from gengram_megatron.doctor.fit import memory_problems, room_problems
-from gengram_megatron.doctor.sample import sample
+from gengram_megatron.runs.store import estimated_size
 from tests.layouts.launch import ROOT
 from tests.training.tiny import DENSE, MLA, environment, write_config
 
@@ -234,9 +232,9 @@ def used(found: dict) -> dict[str, str]:
 
 def parts_of_the_run(file: Path, words: list[str], one_process) -> dict[str, str | None]:
     """What the run's own model says, all layers of it."""
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.platform.report import parts
-    from gengram_megatron.training.optimizer import build_optimizer
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer
+    from gengram_megatron.engine.training.report import parts
 
     config = load_config(file, words, Config)
     layout = check_layout(config, 1)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from data_prep.cli import program
 from data_prep.download.schema import DownloadConfig
 from data_prep.schema import DataConfig
-from gengram_megatron.cli import app
+from gengram_megatron.commands.cli import app
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config

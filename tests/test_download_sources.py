@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.download.fetch import web_address
 from data_prep.download.schema import DownloadConfig
-from data_prep.download.wanted import web_address
 from gengram_megatron.config.load import load_config
 from tests.download_checks import check_refused, left, md5
 

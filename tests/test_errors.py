@@ -134,7 +134,7 @@ def test_reader_that_leaves_a_progress_line_ends_the_program_quietly() -> None:
     """rich, which prints it, puts another file in the place of standard output first."""
     program = (
         "from gengram_megatron.errors import run_program\n"
-        "from gengram_megatron.training.progress import Progress\n"
+        "from gengram_megatron.runs.progress import Progress\n"
         "def lines():\n"
         "    progress = Progress(10**6, 1)\n"
         "    while True:\n"

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from gengram_megatron.checkpoint import blocks
-from gengram_megatron.checkpoint.exchange.safetensors_file import SafetensorsFile
-from gengram_megatron.checkpoint.stored import StoredTensors
+from gengram_megatron.engine.checkpoint import blocks
+from gengram_megatron.engine.checkpoint.stored import StoredTensors
+from gengram_megatron.engine.exchange.weights import SafetensorsFile
 from gengram_megatron.errors import UserError
 from tests.layouts.launch import ROOT
 from tests.training.tiny import environment

@@ -27,8 +27,8 @@ def make_experts(dtype: torch.dtype, recompute: bool):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from gengram_megatron.model.experts import GroupedExperts
-    from gengram_megatron.model.initialize import InitialLaw, marker
+    from gengram_megatron.engine.model.experts import GroupedExperts
+    from gengram_megatron.engine.model.initialize import InitialLaw, marker
 
     config = TransformerConfig(
         num_layers=1,
@@ -102,7 +102,7 @@ def test_experts_without_tokens_get_no_gradient(one_process):
 
 
 def test_recomputing_changes_no_bit(one_process, monkeypatch):
-    from gengram_megatron.model import experts as module
+    from gengram_megatron.engine.model import experts as module
 
     results, calls, activation = [], [], module._weighted_swiglu
     monkeypatch.setattr(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gengram_megatron.checkpoint.exchange.export import export
-from gengram_megatron.checkpoint.exchange.huggingface import model_config
-from gengram_megatron.checkpoint.exchange.importing import import_model
-from gengram_megatron.checkpoint.store import CheckpointStore
-from gengram_megatron.checkpoint.stored import StoredTensors, find_checkpoint
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.checkpoint.stored import StoredTensors, find_checkpoint
+from gengram_megatron.engine.exchange.export import export
+from gengram_megatron.engine.exchange.huggingface import model_config
+from gengram_megatron.engine.exchange.importing import import_model
 from gengram_megatron.errors import UserError
+from gengram_megatron.runs.store import CheckpointStore
 from gengram_megatron.tokenizer import BASE_IDS, EOD, PIECES, DnaTokenizer
 from tests.exchange_models import KINDS, Trained, build, load, make, named, run_alone
 from tests.layouts.launch import ROOT
@@ -152,8 +152,8 @@ def test_what_transformers_saved_is_imported(models, exported, answers, tmp_path
 
 @pytest.mark.parametrize("kind", ["moe_memory", "bf16"])
 def test_run_starts_from_imported_weights(models, exported, tmp_path, kind) -> None:
-    from gengram_megatron.checkpoint.exchange.importing import import_model
-    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.engine.checkpoint.state import TrainingState
+    from gengram_megatron.engine.exchange.importing import import_model
 
     config = load(tmp_path, "imported", *KINDS[kind], "run.seed=6")
     import_model(exported / kind, config)
@@ -213,7 +213,7 @@ def unflattened(keys: dict[str, object]) -> dict:
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - set(REFUSED)))
 def test_the_config_that_an_export_wants_is_its_own(models, exported, kind) -> None:
     """Its hashed tables, too, whose seed the tables' own hashes tell."""
-    from gengram_megatron.checkpoint.exchange.huggingface_settings import wanted_model
+    from gengram_megatron.engine.exchange.huggingface_settings import wanted_model
 
     wanted = wanted_model(json.loads((exported / kind / "config.json").read_text()))
     found = Config.model_validate(

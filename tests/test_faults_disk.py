@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from gengram_megatron.checkpoint.agreed import CannotLoad, on_all_ranks
-from gengram_megatron.checkpoint.checksums import MANIFEST, write_manifest
-from gengram_megatron.checkpoint.store import UnreadableCheckpoint
+from gengram_megatron.engine.checkpoint.restore import CannotLoad, on_all_ranks
 from gengram_megatron.errors import UserError
+from gengram_megatron.runs.store import MANIFEST, UnreadableCheckpoint, write_manifest
 from tests.training import broken
 from tests.training.faults import STEPS, Lab
 from tests.training.tiny import entries, numbers

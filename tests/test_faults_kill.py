@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gengram_megatron.errors import UserError
-from gengram_megatron.training.folder import locked
+from gengram_megatron.runs.folder import locked
 from tests.layouts.launch import ROOT
 from tests.training.faults import COMMON, INTERVAL, STEPS, Lab
 from tests.training.launch import children, kill, wait_for

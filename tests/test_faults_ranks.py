@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
+from gengram_megatron.engine.training.watchdog import HUNG, Report, Watchdog
 from gengram_megatron.errors import EXIT_CODE, NOT_FINITE
-from gengram_megatron.training.watchdog import HUNG, Report, Watchdog
 from tests.training import broken
 from tests.training.faults import STEPS, Lab
 from tests.training.tiny import entries, numbers

@@ -75,7 +75,7 @@ def make_config(**model) -> Config:
 
 
 def build(config: Config, layout):
-    from gengram_megatron.model.build import build_model
+    from gengram_megatron.engine.model.build import build_model
 
     return build_model(config, layout)[0]
 
@@ -137,7 +137,7 @@ def test_tables_of_the_paper():
 
 def counted_by_torch(config: Config, layout) -> dict[str, int]:
     """FLOPs of a forward pass over one sequence, by the name of the operator."""
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     model, device = build(config, layout), torch.cuda.current_device()
     tokens = torch.full((1, config.model.seq_length), 8, device=device)

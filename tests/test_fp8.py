@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from gengram_megatron.checkpoint.store import estimated_size
+from gengram_megatron.commands.doctor import fit as parts
+from gengram_megatron.commands.doctor.examine import _Examination
+from gengram_megatron.commands.doctor.fit import advice
 from gengram_megatron.config.load import load_config
-from gengram_megatron.config.problems.transformer_engine import gpu_problems, precision_problems
+from gengram_megatron.config.problems.engine import gpu_problems, precision_problems
 from gengram_megatron.config.schema import Config
-from gengram_megatron.doctor import parts
-from gengram_megatron.doctor.advice import advice
-from gengram_megatron.doctor.examine import _Examination
+from gengram_megatron.engine.training.run import train
 from gengram_megatron.errors import UserError
+from gengram_megatron.runs.store import estimated_size
 from gengram_megatron.signals import StopSignals
-from gengram_megatron.training.run import train
 from tests.training.tiny import DENSE, MHA, MLA, write_config
 
 ENGINE = "model.implementation=transformer_engine"
@@ -91,7 +91,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("words, expected", RECIPES.values(), ids=RECIPES)
 def test_what_megatron_is_told(config, one_process, words, expected):
-    from gengram_megatron.model.build import transformer_config
+    from gengram_megatron.engine.model.build import transformer_config
 
     told = transformer_config(config(*DENSE, *words), one_process)
     assert (told.fp8, told.fp8_recipe) == expected

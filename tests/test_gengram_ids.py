@@ -18,7 +18,7 @@ def text(length: int, seed: int = 0) -> str:
 
 def rows(sequence: str, tables) -> list[list[int]]:
     """A list for each table: the row of the k-mer that ends at each letter; "." is an EOD."""
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     ids = [EOD if letter == "." else BASE_IDS[LETTERS.index(letter)] for letter in sequence]
     return [x[0].tolist() for x in KmerIds.of(torch.tensor([ids]), tables, list(BASE_IDS)).ids]

@@ -60,11 +60,10 @@ def make_memory(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from gengram_megatron.config.placement import Placement
-    from gengram_megatron.config.tables import direct_table
-    from gengram_megatron.model.gengram.memory import GengramMemory
-    from gengram_megatron.model.gengram.shape import GengramShape
-    from gengram_megatron.model.initialize import InitialLaw, marker
+    from gengram_megatron.config.tables import Placement, direct_table
+    from gengram_megatron.engine.model.gengram.memory import GengramMemory
+    from gengram_megatron.engine.model.gengram.shape import GengramShape
+    from gengram_megatron.engine.model.initialize import InitialLaw, marker
 
     config = TransformerConfig(
         num_layers=1,
@@ -103,7 +102,7 @@ def make_hidden(length: int, batch: int) -> torch.Tensor:
 
 
 def add_to(memory, hidden, text, eod=None):
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     tokens = torch.tensor(text, dtype=torch.uint8)
     return memory(hidden, KmerIds.of(tokens, memory.shape.tables, ALPHABET, eod))
@@ -370,9 +369,9 @@ def test_a_hidden_state_reaches_itself_and_the_taps_of_the_convolution(one_proce
 
 def features_of(tables, weights: list[torch.Tensor], text) -> torch.Tensor:
     """The pooled features of the package, [s, b, number of k * d]."""
-    from gengram_megatron.model.gengram.ids import KmerIds
-    from gengram_megatron.model.gengram.pooling import Pooling, pooled
-    from gengram_megatron.model.zigzag import Piece
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled
+    from gengram_megatron.engine.model.sequence import Piece
 
     kmers = KmerIds.of(torch.tensor(text), tables, ALPHABET)
     return pooled(weights, list(kmers.ids), tables, Pooling(21), [Piece(0, len(text[0]))], None)
@@ -388,7 +387,7 @@ def random_tables(tables) -> list[torch.Tensor]:
 def test_shared_rows_are_those_of_a_direct_table_with_equal_rows(one_process):
     """A direct table in which each k-mer has a copy of its pair's row gives the same features."""
     from gengram_megatron.config.tables import direct_table
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     text = TEXTS["bases and all other tokens"]
     shared, plain = ((direct_table(k, DIM, s),) for s in (True, False) for k in (4,))
@@ -406,7 +405,7 @@ def test_heads_of_a_hashed_size_are_interleaved_window_means(one_process):
     """Position by position: column c of head j is column 2 c + j of the features."""
     from gengram_megatron.config.schema import Gengram
     from gengram_megatron.config.tables import kmer_tables
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     text = TEXTS["bases and all other tokens"]
     tables = kmer_tables(Gengram(kmer_sizes=[9], dim=DIM, hashing={"rows": 100, "heads": 2}))

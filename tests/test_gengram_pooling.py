@@ -43,7 +43,7 @@ def real_dna(length: int) -> Tensor:
 
 
 def kmer_ids(tokens: Tensor) -> tuple[Tensor, ...]:
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     return KmerIds.of(tokens, tuple(direct_table(k, 1) for k in SIZES), list(BASE_IDS)).ids
 
@@ -90,8 +90,8 @@ def error(x: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("length", [8_192, 32_768])
 @pytest.mark.parametrize("source", [random_dna, real_dna], ids=["random", "real"])
 def test_pooled_features_in_bf16_are_as_good_as_rounding(source, length):
-    from gengram_megatron.model.gengram.pooling import Pooling, window_mean
-    from gengram_megatron.model.zigzag import Piece
+    from gengram_megatron.engine.model.gengram.pooling import Pooling, window_mean
+    from gengram_megatron.engine.model.sequence import Piece
 
     ids_of_k, ours, prefix, exact = kmer_ids(source(length)), [], [], []
     for k, ids in zip(SIZES, ids_of_k):
@@ -110,8 +110,8 @@ def test_pooled_features_in_bf16_are_as_good_as_rounding(source, length):
 @pytest.mark.parametrize("length", [8_192, 32_768])
 @pytest.mark.parametrize("k", [1, 6])
 def test_gradients_of_tables_in_bf16_are_as_good_as_rounding(k, length):
-    from gengram_megatron.model.gengram.pooling import Pooling, window_mean
-    from gengram_megatron.model.zigzag import Piece
+    from gengram_megatron.engine.model.gengram.pooling import Pooling, window_mean
+    from gengram_megatron.engine.model.sequence import Piece
 
     ids = kmer_ids(random_dna(length))[k - 1]
     table = make_table(k, torch.bfloat16).requires_grad_()
@@ -125,7 +125,7 @@ def test_gradients_of_tables_in_bf16_are_as_good_as_rounding(k, length):
 @given(span=st.integers(1, 40), length=st.integers(1, 50))
 @settings(deadline=None, max_examples=400)
 def test_sliding_sum(span, length):
-    from gengram_megatron.model.gengram.windows import sliding_sum
+    from gengram_megatron.engine.model.gengram.pooling import sliding_sum
 
     x = torch.randint(-1000, 1000, (length, 2, 3), generator=torch.Generator().manual_seed(length))
     before = x.clone()
@@ -135,7 +135,7 @@ def test_sliding_sum(span, length):
 
 
 def mean_and_gradient(table: Tensor, ids: Tensor, k: int, window, pieces, weight: Tensor):
-    from gengram_megatron.model.gengram.pooling import Pooling, window_mean
+    from gengram_megatron.engine.model.gengram.pooling import Pooling, window_mean
 
     table = table.detach().requires_grad_()
     out = window_mean(table, ids, k, Pooling(window), pieces)
@@ -147,7 +147,7 @@ def mean_and_gradient(table: Tensor, ids: Tensor, k: int, window, pieces, weight
 def cuts(draw) -> tuple[int, list[list]]:
     """A length, and the pieces of each rank: as context and sequence parallelism cut, or at any
     places at all."""
-    from gengram_megatron.model.zigzag import Piece, context_pieces, sequence_pieces
+    from gengram_megatron.engine.model.sequence import Piece, context_pieces, sequence_pieces
 
     if draw(st.booleans()):
         length = draw(st.integers(1, 90))
@@ -165,7 +165,7 @@ def cuts(draw) -> tuple[int, list[list]]:
 @settings(deadline=None, max_examples=150)
 def test_pieces_together_are_the_whole(cut, k, window):
     """Forward, and the gradients of the table summed over the ranks."""
-    from gengram_megatron.model.zigzag import Piece, take
+    from gengram_megatron.engine.model.sequence import Piece, take
 
     length, ranks = cut
     tokens = torch.cat([random_dna(length, seed, odd=0.2) for seed in (1, 2)])
@@ -185,8 +185,8 @@ def test_pieces_together_are_the_whole(cut, k, window):
 @settings(deadline=None, max_examples=60)
 def test_a_token_changes_the_features_of_the_window_that_it_starts_and_no_others(place, k, window):
     """So the feature at p depends on tokens p - W + 1 to p only."""
-    from gengram_megatron.model.gengram.pooling import Pooling, window_mean
-    from gengram_megatron.model.zigzag import Piece
+    from gengram_megatron.engine.model.gengram.pooling import Pooling, window_mean
+    from gengram_megatron.engine.model.sequence import Piece
 
     tokens, table = random_dna(100, odd=0), make_table(k, torch.float64, dim=3)
     changed = tokens.clone()
@@ -203,7 +203,7 @@ def test_a_token_changes_the_features_of_the_window_that_it_starts_and_no_others
 @given(cut=cuts())
 @settings(deadline=None, max_examples=100)
 def test_the_pieces_of_all_ranks_are_the_sequence_each_token_once(cut):
-    from gengram_megatron.model.zigzag import take
+    from gengram_megatron.engine.model.sequence import take
 
     length, ranks = cut
     held = [take(torch.arange(length), pieces, 0) for pieces in ranks]
@@ -216,7 +216,11 @@ def test_the_pieces_of_all_ranks_are_the_sequence_each_token_once(cut):
 @pytest.mark.parametrize("cp", [1, 2, 3, 4])
 def test_zigzag_is_what_megatron_holds_and_can_be_undone(cp):
     """Rank r holds chunks r and 2 cp - 1 - r; gathered in the ranks' order they come back."""
-    from gengram_megatron.model.zigzag import chunks_in_sequence_order, context_pieces, take
+    from gengram_megatron.engine.model.sequence import (
+        chunks_in_sequence_order,
+        context_pieces,
+        take,
+    )
 
     sequence = torch.randn(12 * cp, 2, generator=torch.Generator().manual_seed(cp))
     held = [take(sequence, context_pieces(12 * cp, cp, rank), 0) for rank in range(cp)]
@@ -228,7 +232,7 @@ def test_zigzag_is_what_megatron_holds_and_can_be_undone(cp):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_take_along_either_axis(dim):
-    from gengram_megatron.model.zigzag import Piece, take
+    from gengram_megatron.engine.model.sequence import Piece, take
 
     grid = torch.arange(100).view(10, 10)
     taken = take(grid, [Piece(7, 9), Piece(1, 2)], dim)

@@ -53,7 +53,7 @@ def noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @pytest.mark.parametrize("length", [8_192, 32_768])
 def test_pooled_features_and_table_gradients_are_as_good_as_rounding(length):
-    from gengram_megatron.model.zigzag import Piece
+    from gengram_megatron.engine.model.sequence import Piece
 
     for k, ids in zip(SIZES, kmer_ids(random_dna(length).cuda())):
         table = make_table(k, torch.bfloat16).cuda()
@@ -69,7 +69,7 @@ def test_pooled_features_and_table_gradients_are_as_good_as_rounding(length):
 
 @pytest.mark.parametrize("length", [1_024, 8_192])
 def test_table_gradients_are_deterministic(length):
-    from gengram_megatron.model.zigzag import Piece
+    from gengram_megatron.engine.model.sequence import Piece
 
     ids_of_k = kmer_ids(torch.cat([random_dna(length, seed) for seed in (1, 2)]).cuda())
     upstream = noise((length, 2, 1024), 1).bfloat16()
@@ -83,7 +83,7 @@ def test_table_gradients_are_deterministic(length):
 
 def make_memory(layout, precision: str):
     """The memory of a built layer, with random weights that make every part of it matter."""
-    from gengram_megatron.model.build import build_model
+    from gengram_megatron.engine.model.build import build_model
 
     config = make_config(hidden_size=256, gengram={"enabled": True, "layers": [1], "dim": 64})
     config.train.precision = precision
@@ -109,7 +109,7 @@ def memory_results(memory, hidden: Tensor, kmers, upstream: Tensor) -> dict[str,
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", ROUNDING)])
 def test_memory_against_float64_on_the_cpu(one_process, precision, tolerance):
     from gengram_megatron.config.tables import direct_table
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
     from gengram_megatron.tokenizer import BASE_IDS
 
     tokens, shape = random_dna(2048), (2048, 1, 256)
@@ -245,9 +245,9 @@ def test_prepare_replaces_nothing():
         import torch
         assert torch.cuda.is_available()
         before = snapshot()
-        from gengram_megatron.platform import prepare
+        from gengram_megatron.engine.platform import prepare
         prepare()
-        import gengram_megatron.model.build
+        import gengram_megatron.engine.model.build
         assert replaced(before) == [], replaced(before)
     """
     program = "\n".join(map(textwrap.dedent, (SNAPSHOT, code)))

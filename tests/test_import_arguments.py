@@ -9,18 +9,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gengram_megatron.checkpoint.exchange import importing
-from gengram_megatron.checkpoint.exchange.importing import import_model
-from gengram_megatron.checkpoint.exchange.megatron import MegatronTensors
-from gengram_megatron.checkpoint.exchange.megatron_arguments import (
-    differences,
-    wanted_model,
-)
-from gengram_megatron.checkpoint.exchange.megatron_other_arguments import argument_warnings
-from gengram_megatron.cli import app
+from gengram_megatron.commands.cli import app
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.exchange import importing
+from gengram_megatron.engine.exchange.importing import import_model
+from gengram_megatron.engine.exchange.megatron import MegatronTensors
+from gengram_megatron.engine.exchange.megatron_arguments import (
+    differences,
+    wanted_model,
+)
+from gengram_megatron.engine.exchange.megatron_other_arguments import argument_warnings
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS
 from tests.exchange_models import answers, build, load
@@ -458,7 +458,7 @@ def test_all_differences_are_in_one_refusal(published, tmp_path) -> None:
 
 
 def test_printed_config_loads_and_gives_the_published_answers(there, published) -> None:
-    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.engine.checkpoint.state import TrainingState
 
     printed = run("there", "--print-config", "train.steps=4")
     assert printed.exit_code == 0, printed.exception

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from gengram_megatron.checkpoint.exchange.huggingface_settings import (
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.load import load_config
+from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.exchange.huggingface_settings import (
     differences,
     notes,
     wanted_model,
 )
-from gengram_megatron.checkpoint.exchange.importing import import_foreign, open_foreign
-from gengram_megatron.checkpoint.exchange.new_config import new_config
-from gengram_megatron.config.layout import check_layout
-from gengram_megatron.config.load import load_config
-from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.exchange.importing import import_foreign, open_foreign
+from gengram_megatron.engine.exchange.new_config import new_config
 from gengram_megatron.errors import UserError
 from tests.exchange_models import answers, build
 
@@ -66,7 +66,7 @@ def copied(saved: dict, kind: str, tmp_path: Path) -> Path:
 
 def imported_logits(folder: Path, tmp_path: Path, tokens: torch.Tensor, *words: str):
     """Those of our model, from a config that the folder wants and the checkpoint of its import."""
-    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.engine.checkpoint.state import TrainingState
 
     foreign = open_foreign(folder)
     words = (f"run.dir={tmp_path / 'run'}", "model.seq_length=64", *words)
@@ -146,7 +146,7 @@ def test_experts_joined_in_one_tensor(one_process, saved, tmp_path) -> None:
 def test_weights_are_converted_and_it_is_said(
     one_process, saved, tmp_path, stored, precision, said, capfd
 ) -> None:
-    from gengram_megatron.checkpoint.stored import StoredTensors
+    from gengram_megatron.engine.checkpoint.stored import StoredTensors
 
     folder = copied(saved, "llama", tmp_path)
     weights = {n: w.to(stored) for n, w in load_file(folder / "model.safetensors").items()}

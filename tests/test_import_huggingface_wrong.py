@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from gengram_megatron.checkpoint.exchange.huggingface import model_config
-from gengram_megatron.checkpoint.exchange.huggingface_settings import (
+from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.checkpoint.stored import StoredTensors
+from gengram_megatron.engine.exchange.huggingface import model_config
+from gengram_megatron.engine.exchange.huggingface_settings import (
     differences,
     notes,
     wanted_model,
 )
-from gengram_megatron.checkpoint.exchange.importing import import_foreign, open_foreign
-from gengram_megatron.checkpoint.exchange.new_config import new_config
-from gengram_megatron.checkpoint.stored import StoredTensors
-from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.exchange.importing import import_foreign, open_foreign
+from gengram_megatron.engine.exchange.new_config import new_config
 from gengram_megatron.errors import UserError
 from tests.exchange_models import load
 

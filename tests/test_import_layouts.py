@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from gengram_megatron.checkpoint.exchange.importing import import_model
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.exchange.importing import import_model
 from tests.published_model import published_model, save_ranks
 from tests.training.launch import run_jobs
 from tests.training.tiny import build_data, losses, write_config

@@ -14,13 +14,13 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormat
 from torch.distributed.checkpoint.metadata import Metadata
 
-from gengram_megatron.checkpoint.exchange.importing import import_model
-from gengram_megatron.checkpoint.exchange.megatron import open_megatron
-from gengram_megatron.checkpoint.exchange.untrusted import read_untrusted
-from gengram_megatron.checkpoint.store import CheckpointStore
-from gengram_megatron.checkpoint.stored import StoredTensors
 from gengram_megatron.config.layout import check_layout
+from gengram_megatron.engine.checkpoint.stored import StoredTensors
+from gengram_megatron.engine.exchange.importing import import_model
+from gengram_megatron.engine.exchange.megatron import open_megatron
+from gengram_megatron.engine.exchange.untrusted import read_untrusted
 from gengram_megatron.errors import UserError
+from gengram_megatron.runs.store import CheckpointStore
 from gengram_megatron.tokenizer import BASE_IDS, EOD
 from tests.exchange_models import answers, build, load
 from tests.imported_weights import check_weights
@@ -63,7 +63,7 @@ def test_every_form_gives_the_same_weights(published, tmp_path, kind, form) -> N
 @pytest.mark.parametrize("form", ["distributed", "ranks"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_imported_model_answers_as_the_published_one(published, tmp_path, kind, form) -> None:
-    from gengram_megatron.checkpoint.state import TrainingState
+    from gengram_megatron.engine.checkpoint.state import TrainingState
 
     config = load(tmp_path, "run", *KINDS[kind])
     import_model(published["folder"] / f"{kind}_{form}", config)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengram_megatron.checkpoint.exchange.importing import import_model
-from gengram_megatron.checkpoint.exchange.megatron import open_megatron
-from gengram_megatron.checkpoint.exchange.megatron_ranks import RANK_FILE
-from gengram_megatron.checkpoint.store import CheckpointStore
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.exchange.importing import import_model
+from gengram_megatron.engine.exchange.megatron import open_megatron
+from gengram_megatron.engine.exchange.megatron_ranks import RANK_FILE
 from gengram_megatron.errors import UserError
+from gengram_megatron.runs.store import CheckpointStore
 from tests.exchange_models import load
 from tests.imported_weights import check_weights
 from tests.layouts.launch import launch

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gengram_megatron.checkpoint.exchange.export import export
-from gengram_megatron.checkpoint.exchange.importing import import_model
+from gengram_megatron.engine.exchange.export import export
+from gengram_megatron.engine.exchange.importing import import_model
 from gengram_megatron.tokenizer import BASE_IDS, EOD
 from tests.exchange_models import load, run_alone
 from tests.published_model import logits, published_model, save_distributed, save_ranks

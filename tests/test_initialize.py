@@ -47,7 +47,7 @@ def make_config(attention: str = "gqa", experts: int | None = 4, seed: int = 7):
 
 
 def build(config, layout) -> dict[str, torch.Tensor]:
-    from gengram_megatron.model.build import build_model
+    from gengram_megatron.engine.model.build import build_model
 
     (chunk,) = build_model(config, layout)
     return {name: weight.detach() for name, weight in chunk.named_parameters()}
@@ -122,7 +122,7 @@ def test_the_memory_starts_as_in_the_published_code(one_process):
 @pytest.mark.parametrize(("precision", "asked"), [("bf16", True), ("bf16", False), ("fp32", True)])
 def test_sums_of_bf16_products_are_as_the_key_says(one_process, precision, asked):
     """The switch is the process's: megatron-core throws it when the model is described."""
-    from gengram_megatron.model.build import transformer_config
+    from gengram_megatron.engine.model.build import transformer_config
 
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction
@@ -143,8 +143,8 @@ def test_what_the_memory_adds_at_the_start(one_process, init, measured):
     """measured: on the published code and on ours, at hidden size and d_m 1,024, window 21, and a
     residual stream of rms 0.010. Which DNA and how much of it is not known, hence 10 %; a table,
     map or convolution that starts otherwise is off by several times."""
-    from gengram_megatron.model.build import build_model
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.build import build_model
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     config = make_config(experts=None)
     config.model.hidden_size, config.model.init_std = 1024, 0.01
@@ -186,8 +186,8 @@ def test_the_bias_of_key_and_value_starts_as_in_torch_or_at_zero(one_process):
 
 @pytest.mark.parametrize(("attention", "experts"), KINDS)
 def test_every_parameter_is_marked_and_drawn(one_process, attention, experts):
-    from gengram_megatron.model.build import build_model
-    from gengram_megatron.model.initialize import initialize
+    from gengram_megatron.engine.model.build import build_model
+    from gengram_megatron.engine.model.initialize import initialize
 
     chunks = build_model(make_config(attention, experts), one_process)
     with torch.no_grad():
@@ -200,8 +200,8 @@ def test_every_parameter_is_marked_and_drawn(one_process, attention, experts):
 
 
 def test_a_parameter_without_a_law_is_an_error(one_process):
-    from gengram_megatron.model.build import build_model
-    from gengram_megatron.model.initialize import initialize
+    from gengram_megatron.engine.model.build import build_model
+    from gengram_megatron.engine.model.initialize import initialize
 
     chunks = build_model(make_config(), one_process)
     del chunks[0].decoder.final_layernorm.weight.initial_law
@@ -259,7 +259,7 @@ def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks, kind):
     """Here for tables and experts cut into equal parts; whole models are in the layout tests."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from gengram_megatron.model.initialize import InitialLaw, _own_part
+    from gengram_megatron.engine.model.initialize import InitialLaw, _own_part
 
     law = InitialLaw(**{kind: 1.0})
     shape = [8, 12]
@@ -288,7 +288,7 @@ def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks, kind):
 def test_large_tensors_are_drawn_in_blocks_that_ranks_agree_on(one_process, monkeypatch):
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from gengram_megatron.model import initialize
+    from gengram_megatron.engine.model import initialize
 
     def draw(first: int, last: int) -> torch.Tensor:
         part = ShardedTensor(

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from gengram_megatron.cli import app
+from gengram_megatron.commands.cli import app
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import EXIT_CODE, NOT_FINITE, UserError
@@ -113,7 +113,7 @@ def test_script_asks_for_what_the_config_says(tmp_path: Path) -> None:
     ):
         assert line in script.splitlines()
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in script
-    assert "--cpus-per-task=6 python -m gengram_megatron.launch.rank" in script
+    assert "--cpus-per-task=6 python -m gengram_megatron.commands.rank" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert not (tmp_path / "the run").exists()  # a dry run leaves nothing
 
@@ -356,7 +356,7 @@ def test_commit_and_changes_of_a_checkout(tmp_path: Path) -> None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def kept() -> tuple[dict, str]:
-        program = "from gengram_megatron.launch.record import code_version as v; import json; "
+        program = "from gengram_megatron.launch.job import code_version as v; import json; "
         program += "a, b = v(); print(json.dumps([a, b.decode()]))"
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         command = [sys.executable, "-c", program]
@@ -385,7 +385,7 @@ def test_signal_while_modules_are_imported_is_kept(
     words = [str(tmp_path), "train", str(tiny), f"run.dir={tmp_path / 'run'}"]
     with output.open("w") as file:
         rank = subprocess.Popen(
-            [sys.executable, "-m", "gengram_megatron.launch.rank", *words],
+            [sys.executable, "-m", "gengram_megatron.commands.rank", *words],
             env=environment(), cwd=ROOT, stdout=file, stderr=file,
         )  # fmt: skip
     wait_for(lambda: blocked(rank.pid) >= set(STOP_SIGNALS), rank, output)

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
-from gengram_megatron.training.metrics import RunLog, read_metrics
+from gengram_megatron.runs.metrics import RunLog, read_metrics
 
 LOSS = 1.3312345678901234
 

@@ -34,7 +34,7 @@ def start(nodes: Path, run: str, attempt: str = "first") -> list[Ended]:
 
 
 def _enter_node(nodes: Path) -> None:
-    from gengram_megatron.training import nodes as checks
+    from gengram_megatron.engine.training import nodes as checks
 
     checks.VISIBLE_SECONDS = 0.5
     os.environ["LOCAL_RANK"] = "0"

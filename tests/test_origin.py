@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gengram_megatron.checkpoint.origin import check_same_model
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.checkpoint.restore import check_same_model
 from gengram_megatron.errors import UserError
 from tests.training.tiny import RUN
 

@@ -17,9 +17,9 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_every_module_with_weights_is_called(one_process, name: str, recompute: str) -> None:
     """One that is not, whose weights are read by another, would be used before they arrive."""
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer
-    from gengram_megatron.training.step import forward_backward
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer
+    from gengram_megatron.engine.training.step import forward_backward
     from tests.layouts.worker import batch
 
     config = Config.model_validate(

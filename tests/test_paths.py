@@ -10,7 +10,7 @@ from data_prep.schema import DataConfig
 from data_prep.sources import inputs
 from gengram_megatron.config.load import dump_config, load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.data.missing import check_data_sets_exist
+from gengram_megatron.data_set import check_data_sets_exist
 from gengram_megatron.errors import UserError
 from tests.test_config_cli import gengram
 from tests.training.tiny import write_config

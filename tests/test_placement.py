@@ -8,8 +8,8 @@ import pytest
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.platform import prepare
 from gengram_megatron.errors import UserError
-from gengram_megatron.platform import prepare
 from tests.layouts.cases import EIGHT_LAYERS, MODEL
 
 OWN = (None, *range(1, 10))
@@ -34,8 +34,8 @@ def memory_in_order(config: Config, monkeypatch) -> list[bool]:
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from gengram_megatron.model.build import memory_shape, transformer_config
-    from gengram_megatron.model.specs import block_spec
+    from gengram_megatron.engine.model.build import memory_shape, transformer_config
+    from gengram_megatron.engine.model.specs import block_spec
 
     pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
     layout = replace(check_layout(config_of(), 1), pipeline=pipeline, virtual_pipeline=virtual)

@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 
+from gengram_megatron.commands.plan import smallest_world
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
-from gengram_megatron.plan.command import smallest_world
 from gengram_megatron.plan.memory import fullest, of_stage
 from gengram_megatron.plan.stages import Split
 from gengram_megatron.plan.suggest import suggest
@@ -185,7 +185,7 @@ def test_the_command_shows_what_json_has():
 def test_planning_needs_no_torch():
     code = (
         "import sys\n"
-        "from gengram_megatron.cli import app\n"
+        "from gengram_megatron.commands.cli import app\n"
         f"app(['plan', {str(FORMAL_FILE)!r}], standalone_mode=False)\n"
         "sys.exit('torch' in sys.modules)"
     )

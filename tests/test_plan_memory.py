@@ -57,7 +57,8 @@ class _FusedNorm(torch.autograd.Function):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    from gengram_megatron.model import build, norm
+    from gengram_megatron.engine.model import build
+    from gengram_megatron.engine.model import layer as norm
 
     own = build.transformer_config
 
@@ -76,8 +77,8 @@ def as_on_a_gpu(monkeypatch):
 def test_peak(case, as_on_a_gpu):
     """Of a step on the first pipeline rank, weights and optimizer included: within 6 %."""
     config, layout = config_of(*CASES[case])
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer
 
     split = Split(config, layout)
     with as_rank(layout, 0), Meter() as meter:

@@ -31,7 +31,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def plain_mask(monkeypatch):
     """torch's description of a mask cannot be made while operations are watched."""
-    from gengram_megatron.model import attention
+    from gengram_megatron.engine.model import attention
 
     def mask(query, key):
         length, seen = query.shape[2], key.shape[2]
@@ -41,8 +41,8 @@ def plain_mask(monkeypatch):
 
 
 def watched(case: tuple) -> tuple[Split, Traffic]:
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer
 
     config, layout = config_of(*case)
     with as_rank(layout, 0):

@@ -50,7 +50,7 @@ def test_importing_the_model_says_nothing():
     """Not even what Python hides by default."""
     done = run_python(
         "import gengram_megatron.model",
-        "import gengram_megatron.model.build, gengram_megatron.training.step",
+        "import gengram_megatron.engine.model.build, gengram_megatron.engine.training.step",
         flags=("-W", "always"),
     )
     assert done.stdout == "" and done.stderr == ""
@@ -59,9 +59,9 @@ def test_importing_the_model_says_nothing():
 def test_nothing_of_torch_is_replaced_where_there_is_cuda():
     code = """
         before = snapshot()
-        from gengram_megatron.platform import prepare
+        from gengram_megatron.engine.platform import prepare
         prepare()
-        import gengram_megatron.model.build
+        import gengram_megatron.engine.model.build
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer.moe import token_dispatcher
         ours = [f.__name__ for f in (
@@ -80,7 +80,7 @@ def test_without_cuda_its_names_are_replaced_once():
     """And a second call of prepare replaces nothing: wrapped twice, types would be misnamed."""
     code = """
         before = snapshot()
-        from gengram_megatron.platform import prepare
+        from gengram_megatron.engine.platform import prepare
         prepare()
         first, between = replaced(before), snapshot()
         prepare()
@@ -96,7 +96,7 @@ def test_without_cuda_its_names_are_replaced_once():
 def test_the_cpu_answers_for_cuda():
     run_python("""
         import torch
-        from gengram_megatron.platform import prepare
+        from gengram_megatron.engine.platform import prepare
         prepare()
         cpu = torch.device("cpu")
 
@@ -149,7 +149,7 @@ def test_the_cpu_answers_for_cuda():
 def test_random_states_and_megatron_on_the_cpu():
     run_python("""
         import torch
-        from gengram_megatron.platform import prepare
+        from gengram_megatron.engine.platform import prepare
         prepare()
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
         from megatron.core.transformer.moe import moe_utils, token_dispatcher

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.training.plot import (
+from gengram_megatron.runs.plot import (
     UNIFORM,
     _limits,
     _smooth,

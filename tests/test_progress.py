@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.training.gpu_use import GpuUse
-from gengram_megatron.training.progress import Progress, duration
+from gengram_megatron.engine.training.report import GpuUse
+from gengram_megatron.runs.progress import Progress, duration
 
 STEP = {
     "loss": 1.3312,
@@ -211,7 +211,7 @@ def test_a_validation_before_the_first_step_has_no_time_left():
 
 PROGRAM = f"""
 import sys
-from gengram_megatron.training.progress import Progress
+from gengram_megatron.runs.progress import Progress
 with Progress(total_steps=400, interval=2) as progress:
     for step in range(1, 5):
         progress.step(step=step, **{STEP})

@@ -2,8 +2,7 @@
 
 import pytest
 
-from gengram_megatron.config.layout import check_layout
-from gengram_megatron.config.projection import bytes_held, projection
+from gengram_megatron.config.layout import bytes_held, check_layout, projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
@@ -76,8 +75,8 @@ def test_auto_takes_features_on_gpus() -> None:
 @pytest.mark.parametrize("sizes", [[1], [1, 2], [1, 2, 3, 4, 5, 6]], ids=str)
 @pytest.mark.parametrize("window", [None, 21])
 def test_a_plan_counts_the_buffers_that_there_are(sizes: list[int], window: int | None) -> None:
-    from gengram_megatron.model.gengram.folding import FoldedRows
-    from gengram_megatron.model.gengram.pooling import Pooling
+    from gengram_megatron.engine.model.gengram.pooling import Pooling
+    from gengram_megatron.engine.model.gengram.projected import FoldedRows
 
     settings = {"kmer_sizes": sizes, "window": window, "project": "tables"}
     rows = FoldedRows(max(sizes), Pooling(window)).total

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gengram_megatron.commands.plan import smallest_world
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.plan.command import smallest_world
 from tests.plan.configs import GENOS, PAPER, RUNS, load
 from tests.training.tiny import RUN
 
@@ -68,7 +68,7 @@ def published_schedule(launch: PublishedLaunch):
 
 
 def our_schedule(config: Config):
-    from gengram_megatron.training.optimizer import build_schedule
+    from gengram_megatron.engine.training.optimizer import build_schedule
 
     return build_schedule(config, check_layout(config, smallest_world(config)), groups())
 
@@ -169,9 +169,9 @@ def batches() -> list[torch.Tensor]:
 
 def train_as_runs_do(layout, config: Config) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of twelve steps with a run's model, optimizer and schedule."""
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer, build_schedule
-    from gengram_megatron.training.step import forward_backward
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer, build_schedule
+    from gengram_megatron.engine.training.step import forward_backward
 
     layout = replace(layout, steps=STEPS, samples=STEPS * TINY_BATCH)
     chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
@@ -195,7 +195,7 @@ def loss_of(model, tokens: torch.Tensor, config: Config) -> torch.Tensor:
     """Mean loss in nats over the bases; an EOD is not scored. The model adds its auxiliary losses to
     the gradients by itself."""
     from gengram_megatron.config.tables import kmer_tables
-    from gengram_megatron.model.gengram.ids import KmerIds
+    from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     gengram, tokens = config.model.gengram, tokens.long()
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
@@ -229,7 +229,7 @@ def train_by_formulas(layout, config: Config) -> tuple[list[float], list[float]]
     """
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from gengram_megatron.model.build import build_model
+    from gengram_megatron.engine.model.build import build_model
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as the schedules do, in the same shape
     (model,) = build_model(config, layout)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gengram_megatron.checkpoint.store import FORMAT, CheckpointStore, Facts
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.runs.store import FORMAT, CheckpointStore, Facts
 from tests.training.launch import Ended, kill, run_jobs, start, wait_for
 from tests.training.tiny import build_data, entries, numbers, write_config
 

@@ -10,10 +10,10 @@ import pytest
 
 from gengram_megatron.config.layout import Layout, check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.data.order import SampleOrder
+from gengram_megatron.engine.data.order import SampleOrder
+from gengram_megatron.engine.data.run_data import RunData
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import EOD
-from gengram_megatron.training.data import RunData
 from tests.built_sets import random_fragments, write_set
 
 LENGTH, BATCH = 16, 8

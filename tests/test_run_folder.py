@@ -6,7 +6,7 @@ import pytest
 
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.training.folder import changed_keys, remove_if_unused, write_config
+from gengram_megatron.runs.folder import changed_keys, remove_if_unused, write_config
 from tests.training.tiny import write_config as write_tiny
 
 

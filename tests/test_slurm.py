@@ -64,7 +64,7 @@ def words(tiny: Path, run: Path, *more: str) -> tuple[str, ...]:
 UNHURRIED = """
 import os, time
 if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-    from gengram_megatron.training.metrics import RunLog
+    from gengram_megatron.runs.metrics import RunLog
     fast = RunLog.train
     def train(self, **numbers):
         time.sleep(2)

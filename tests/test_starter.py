@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 from data_prep.cli import program
 from data_prep.schema import DataConfig
-from gengram_megatron.cli import app
+from gengram_megatron.commands.cli import app
+from gengram_megatron.commands.init import Machine, data_text, find_machine, run_text
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
 from gengram_megatron.plan.time import Speed
-from gengram_megatron.starter import Machine, data_text, find_machine, run_text
 from tests.built_sets import random_fragments, write_set
 from tests.layouts.launch import ROOT
 from tests.training.tiny import entries, environment

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from gengram_megatron.commands import sweep as start
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.launch.job import check_job
 from gengram_megatron.launch.stop import StopRequests
 from gengram_megatron.signals import REQUEUE, STOP_SIGNALS
-from gengram_megatron.sweep import start
 from tests.layouts.launch import ROOT
 from tests.training.tiny import build_data, environment, write_config
 
 HEAD = """
 import os, signal, sys, threading
-from gengram_megatron.cli import main
-from gengram_megatron.launch import command, local
+from gengram_megatron.commands.cli import main
+from gengram_megatron.launch import local
+from gengram_megatron.commands import launch as command
 
 def request():
     os.kill(os.getpid(), signal.{name})
@@ -103,7 +104,7 @@ def test_interrupt_while_the_commands_are_imported() -> None:
 import os, signal, sys
 class Finder:
     def find_spec(name, *_):
-        if name == "gengram_megatron.cli":
+        if name == "gengram_megatron.commands.cli":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder)
 from gengram_megatron.__main__ import main

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from gengram_megatron.cli import app
+from gengram_megatron.commands.cli import app
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError

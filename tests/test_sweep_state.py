@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gengram_megatron.cli import app
+from gengram_megatron.commands.cli import app
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch.job import SLURM_FILE
+from gengram_megatron.runs.folder import write_config as write_resolved
+from gengram_megatron.runs.metrics import RunLog
+from gengram_megatron.sweep.results import INDIFFERENT, read_state
 from gengram_megatron.sweep.runs import read_sweep
-from gengram_megatron.sweep.state import INDIFFERENT, read_state
-from gengram_megatron.training.folder import write_config as write_resolved
-from gengram_megatron.training.metrics import RunLog
 from tests.training.tiny import write_config
 
 LOSSES = {3: 1.25, 4: 1.125}

@@ -28,9 +28,9 @@ def config_of(optimizer: dict, precision: str) -> Config:
 
 def first_step(layout, precision: str = "fp32", **optimizer) -> dict[str, torch.Tensor]:
     """Every parameter, before and after a step: name to [2, ...]."""
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer, build_schedule
-    from gengram_megatron.training.step import forward_backward
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer, build_schedule
+    from gengram_megatron.engine.training.step import forward_backward
     from tests.layouts.worker import batch
 
     config = config_of(optimizer, precision)
@@ -128,8 +128,8 @@ def test_bf16_tables_take_their_own_rate(one_process) -> None:
 def test_rates_of_the_whole_schedule_keep_their_ratio(one_process) -> None:
     from dataclasses import replace
 
-    from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.training.optimizer import build_optimizer, build_schedule
+    from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+    from gengram_megatron.engine.training.optimizer import build_optimizer, build_schedule
 
     config = config_of({"tables": {"lr_multiplier": 4.0}, "warmup_fraction": 0.2}, "fp32")
     layout = replace(one_process, steps=10, samples=80)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.training.uniform import UNIFORM, UniformCheck
+from gengram_megatron.runs.metrics import UNIFORM, UniformCheck
 
 WARM_UP = 20
 

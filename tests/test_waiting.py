@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from gengram_megatron.platform import cpu
-from gengram_megatron.training.waiting import Waiting
+from gengram_megatron.engine.platform import cpu
+from gengram_megatron.engine.training.waiting import Waiting
 
 READING = (0.02, 0.1)  # seconds a microbatch, of each rank
 

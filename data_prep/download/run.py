@@ -10,13 +10,11 @@ from pathlib import Path
 from threading import Event
 from typing import Protocol
 
-from data_prep.download.fetch import fetch
-from data_prep.download.partial import Partial
+from data_prep.download.fetch import Partial, Record, fetch
 from data_prep.download.plan import Item, check_space, standing, wanted_files
-from data_prep.download.record import Record
 from data_prep.download.schema import DownloadConfig
 from data_prep.download.web import Web
-from data_prep.interrupts import as_finished, interrupts_held_back
+from data_prep.workers import as_finished, interrupts_held_back
 from gengram_megatron.errors import UserError
 
 

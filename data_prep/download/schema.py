@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from gengram_megatron.config.section import NonNegative, Positive, Section
+from gengram_megatron.config.keys import NonNegative, Positive, Section
 
 Accession = Annotated[str, Field(pattern=r"^GC[AF]_[0-9]{9}\.[0-9]+$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]*$")]

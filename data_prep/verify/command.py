@@ -1,6 +1,10 @@
-"""The command `gengram-data verify`."""
+"""All checks of a data set, in an order in which none trips over what an earlier one found.
+
+The command `gengram-data verify`.
+"""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +14,56 @@ from rich.filesize import decimal
 
 from data_prep.inspect.command import Folder
 from data_prep.inspect.opened import DataSet
-from data_prep.progress import Display
+from data_prep.progress import Display, Report
 from data_prep.schema import DataConfig
-from data_prep.verify.run import problems
-from data_prep.verify.sources import source_paths
+from data_prep.verify.files import check_counts, check_files, check_index, check_sequences
+from data_prep.verify.samples import Ordered, check_places, check_source, source_paths
+from data_prep.write import RECORDS, origins_path
 from gengram_megatron.config.load import load_config
+from gengram_megatron.errors import UserError
+
+
+def problems(data: DataSet, sources: dict[str, Path], report: Report) -> Iterator[str]:
+    """Everything that is wrong with a data set, a sentence each. `sources` are the FASTA files to
+    compare it with, if any."""
+    yield from check_counts(data)
+    yield from check_files(data, report)
+    for name, facts in data.facts.splits.items():
+        path = data.folder / f"{name}.idx"
+        if path.is_file():
+            yield from check_index(path, facts.fragments, data.seq_length)
+    places = [*_check_places(data)]
+    yield from places
+    if not sources:
+        return
+    if places or len(splits := _whole_splits(data)) < len(data.facts.splits):
+        yield "the bases were not compared with the sources, because not all origins can be trusted"
+        return
+    ordered = {name: Ordered.of(data, data.split(name)) for name in splits}
+    for key, path in sources.items():
+        yield from check_source(data, key, path, ordered, report)
+
+
+def _check_places(data: DataSet) -> Iterator[str]:
+    """Problems of sequences and origins, as far as their files are whole."""
+    if data.fault(RECORDS):
+        return
+    try:
+        yield from check_sequences(data)
+        yield from check_places(data, {name: data.split(name) for name in _whole_splits(data)})
+    except UserError as error:
+        yield str(error)
+
+
+def _whole_splits(data: DataSet) -> list[str]:
+    """The splits that can be looked into; of the others it was said why not."""
+    if data.fault(RECORDS):
+        return []  # without the names of the sequences no origin means anything
+    return [
+        name
+        for name in data.facts.splits
+        if not data.fault(f"{name}.bin") and not data.fault(origins_path(data.folder, name).name)
+    ]
 
 
 def verify(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from gengram_megatron.config.section import Name, NonNegative, Positive, Section
+from gengram_megatron.config.keys import Name, NonNegative, Positive, Section
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 

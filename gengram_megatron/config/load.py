@@ -9,8 +9,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from gengram_megatron.config.keys import Keys, dotted
-from gengram_megatron.config.section import Section
+from gengram_megatron.config.keys import Keys, Section, dotted
 from gengram_megatron.config.tree import Tree, describe, dump_yaml, parse_yaml, read_tree
 from gengram_megatron.errors import UserError
 

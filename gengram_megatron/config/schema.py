@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from gengram_megatron.config.keys import Fraction, Name, NonNegative, Positive, Section
 from gengram_megatron.config.launch import Launch
-from gengram_megatron.config.section import Fraction, Name, NonNegative, Positive, Section
 
 
 class Run(Section):

@@ -7,14 +7,14 @@ communication: bytes that a rank sends; time: how long it takes; suggest: layout
 from dataclasses import asdict
 
 from gengram_megatron.config.layout import Layout
-from gengram_megatron.config.placement import Placement
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import Placement
 from gengram_megatron.plan.communication import most_sent
 from gengram_megatron.plan.flops import count_parameters, forward_flops, training_flops
 from gengram_megatron.plan.memory import fullest
 from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.suggest import warnings
 from gengram_megatron.plan.time import Speed, seconds_of_run
-from gengram_megatron.plan.warnings import warnings
 
 
 def plan(

@@ -11,7 +11,7 @@ or two bytes each, and smaller activations.
 
 from dataclasses import dataclass
 
-from gengram_megatron.config.projection import bytes_held
+from gengram_megatron.config.layout import bytes_held
 from gengram_megatron.config.schema import DeepSpeed
 from gengram_megatron.plan.activations import BYTES, Activations
 from gengram_megatron.plan.stages import Held, Split

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 from gengram_megatron.config.tree import inline_yaml
 from gengram_megatron.files import save_figure
+from gengram_megatron.runs.plot import decorate
 from gengram_megatron.sweep.results import Row
 from gengram_megatron.sweep.runs import SEED
-from gengram_megatron.training.plot import decorate
 
 COLUMNS = 75
 """Characters that fit side by side below the axis."""

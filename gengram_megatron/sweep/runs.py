@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from gengram_megatron.config.keys import Name, NonNegative, Positive, Section
 from gengram_megatron.config.load import (
     check_tree,
     refuse_other_kinds,
@@ -20,7 +21,6 @@ from gengram_megatron.config.load import (
     with_overrides,
 )
 from gengram_megatron.config.schema import Config
-from gengram_megatron.config.section import Name, NonNegative, Positive, Section
 from gengram_megatron.config.tree import Tree, inline_yaml, read_tree
 from gengram_megatron.errors import UserError
 

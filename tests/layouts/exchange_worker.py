@@ -43,7 +43,7 @@ def upstream(rank: int, shape: torch.Size) -> torch.Tensor:
 
 
 def check(asked: list[list[list[int]]], by_columns: bool) -> None:
-    from gengram_megatron.model.gengram.exchange import FetchRows, RowPlan, first_row
+    from gengram_megatron.engine.model.gengram.tables import FetchRows, RowPlan, first_row
 
     rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     own_rows = [slice(first_row(n, rank, size), first_row(n, rank + 1, size)) for n in ROWS]

@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
-from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-from gengram_megatron.model.initialize import parts
-from gengram_megatron.training.agreement import agree
-from gengram_megatron.training.optimizer import build_optimizer
-from gengram_megatron.training.processes import end_processes, start_processes
-from gengram_megatron.training.step import forward_backward
+from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+from gengram_megatron.engine.model.initialize import parts
+from gengram_megatron.engine.training.optimizer import build_optimizer
+from gengram_megatron.engine.training.processes import end_processes, start_processes
+from gengram_megatron.engine.training.step import agree, forward_backward
 from tests.layouts.cases import config_of
 
 EOD, BASES = 12, torch.tensor([8, 5, 6, 7, 9], dtype=torch.uint8)

@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.platform import prepare
+from gengram_megatron.engine.platform import prepare
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def as_rank(layout: Layout, rank: int) -> Iterator[None]:
 
 def build_shapes(config: Config, layout: Layout) -> list[torch.nn.Module]:
     """This rank's model chunks as they are built for training, but for the numbers in them."""
-    from gengram_megatron.model import build
+    from gengram_megatron.engine.model import build
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))

@@ -43,7 +43,7 @@ def config_of(processes: int, model: dict, parallel: dict, recompute: str) -> tu
 
 def step(chunks, optimizer, config: Config, layout: Layout) -> None:
     """As the training loop makes one."""
-    from gengram_megatron.training.step import forward_backward
+    from gengram_megatron.engine.training.step import forward_backward
 
     length = config.model.seq_length + 1
     bases = torch.tensor([8, 5, 6, 7], dtype=torch.uint8)

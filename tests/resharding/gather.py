@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from gengram_megatron.model.initialize import parts
+from gengram_megatron.engine.model.initialize import parts
 
 STATES = ("exp_avg", "exp_avg_sq")
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.training.data import RunData
-from gengram_megatron.training.processes import end_processes, start_processes
+from gengram_megatron.engine.data.run_data import RunData
+from gengram_megatron.engine.training.processes import end_processes, start_processes
 from tests.resharding.cases import AFTER, BEFORE, PAIRS
 
 
@@ -24,9 +24,9 @@ class TinyRun:
     def __init__(self, config: Config, processes: int):
         from megatron.core import parallel_state
 
-        from gengram_megatron.checkpoint.state import TrainingState
-        from gengram_megatron.model.build import build_model, wrap_for_data_parallelism
-        from gengram_megatron.training.optimizer import build_optimizer, build_schedule
+        from gengram_megatron.engine.checkpoint.state import TrainingState
+        from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
+        from gengram_megatron.engine.training.optimizer import build_optimizer, build_schedule
 
         self.config, self.layout = config, check_layout(config, processes)
         self.data = RunData(config)
@@ -45,8 +45,7 @@ class TinyRun:
         """Loss and learning rate of so many steps."""
         from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-        from gengram_megatron.training.agreement import agree
-        from gengram_megatron.training.step import forward_backward
+        from gengram_megatron.engine.training.step import agree, forward_backward
 
         batch, done = self.config.train.global_batch_size, []
         batches = self.data.training(self.layout, self.data_rank, start * batch)

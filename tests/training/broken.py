@@ -17,7 +17,7 @@ from tests.training.launch import children
 
 def _in_step(rank: int, step: int, action) -> None:
     """Have one rank do something at the start of a step: action(its model chunk)."""
-    from gengram_megatron.training.run import _Run
+    from gengram_megatron.engine.training.run import _Run
 
     whole = _Run._step
 
@@ -55,7 +55,7 @@ def poison_gradient(rank: int, step: int, name: str, times: int) -> None:
 
 def hang_in_data(rank: int, sample: int) -> None:
     """A rank's disk stops answering when it reads its n-th sample."""
-    from gengram_megatron.data.dataset import FragmentDataset
+    from gengram_megatron.engine.data.dataset import FragmentDataset
 
     whole, read = FragmentDataset.__getitem__, [0]
 
@@ -105,7 +105,7 @@ def write_elsewhere() -> None:
     the first rank looks for it for a short time."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from gengram_megatron.checkpoint import state
+    from gengram_megatron.engine.checkpoint import state
 
     state.VISIBLE_SECONDS = 0.5
     whole = FileSystemWriterAsync.write_preloaded_data
@@ -127,7 +127,7 @@ def limit_file_size(size: int) -> None:
 def signal_at(rank: int, method: str, number: signal.Signals, step: int | None = None) -> None:
     """A rank gets a signal as it enters a method of the run: `__init__`, or one that is called with
     the number of the step."""
-    from gengram_megatron.training.run import _Run
+    from gengram_megatron.engine.training.run import _Run
 
     whole = getattr(_Run, method)
 

@@ -19,7 +19,7 @@ from gengram_megatron.errors import EXIT_CODE, NOT_FINITE
 def run_all(jobs: dict[str, list[str]], folder: Path) -> None:
     """What each rank does. JOBS: name to the words after `gengram`; each rank writes
     FOLDER/<name>.<rank>.json, the exit code and what the command printed."""
-    from gengram_megatron.training import processes
+    from gengram_megatron.engine.training import processes
 
     multiprocessing.set_start_method("fork", force=True)  # the default where nothing was forked
     os.environ["COLUMNS"] = "400"
@@ -45,7 +45,7 @@ def _meet(file: Path, world_size: int, rank: int) -> dist.Store:
 
 def _run(words: list[str], said: Path) -> None:
     """One command; its exit code and output go to the file `said`."""
-    from gengram_megatron.cli import main
+    from gengram_megatron.commands.cli import main
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     sys.argv = ["gengram", *words]

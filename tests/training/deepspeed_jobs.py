@@ -42,7 +42,7 @@ def run(jobs: dict[str, Job], runs: Path, folder: Path) -> dict[str, list[Ended]
 
 
 def _run_all(jobs: dict[str, Job], runs: Path, folder: Path) -> None:
-    from gengram_megatron.training.engines.deepspeed import import_deepspeed
+    from gengram_megatron.engine.training.engines.deepspeed import import_deepspeed
 
     import_deepspeed()
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, by its first engine

@@ -89,7 +89,7 @@ def start_ranks(
 
 
 def _rank(environment: dict[str, str], words: list[str], path: Path, before) -> None:
-    from gengram_megatron.cli import main
+    from gengram_megatron.commands.cli import main
 
     for file, descriptor in ((path, 1), (path.with_suffix(".err"), 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)

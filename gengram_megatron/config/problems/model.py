@@ -1,9 +1,42 @@
-"""What attention and experts ask for."""
+"""Sizes with every null resolved, and the sentence for those that do not divide.
+
+What attention and experts ask for.
+
+What the memory asks for.
+"""
 
 from collections.abc import Iterator
 
-from gengram_megatron.config.problems.sizes import expert_tensor, multiple, sequence_parallel
-from gengram_megatron.config.schema import Config
+from gengram_megatron.config.schema import Config, Gengram, Hashing
+from gengram_megatron.config.tables import LARGEST_DIRECT, SMALL_K, kmer_tables
+
+
+def ranks_of_a_copy(config: Config) -> int:
+    """Ranks that hold one copy of the model together, experts apart."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+
+
+def ranks_of_the_experts(config: Config) -> int:
+    """Ranks that hold one copy of all experts together."""
+    return expert_tensor(config) * config.parallel.expert * config.parallel.pipeline
+
+
+def expert_tensor(config: Config) -> int:
+    """Ranks that share an expert."""
+    return config.parallel.expert_tensor or config.parallel.tensor
+
+
+def sequence_parallel(config: Config) -> bool:
+    """Whether tensor-parallel ranks share the sequence where they do not share the layer."""
+    if config.parallel.sequence is None:
+        return config.parallel.tensor > 1
+    return config.parallel.sequence
+
+
+def multiple(name: str, value: int, of_name: str, of: int) -> Iterator[str]:
+    """The sentence for a value that must be a multiple of another, where it is not."""
+    if value % of:
+        yield f"{name} is {value}, which is not a multiple of {of_name} = {of}; change one of them"
 
 
 def attention_problems(config: Config) -> Iterator[str]:
@@ -89,3 +122,128 @@ def _grouped_product_problems(config: Config) -> Iterator[str]:
                 f"{name} is {width}, which experts in {precision} cannot use: "
                 f"make it a multiple of {multiple}"
             )
+
+
+def gengram_problems(config: Config) -> Iterator[str]:
+    """A sentence for each setting of the memory that cannot work."""
+    gengram, model = config.model.gengram, config.model
+    if not gengram.enabled:
+        return
+    layers, sizes = gengram.layers, gengram.kmer_sizes
+    if not layers:
+        yield "model.gengram.layers is empty; name a layer, or set model.gengram.enabled to false"
+    if len(set(layers)) < len(layers):
+        yield f"model.gengram.layers is {layers}; name each layer once"
+    if beyond := [layer for layer in layers if layer > model.num_layers]:
+        yield (
+            f"model.gengram.layers names {beyond}, but model.num_layers is {model.num_layers}; "
+            f"layers count from 1 to {model.num_layers}"
+        )
+    if sizes != sorted(set(sizes)):
+        yield (
+            f"model.gengram.kmer_sizes is {sizes}; write {sorted(set(sizes))}, "
+            "each size once and in rising order"
+        )
+    if gengram.window is not None and gengram.window < max(sizes):
+        yield (
+            f"model.gengram.window is {gengram.window}, too small for the {max(sizes)}-mers of "
+            f"model.gengram.kmer_sizes; make it at least {max(sizes)}, or null for no window"
+        )
+    yield from _without_effect(config)
+    yield from _table_problems(config)
+    if gengram.project == "tables":
+        for obstacle, remedy in projection_obstacles(config):
+            yield (
+                f"model.gengram.project is tables, but {obstacle}: {remedy}, or set project to "
+                "features"
+            )
+    if len(set(gengram.token_ids)) < len(gengram.token_ids):
+        yield f"model.gengram.token_ids is {gengram.token_ids}; A C G T N need an id each"
+    if max(gengram.token_ids) >= model.vocab_size:
+        yield (
+            f"model.gengram.token_ids is {gengram.token_ids}, but model.vocab_size is "
+            f"{model.vocab_size}; ids go from 0 to {model.vocab_size - 1}"
+        )
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """What is given and would change nothing."""
+    gengram, length = config.model.gengram, config.model.seq_length
+    if gengram.window is not None and gengram.window > length:
+        yield (
+            f"model.gengram.window is {gengram.window}, more than model.seq_length = {length}: "
+            f"make it {length} at most, or null for no window"
+        )
+    if gengram.hashing != Hashing() and max(gengram.kmer_sizes) <= LARGEST_DIRECT:
+        yield (
+            f"model.gengram.hashing is given, but no k of model.gengram.kmer_sizes is above "
+            f"{LARGEST_DIRECT}, so that no table is hashed: take hashing out, or add such a k"
+        )
+    kernel = Gengram.model_fields["conv_kernel"].default
+    if gengram.conv_kernel != kernel and gengram.output != "convolution":
+        yield (
+            f"model.gengram.conv_kernel is {gengram.conv_kernel}, but model.gengram.output is "
+            f"{gengram.output}: take conv_kernel out, or set output to convolution"
+        )
+
+
+def _table_problems(config: Config) -> Iterator[str]:
+    """What hashing and splitting by rows ask for."""
+    gengram, parallel = config.model.gengram, config.parallel
+    if max(gengram.kmer_sizes) > LARGEST_DIRECT:
+        yield from multiple(
+            "model.gengram.dim", gengram.dim, "model.gengram.hashing.heads", gengram.hashing.heads
+        )
+        if gengram.dim % gengram.hashing.heads == 0:
+            yield from multiple(
+                "model.gengram.dim / hashing.heads",
+                gengram.dim // gengram.hashing.heads,
+                "parallel.tensor",
+                parallel.tensor,
+            )
+    try:
+        kmer_tables(gengram)
+    except ValueError:
+        yield (
+            f"model.gengram.hashing.rows is {gengram.hashing.rows}, below which there is no prime "
+            "for each hashed table: raise it, or lower model.gengram.hashing.heads"
+        )
+    over = gengram.rows_over
+    if over and gengram.split == "columns":
+        yield (
+            f"model.gengram.rows_over is {over}, but model.gengram.split is columns: set rows_over "
+            "to null, or split to rows or auto"
+        )
+    if over == "expert" and parallel.expert == 1:
+        yield (
+            "model.gengram.rows_over is expert, but parallel.expert is 1: set rows_over to data, "
+            "or parallel.expert to 2 or more"
+        )
+    if over == "expert" and expert_tensor(config) != parallel.tensor:
+        # Ranks that share experts would then hold different columns of the tables.
+        yield (
+            f"model.gengram.rows_over is expert, which needs parallel.expert_tensor = "
+            f"parallel.tensor, but they are {expert_tensor(config)} and {parallel.tensor}: set "
+            "rows_over to data or tensor, or expert_tensor to null"
+        )
+
+
+def projection_obstacles(config: Config) -> Iterator[tuple[str, str]]:
+    """What keeps the tables from being projected once a step, and what to do about each."""
+    gengram, largest = config.model.gengram, max(config.model.gengram.kmer_sizes)
+    if gengram.kmer_sizes != list(range(1, largest + 1)) or largest > LARGEST_DIRECT:
+        yield (
+            f"model.gengram.kmer_sizes is {gengram.kmer_sizes}",
+            f"give 1, 2, 3 and so on without a gap, up to {LARGEST_DIRECT} at most",
+        )
+    if gengram.share_reverse_complements:
+        yield "model.gengram.share_reverse_complements is true", "set it to false"
+    if gengram.deduplicate:
+        yield "model.gengram.deduplicate is true", "set it to false"
+    if gengram.split == "rows" or (gengram.split == "auto" and largest > SMALL_K):
+        yield f"model.gengram.split is {gengram.split}", "set it to columns"
+    if config.optimizer.overlap_grad_reduce:
+        yield "optimizer.overlap_grad_reduce is true", "set it to false"
+    if config.train.engine == "deepspeed":
+        # It takes each gradient when the backward pass has made it; these come once a step.
+        yield "train.engine is deepspeed", "set it to megatron"

@@ -1,0 +1,86 @@
+"""Asked as a process: the parts of a model that is really built and makes a step, and what
+megatron-core found.
+
+The config of the model comes as JSON on the standard input; without one, no model is built.
+"""
+
+import importlib
+import json
+import sys
+
+import torch
+
+from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.platform import prepare
+
+
+def parts(config: Config) -> dict[str, str | None]:
+    """As platform/report.py reads them off the model and optimizer."""
+    from gengram_megatron.engine.training.processes import end_processes, start_processes
+
+    layout = check_layout(config, 1)
+    start_processes(layout, config.run.seed, 0, config.train.deterministic)
+    # megatron-core may be imported only now (see platform.prepare).
+    from gengram_megatron.engine.model.build import build_model
+    from gengram_megatron.engine.training import report
+    from gengram_megatron.engine.training.engines import build_engine
+    from gengram_megatron.engine.training.step import forward_backward
+
+    chunks, optimizer = build_engine(config, layout, build_model(config, layout))
+    bases = torch.tensor(config.model.gengram.token_ids[:4]).repeat(config.model.seq_length)
+    batch = bases[None, : config.model.seq_length + 1]
+    forward_backward(chunks, iter([batch]), config, layout, forward_only=False)
+    optimizer.step_if(lambda norm: True)
+    found = report.parts(chunks, optimizer)
+    end_processes()
+    return found
+
+
+def extensions() -> dict[str, dict]:
+    """The fused parts that megatron-core (0.16.1) looks for when it is imported, and what it found.
+
+    where: its module that looks; found: the package it took, which may be torch or megatron-core
+    itself, or None.
+    """
+    core = {name: importlib.import_module(f"megatron.core.{name}") for name in _WHERE.values()}
+    norms = core["fusions.fused_layer_norm"]
+    fusion = core["tensor_parallel.layers"]._grad_accum_fusion_available
+    fused_norm = norms.HAVE_FUSED_LAYER_NORM or norms.HAVE_PERSIST_LAYER_NORM
+    found = {
+        "Adam": _library(core["optimizer"].Adam),
+        "gradient norm": _library(core["optimizer.clip_grads"].l2_norm_impl),
+        "layer norm": "apex" if fused_norm else None,
+        "gradient accumulation fusion": "fused_weight_gradient_mlp_cuda" if fusion else None,
+    }
+    return {
+        part: {"where": f"megatron.core.{_WHERE[part]}", "found": library}
+        for part, library in found.items()
+    }
+
+
+_WHERE = {
+    "Adam": "optimizer",
+    "gradient norm": "optimizer.clip_grads",
+    "layer norm": "fusions.fused_layer_norm",
+    "gradient accumulation fusion": "tensor_parallel.layers",
+}
+
+
+def _library(function) -> str:
+    """The package that a function or class comes from."""
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return module.split(".")[0]
+
+
+if __name__ == "__main__":
+    given = sys.stdin.read()
+    prepare()
+    print(
+        json.dumps(
+            {
+                "extensions": extensions(),
+                "parts": parts(Config.model_validate_json(given)) if given else None,
+            }
+        )
+    )

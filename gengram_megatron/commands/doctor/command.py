@@ -1,0 +1,156 @@
+"""What the doctor found, as tables for people.
+
+The command `gengram doctor`.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from gengram_megatron.commands.doctor.examine import examine
+from gengram_megatron.config.command_line import Overrides
+from gengram_megatron.config.load import load_config
+from gengram_megatron.config.schema import Config
+from gengram_megatron.plan.suggest import GB
+from gengram_megatron.show import print_table, print_text
+
+
+def show(found: dict) -> None:
+    """What gengram doctor prints."""
+    software = found["software"].items()
+    print_table(_table("Software", ("package", "version", ""), map(_package, software)))
+    if found["devices"]:
+        print_table(_table("Devices", ("what", "", ""), _devices(found["devices"])))
+    if found["links"]:
+        print(found["links"])
+    if found["extensions"]:
+        looked = found["extensions"].items()
+        rows = [(part, one["found"] or "nothing", one["where"]) for part, one in looked]
+        headings = ("looked for", "found", "by")
+        print_table(_table("Fused parts that megatron-core looks for", headings, rows))
+    if found["parts"]:
+        rows = [(part, one["uses"], one["why"]) for part, one in found["parts"].items()]
+        print_table(_table("Parts of the model", ("part", "uses", "why"), rows))
+    rows = [*_run(found), *_folder(found["folder"]), *_measured(found["measured"])]
+    if rows:
+        print_table(_table("The run on this machine", ("what", "", ""), rows))
+    for kind, lines in (
+        ("warning", found["plan"]["warnings"] if found["plan"] else []),
+        ("advice", found["advice"]),
+        ("left out", found["left_out"]),
+        ("cannot run here", found["problems"]),
+    ):
+        for line in lines:
+            print_text(f"{kind}: {line}")
+
+
+def _table(title: str, headings: tuple, rows: Iterable[tuple]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(headings[1:]))
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _package(item: tuple[str, dict]) -> tuple[str, str, str]:
+    name, one = item
+    return name, one["version"] or "not installed", one["error"] or ""
+
+
+def _devices(devices: dict) -> Iterator[tuple[str, str, str]]:
+    if devices["listed_by"] == "torch":
+        yield "CUDA of torch", devices["cuda"] or "none: torch is built for the CPU", ""
+        yield "NCCL", devices["nccl"] or "none", ""
+    elif not devices["gpus"]:
+        yield "GPU", "none that nvidia-smi lists", ""
+    for number, gpu in enumerate(devices["gpus"]):
+        text = f"{gpu['bytes'] / GB:.1f} GB, compute capability {gpu['compute_capability']}"
+        yield f"GPU {number}", gpu["name"], text
+    yield "CPU", f"{devices['threads']} threads", ""
+
+
+def _run(found: dict) -> Iterator[tuple[str, str, str]]:
+    if plan := found["plan"]:
+        yield "processes", f"{plan['processes']:,}", ""
+        needs = plan["memory_bytes_per_rank"]["total"]
+        yield "memory of the fullest rank", f"{needs / GB:.2f} GB", "see gengram plan"
+
+
+def _folder(folder: dict | None) -> Iterator[tuple[str, str, str]]:
+    if folder is None:
+        return
+    free = f"{folder['free_bytes'] / GB:,.1f} GB"
+    yield "free in the folder", free, folder["path"]
+    if folder["checkpoint_bytes"] is not None:
+        yield "one checkpoint", f"{folder['checkpoint_bytes'] / GB:,.3f} GB", ""
+    if speed := folder["speed"]:
+        size = f"{speed['bytes'] / 1e6:.0f} MB"
+        for what, how in (("written", "with fsync"), ("read", "not from memory, where it can be")):
+            rate = f"{speed[f'{what}_bytes_per_second'] / GB:.2f} GB/s"
+            yield f"{size} {what}", rate, how
+
+
+def _measured(measured: dict | None) -> Iterator[tuple[str, str, str]]:
+    if measured is None:
+        return
+    if product := measured["matrix_product"]:
+        for precision, tflops in product["tflops"].items():
+            yield f"matrix product in {precision}", f"{tflops:.3g} TFLOP/s", product["device"]
+    if reduced := measured["all_reduce"]:
+        rate = f"{reduced['bytes_per_second'] / GB:.2f} GB/s"
+        how = f"{reduced['bytes'] / 1e6:.0f} MB, {reduced['backend']}"
+        yield f"all-reduce of {reduced['processes']} processes", rate, how
+
+
+CANNOT_RUN = 1
+"""Exit code where a config is in order, and this machine is not in order for it."""
+
+
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="The YAML file of a run; none: only the machine.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="In three seconds, without torch: no parts of the model, no speeds; GPUs as "
+            "nvidia-smi lists them.",
+        ),
+    ] = False,
+    no_speeds: Annotated[bool, typer.Option("--no-speeds", help="Measure nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a machine has, and how a config would run on it.
+
+    Versions, GPUs and their links; for each part of the model the implementation that it gets here,
+    read off a small model of the same kind that is built and makes a step, and why not a faster
+    one; whether memory and disk suffice; the speed of a matrix product, an all-reduce of two
+    processes, and the file system of run.dir; and what is missing to be faster.
+
+    \b
+      gengram doctor
+      gengram doctor configs/smoke/cpu.yaml
+      gengram doctor my_run.yaml launch.processes=8 --quick
+
+    The exit code is 1 if the config cannot run here; the last lines say why.
+    """
+    loaded = load_config(config, overrides or [], Config) if config else None
+    found = examine(loaded, quick, speeds=not no_speeds)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
+    if found["problems"]:
+        raise typer.Exit(CANNOT_RUN)

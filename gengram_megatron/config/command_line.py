@@ -1,0 +1,86 @@
+"""What every command that reads a config file takes on its command line.
+
+What --keys prints: the keys of a schema, what each may be, its default and its meaning.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+
+from gengram_megatron.config.keys import Key, Keys
+from gengram_megatron.config.load import COMMAND_LINE
+from gengram_megatron.config.tree import inline_yaml
+from gengram_megatron.errors import UserError
+from gengram_megatron.show import print_table
+
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+"""Settings of both programs, which their commands inherit."""
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="The YAML file, as shown above.", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that win over the file's, such as optimizer.lr=3e-4 of a run, or seed=1 of a "
+        "data set.",
+        show_default=False,
+    ),
+]
+
+
+def print_keys(schema: type[BaseModel], names: list[str], as_json: bool = False) -> None:
+    """List the keys of a schema as a table, or as JSON.
+
+    Args:
+        names: keys, or sections whose keys are all listed; none: every key.
+
+    Raises UserError with a line for each name that the schema does not have.
+    """
+    keys = _chosen(Keys(schema), names)
+    if as_json:
+        print(json.dumps([_as_json(key) for key in keys], indent=1))
+        return
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("key", no_wrap=True)
+    for heading in ("may be", "default", "meaning"):
+        table.add_column(heading)
+    section = None
+    for key in keys:
+        if section not in (None, key.name.split(".")[0]):
+            table.add_section()
+        section = key.name.split(".")[0]
+        default = "(required)" if key.required else inline_yaml(key.default)
+        table.add_row(key.name, key.allowed, default, key.description)
+    print_table(table)
+
+
+def _chosen(keys: Keys, names: list[str]) -> list[Key]:
+    if not names:
+        return keys.with_entries()
+    found = {name: keys.named(name) for name in names}
+    problems = [
+        f"{COMMAND_LINE}: there is no key {name}; {keys.suggestion(tuple(name.split('.')))}"
+        for name in names
+        if not found[name]
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return list({key.name: key for some in found.values() for key in some}.values())
+
+
+def _as_json(key: Key) -> dict:
+    return {
+        "key": key.name,
+        "allowed": key.allowed,
+        "required": key.required,
+        "default": key.default,
+        "description": key.description,
+    }

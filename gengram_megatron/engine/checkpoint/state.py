@@ -1,0 +1,396 @@
+"""Save and load all that a run needs to go on, through megatron-core's distributed checkpoints."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import CheckpointException
+
+from gengram_megatron.config.layout import Layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.engine.checkpoint.contents import CONTENT, MegatronContents
+from gengram_megatron.engine.checkpoint.restore import (
+    CannotLoad,
+    adam_steps,
+    check_same_model,
+    draw_anew,
+    load_tensors,
+    names,
+    on_all_ranks,
+    origins,
+    random_states,
+    same_ranks,
+    set_random_states,
+)
+from gengram_megatron.engine.checkpoint.stored import WRITTEN, missing_files
+from gengram_megatron.engine.checkpoint.writer import Writer
+from gengram_megatron.engine.checkpoint.zero import ZeroContents
+from gengram_megatron.engine.training.processes import gather
+from gengram_megatron.errors import UserError
+from gengram_megatron.runs.folder import VISIBLE_SECONDS
+from gengram_megatron.runs.store import (
+    FORMAT,
+    CheckpointStore,
+    Facts,
+    damage,
+    estimated_size,
+    read_facts,
+)
+
+
+class TrainingState:
+    """Model, optimizer, schedule, random states and the place in the data of one rank."""
+
+    def __init__(
+        self, config: Config, layout: Layout, chunks: list, optimizer, schedule, data: list[dict]
+    ):
+        self.config, self.layout = config, layout
+        self.schedule = schedule
+        kind = ZeroContents if config.train.engine == "deepspeed" else MegatronContents
+        self.contents = kind(config, chunks, optimizer)
+        self.data = data  # as Facts has it
+        settings = config.checkpoint
+        self.store = CheckpointStore(
+            Path(config.run.dir) / "checkpoints", settings.keep, settings.keep_every
+        )
+        # What is written where is the same each time: planned, and told to other ranks, once.
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+        self._save: _Save | None = None
+        self._failed = 0
+        self._stall = 0.0
+        self._partly_loaded = False
+
+    def save(self, step: int, must: bool = False) -> str | None:
+        """Write a checkpoint; with checkpoint.asynchronous only the copy is waited for.
+
+        A checkpoint that could not be written is told in the sentence that this, poll or wait
+        returns; the last one is untouched. Two in a row, or one that must be written, are a
+        UserError.
+        """
+        began = time.perf_counter()
+        failure = self._settle_last() if self._save else None
+        try:
+            partial = self._on_first_rank(
+                lambda: self.store.begin(step, estimated_size(self.config))
+            )
+            self._save = self._start(step, partial, must)
+        except UserError as error:
+            failure = self._note_failure(str(error), must)
+        if self._save and not self.config.checkpoint.asynchronous:
+            failure = self._settle_last()
+        self._stall += time.perf_counter() - began
+        return failure
+
+    def _start(self, step: int, partial: Path, must: bool) -> "_Save":
+        writer = Writer()
+        request = dist_checkpointing.save(
+            self._state(step),
+            str(partial),
+            self._strategy,
+            validate_access_integrity=self._strategy.cached_central_plan is None,
+            async_sharded_save=True,
+            content_metadata=CONTENT,
+        )
+        writer.start(request)
+        facts = Facts(
+            format=FORMAT,
+            step=step,
+            samples=step * self.config.train.global_batch_size,
+            seed=self.config.run.seed,
+            layout=asdict(self.layout),
+            tables=self._tables(),
+            data=self.data,
+        )
+        return _Save(writer, partial, facts, must)
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's part of a checkpoint is not on the disk yet."""
+        return self._save is not None and self._save.writer.at_work
+
+    def poll(self, anyone_writing: bool) -> str | None:
+        """Finish an asynchronous save whose files are written. Called by all ranks each step.
+
+        anyone_writing: whether any rank is `writing`.
+        """
+        if self._save is None or anyone_writing:
+            return None
+        return self.wait()
+
+    def wait(self) -> str | None:
+        """Finish an asynchronous save, however long it takes."""
+        began = time.perf_counter()
+        failure = self._settle_last() if self._save else None
+        self._stall += time.perf_counter() - began
+        return failure
+
+    def take_stall(self) -> float:
+        """Seconds that training has waited for checkpoints since this was last asked."""
+        stall, self._stall = self._stall, 0.0
+        return stall
+
+    def _settle_last(self) -> str | None:
+        """The end of the last save, good or bad."""
+        save, self._save = self._save, None
+        try:
+            self._finish(save)
+        except (CheckpointException, UserError) as error:
+            save.writer.abandon()
+            free = shutil.disk_usage(self.store.folder).free
+            cause = f"step {save.facts.step}: {_cause(error)}; {free:,} bytes are free"
+            return self._note_failure(cause, save.must)
+        self._failed = 0
+        return None
+
+    def _finish(self, save: "_Save") -> None:
+        save.writer.join()
+        died = gather(dist.get_rank() if save.writer.died else None)
+        if any(rank is not None for rank in died):
+            ranks = ", ".join(str(rank) for rank in died if rank is not None)
+            raise UserError(f"the process that writes for rank {ranks} died")
+        checksums = {}
+        for own in gather(save.writer.finalize()):
+            checksums |= own
+        self._on_first_rank(lambda: self._publish(save, checksums))
+
+    def _publish(self, save: "_Save", checksums: dict[str, str]) -> None:
+        """Make a written checkpoint the newest, if all that its ranks wrote is in its folder."""
+        end = time.monotonic() + VISIBLE_SECONDS
+        # What another node has written may be seen here only some seconds later.
+        while (missing := missing_files(save.partial, WRITTEN)) and time.monotonic() < end:
+            time.sleep(0.2)
+        if missing:
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"what the ranks have written is not all there: {missing[0]}{more}; run.dir must be "
+                "one folder that all nodes share"
+            )
+        self.store.finish(save.partial, save.facts, checksums)
+
+    def _note_failure(self, cause: str, must: bool) -> str:
+        self._failed += 1
+        sentence = f"no checkpoint was written: {cause}"
+        if must or self._failed > 1:
+            raise UserError(sentence)
+        return f"{sentence}; training goes on, and the next one is tried"
+
+    def _load_newest_usable(
+        self, checkpoints: list[Path], load: Callable[[Path], int]
+    ) -> tuple[Path | None, int, dict[Path, str]]:
+        """Load the newest of some checkpoints, which are in the order of their steps; one that is
+        damaged or cannot be loaded is passed over. What an attempt has loaded before it failed is
+        overwritten by the next.
+
+        load: loads a checkpoint on all ranks; returns the step to go on from.
+
+        Returns the checkpoint, or None if there is none; its step; and what is wrong with each one
+        that was passed over.
+        """
+        unusable = {}
+        for path in reversed(checkpoints):
+            problems = self._problems(path)
+            if not problems:
+                try:
+                    return path, load(path), unusable
+                except CannotLoad as error:
+                    problems = [f"cannot be loaded: {error}"]
+            unusable[path] = f"{path.name} ({'; '.join(problems)})"
+        return None, 0, unusable
+
+    def _problems(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint's files; ranks read them together."""
+        found = gather(damage(path, dist.get_rank(), dist.get_world_size()))
+        problems = sorted({problem for own in found for problem in own})
+        return problems or self._on_first_rank(lambda: missing_files(path))
+
+    def _set_aside(self, damaged: dict[Path, str], path: Path) -> str:
+        def rename() -> None:
+            for other in damaged:
+                self.store.set_aside(other)
+
+        self._on_first_rank(rename)
+        return f"damaged, and set aside: {', '.join(damaged.values())}; going on from {path.name}"
+
+    def load_newest(self) -> "Beginning":
+        """Go on from the newest checkpoint of the run's folder that can be loaded; without any,
+        start from the weights of checkpoint.load, if it is given."""
+        checkpoints = self._on_first_rank(self.store.checkpoints)
+        path, step, unusable = self._load_newest_usable(checkpoints, self._resume)
+        if path is not None:
+            return Beginning(step, self._set_aside(unusable, path) if unusable else None)
+        if unusable:
+            raise UserError(
+                f"all checkpoints of {self.store.folder} are damaged: "
+                f"{', '.join(unusable.values())}; bring one back, or start in another run.dir"
+            )
+        return Beginning() if self.config.checkpoint.load is None else self._start_from_another()
+
+    def _resume(self, path: Path) -> int:
+        """All of a checkpoint; returns its step."""
+        facts, common, stored = on_all_ranks(lambda: self._read_and_check(path))
+        if "optimizer" not in common:
+            return self._start_from_own_weights(path, facts)
+        self._partly_loaded = True
+        on_all_ranks(lambda: self._load(path, facts, common, stored))
+        return facts.step
+
+    def _read_and_check(self, path: Path) -> tuple[Facts, dict, set[str]]:
+        """What a checkpoint says of itself: its facts, what its ranks have in common, and the names
+        of what it holds in parts. UserError if it is another run's."""
+        facts = read_facts(path)
+        self._check(path, facts)
+        common, stored = dist_checkpointing.load_common_state_dict(str(path)), names(path)
+        check_same_model(path, common["config"]["model"], self.config, new_run=False)
+        return facts, common, stored
+
+    def _load(self, path: Path, facts: Facts, common: dict, stored: set[str]) -> None:
+        self.contents.load(path, stored, adam_steps(common["optimizer"]))
+        self.schedule.load_state_dict(common["schedule"])
+        own = random_states()
+        if same_ranks(facts.layout, asdict(self.layout)) and own.unique_key in stored:
+            state = {"random": own}
+            load_tensors(state, path)
+            set_random_states(state["random"])
+        else:
+            draw_anew(self.config.run.seed, facts.step)
+
+    def _start_from_own_weights(self, path: Path, facts: Facts) -> int:
+        """Begin a run with imported weights, which lie in its folder, in the place of drawn ones."""
+        if facts.step:
+            raise UserError(
+                f"{path} holds weights only, without the optimizer that step {facts.step + 1} "
+                "needs: put the whole checkpoint in its place, or name it in checkpoint.load of a "
+                "run with another run.dir"
+            )
+        if self._partly_loaded:
+            raise UserError(
+                f"no checkpoint of {self.store.folder} after {path.name} can be loaded, and that one "
+                "holds weights only: move the others away to start from it again, or bring one back"
+            )
+        on_all_ranks(lambda: self.contents.start_from_weights(path))
+        return 0
+
+    def _start_from_another(self) -> "Beginning":
+        """A new run with weights of another run's checkpoint in the place of drawn ones."""
+        candidates = self._on_first_rank(lambda: origins(self.config))
+        path, _, unusable = self._load_newest_usable(candidates, self._take_weights)
+        warning = f"checkpoint.load: damaged, {', '.join(unusable.values())}" if unusable else None
+        if path is None:
+            raise UserError(warning)
+        return Beginning(0, warning, origin=path)
+
+    def _take_weights(self, path: Path) -> int:
+        """The weights of another run's checkpoint."""
+        on_all_ranks(lambda: self._check_weights(path))
+        on_all_ranks(lambda: self.contents.start_from_weights(path))
+        return 0
+
+    def _check_weights(self, path: Path) -> None:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        check_same_model(path, common["config"]["model"], self.config, new_run=True)
+        self._check_tables(path, read_facts(path))
+
+    def _check(self, path: Path, facts: Facts) -> None:
+        samples = facts.step * self.config.train.global_batch_size
+        if facts.samples != samples:
+            raise UserError(
+                f"{path} has seen {facts.samples} samples in {facts.step} steps, which is not a "
+                f"batch of train.global_batch_size = {self.config.train.global_batch_size}: set "
+                "it as it was, or start in another run.dir"
+            )
+        if facts.seed != self.config.run.seed:
+            raise UserError(
+                f"{path} was trained with run.seed = {facts.seed}, not {self.config.run.seed}, "
+                "which decides the order of the samples: set it as it was, or start in another "
+                "run.dir"
+            )
+        if facts.data not in ([], self.data):  # empty in a checkpoint of an older version
+            raise UserError(
+                f"{path} was trained on other data: {_difference(facts.data, self.data)}; give "
+                "the data sets as they were, or start in another run.dir"
+            )
+        self._check_tables(path, facts)
+
+    def _check_tables(self, path: Path, facts: Facts) -> None:
+        for name, own in self._tables().items():
+            table = facts.tables.get(name, own)  # one that the checkpoint does not know is new
+            if table != own:
+                raise UserError(
+                    f"{path} was trained with other rows of table {name}: {table}, not "
+                    f"{own}; set kmer_sizes, dim, hashing and "
+                    "share_reverse_complements of model.gengram as they were, or start in another "
+                    "run.dir"
+                )
+
+    def _tables(self) -> dict[str, dict]:
+        gengram = self.config.model.gengram
+        if not gengram.enabled:
+            return {}
+        return {table.name: asdict(table) for table in kmer_tables(gengram)}
+
+    def _state(self, step: int) -> dict:
+        return {
+            **self.contents.state(),
+            "schedule": self.schedule.state_dict(),
+            "random": random_states(),
+            "config": self.config.model_dump(),
+            "step": step,
+        }
+
+    def _on_first_rank(self, action: Callable):
+        """What rank 0's action returned, or its error on every rank."""
+        answer = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                answer[0] = action()
+            except (OSError, UserError) as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(f"checkpoints of {self.store.folder}: {answer[1]}")
+        return answer[0]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins: after which step, what is wrong with newer checkpoints, and the
+    checkpoint of another run whose weights it has."""
+
+    step: int = 0
+    warning: str | None = None
+    origin: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that is being written."""
+
+    writer: Writer
+    partial: Path
+    facts: Facts
+    must: bool
+
+
+def _cause(error: Exception) -> str:
+    """The cause of a failed save in one line; the coordinator's exception has it by rank."""
+    if isinstance(error, CheckpointException):
+        causes = [f"rank {rank} could not write ({why[0]})" for rank, why in error.failures.items()]
+        return "; ".join(causes) or "another rank could not write"
+    return str(error)
+
+
+def _difference(was: list[dict], now: list[dict]) -> str:
+    """How the data sets of two runs differ, in words."""
+    if len(was) != len(now):
+        return f"it had {len(was)} data sets, not {len(now)}"
+    number = next(i for i, facts in enumerate(was) if facts != now[i])
+    if was[number]["sha256"] != now[number]["sha256"]:
+        return f"data set {number + 1} was built anew or is another one"
+    shares = was[number]["share"], now[number]["share"]
+    return f"the share of data set {number + 1} was {shares[0]} of the samples, not {shares[1]}"

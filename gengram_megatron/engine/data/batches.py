@@ -1,0 +1,217 @@
+"""From samples to the microbatches of one data-parallel rank, and from a microbatch to labels."""
+
+import math
+import mmap
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from gengram_megatron.engine.data.order import Order
+from gengram_megatron.errors import RankError, UserError
+from gengram_megatron.signals import ignore_stop_signals
+from gengram_megatron.tokenizer import EOD
+
+STEPS_AHEAD = 2
+"""Steps that each reading process is ahead of the training process."""
+
+
+def microbatches(
+    dataset: Sequence[np.ndarray],
+    order: Order,
+    *,
+    consumed: int,
+    total: int | None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    workers: int,
+) -> Iterator[torch.Tensor]:
+    """The microbatches that one data-parallel rank trains on, step after step.
+
+    A step takes the next `global_batch_size` positions of the run, in every layout; they are dealt
+    out in rows of `micro_batch_size`, to the ranks in turn, then to the next microbatch. So a run
+    goes on where it was cut, on any layout, by passing the samples it has consumed.
+
+    The processes that read ahead hand over a rank's whole step at once, STEPS_AHEAD of them each:
+    a hand-over costs the training process about a millisecond, however little is in it.
+
+    Args:
+        dataset: uint8 arrays of seq_length + 1 tokens.
+        order: which sample stands at each position.
+        consumed: position of the first sample, counted from the start of the run.
+        total: position at which the samples end; None: never. A last step that reaches beyond
+            it is filled up with rows of EOD, which the loss mask leaves out, so that every sample
+            counts once and all ranks see the same number of microbatches.
+        global_batch_size: samples a step, over all ranks.
+        micro_batch_size: samples a microbatch of one rank.
+        data_rank, data_size: this rank's place among the data-parallel ranks, and their number.
+        workers: background processes that read ahead; 0: read here.
+
+    Yields:
+        Tokens [micro_batch_size, seq_length + 1], uint8, on the CPU (pinned where there is CUDA).
+    """
+    if global_batch_size % (micro_batch_size * data_size):
+        raise ValueError(
+            f"a global batch of {global_batch_size} cannot be dealt out to {data_size} ranks in "
+            f"microbatches of {micro_batch_size}"
+        )
+    offsets = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)[:, data_rank]
+    loader = DataLoader(
+        _Reader(dataset, order, total),
+        batch_sampler=_positions(consumed, total, global_batch_size, offsets),
+        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=STEPS_AHEAD if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        # Without one of its own the loader draws from torch's global generator, and the random
+        # numbers of a resumed run would no longer be those of one that was never cut.
+        generator=torch.Generator(),
+        worker_init_fn=ignore_stop_signals,
+    )
+    steps = _started(loader, workers)
+    try:
+        for step in steps:
+            yield from torch.as_tensor(step.tokens)
+    finally:
+        if workers:
+            # An error's traceback keeps the iterator, and it its processes, which ignore the signal
+            # that Python ends them with: the process would never exit. There is no public way.
+            steps._shutdown_workers()
+
+
+def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, labels and loss mask of a microbatch.
+
+    The mask is 0 where the label is EOD. A fragment ends where the assembly was cut, which no
+    model can know and which is no property of DNA; the loss is nats a base, and EOD is none.
+    N counts: it is a letter of the alphabet. (The code published with the paper counts EOD too,
+    one label in 8,192.)
+
+    Args:
+        tokens: [b, s + 1], uint8.
+
+    Returns:
+        inputs [b, s] int64, labels [b, s] int64 (one place to the right), mask [b, s] float32.
+    """
+    inputs, labels = tokens[:, :-1].long(), tokens[:, 1:].long()
+    return inputs, labels, (labels != EOD).float()
+
+
+def _started(loader: DataLoader, workers: int) -> "Iterator[_StepTokens]":
+    """The steps of a loader whose processes have started, or UserError."""
+    try:
+        # As many as the loader makes: one that cannot be made leaves the loader half made, and
+        # its end prints a traceback.
+        queues = [multiprocessing.Queue() for _ in range(workers + 1)] if workers else []
+        del queues
+        return iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"data.workers is {workers}, and processes that read samples cannot be started "
+            f"({error}): make room for them in /dev/shm and TMPDIR, or set data.workers to 0"
+        ) from None
+
+
+@contextmanager
+def reporting_dead_workers(rank: int) -> Iterator[None]:
+    """Turn the loader's error about a process that was killed, or ended by itself, into a
+    RankError. The loader notices within seconds and raises it wherever the main thread is."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).splitlines()[0] if str(error) else ""
+        if not why.startswith("DataLoader worker"):
+            raise
+        raise RankError(
+            f"rank {rank}: a process that reads samples (data.workers) died: {why.rstrip('. ')}; "
+            "the same command goes on from the last checkpoint, and with data.workers=0 samples "
+            "are read without such processes"
+        ) from error
+
+
+class _StepTokens:
+    """The tokens of a rank's step, on their way from the process that read them.
+
+    They lie in a file in memory that the reading process has made, and the training process maps
+    the same file. torch would hand a tensor over through a file in /dev/shm and a socket in
+    TMPDIR. Where the one is full or the name of the other too long, a thread of the reading process
+    prints a traceback and goes on, and the training process waits for a batch that never comes.
+
+    Args:
+        tokens: [microbatches, micro_batch_size, seq_length + 1], uint8.
+        file: the one that the tokens are mapped from; None where they need not be handed over.
+    """
+
+    def __init__(self, tokens: np.ndarray, file: BinaryIO | None = None):
+        self.tokens: np.ndarray | torch.Tensor = tokens
+        self._file = file
+
+    def __reduce__(self) -> tuple:
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return _open_step, (path, self.tokens.shape)
+
+    def pin_memory(self) -> "_StepTokens":
+        """Called by the loader, in a thread, where there is CUDA."""
+        self.tokens = torch.from_numpy(self.tokens).pin_memory()
+        return self
+
+
+def _open_step(path: str, shape: tuple[int, ...]) -> _StepTokens:
+    with open(path, "r+b") as file:
+        return _StepTokens(_mapped(file, shape))
+
+
+def _mapped(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint8).reshape(shape)
+
+
+class _Reader:
+    """Reads a rank's whole steps by position; what the loader's processes hold."""
+
+    def __init__(self, dataset: Sequence[np.ndarray], order: Order, total: int | None):
+        self._dataset = dataset
+        self._order = order
+        self._total = total
+        # The training process opens a file from here, so it stays open until that has happened:
+        # by then this process may have been asked for so many steps more.
+        self._handed_over: deque[BinaryIO] = deque(maxlen=STEPS_AHEAD + 1)
+
+    def __getitems__(self, positions: np.ndarray) -> _StepTokens:
+        """Tokens [microbatches, micro_batch_size, seq_length + 1] of positions [microbatches,
+        micro_batch_size]."""
+        step = self._empty_step((*positions.shape, len(self._dataset[0])))
+        there = np.full(positions.shape, True) if self._total is None else positions < self._total
+        rows = step.tokens.reshape(positions.size, -1)
+        rows[:] = EOD
+        for row, sample in zip(np.flatnonzero(there), self._order.take(positions[there])):
+            rows[row] = self._dataset[sample]
+        return step
+
+    def _empty_step(self, shape: tuple[int, ...]) -> _StepTokens:
+        if get_worker_info() is None:
+            return _StepTokens(np.empty(shape, dtype=np.uint8))
+        file = os.fdopen(os.memfd_create("step"), "r+b")
+        file.truncate(math.prod(shape))
+        self._handed_over.append(file)
+        return _StepTokens(_mapped(file, shape), file)
+
+
+def _positions(
+    start: int, total: int | None, global_batch_size: int, offsets: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The positions [microbatches, micro_batch_size] of each step; offsets: of the first."""
+    while total is None or start < total:
+        yield start + offsets
+        start += global_batch_size
+
+
+def _as_is(step: _StepTokens) -> _StepTokens:
+    return step

@@ -1,0 +1,97 @@
+"""The fragments of a built data set, memory-mapped, by number."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.manifest import MANIFEST, read_manifest
+from gengram_megatron.data_set import DataFile, no_data_set, other_seq_length
+from gengram_megatron.engine.platform import prepare
+from gengram_megatron.errors import UserError
+from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
+
+
+class FragmentDataset:
+    """One split of a data set that `gengram-data build` wrote. A fragment is a training sample.
+
+    Args:
+        folder: of the data set.
+        split: "train" or "validation".
+        seq_length: bases a sample that the model expects.
+        key: of the config that named the folder, for what is said of a wrong one.
+
+    Attributes:
+        sha256: checksum of the fragments, by the data set's manifest.
+        files: those that hold the split, with their checksums by the manifest.
+    """
+
+    def __init__(self, folder: Path, split: str, seq_length: int, key: str = "data.path"):
+        self._arguments = (folder, split, seq_length, key)
+        self.folder, self.key = Path(folder), key
+        manifest = _check(self.folder, split, seq_length, key)
+        self.files = [
+            DataFile(self.folder / name, manifest["files"][name]["sha256"])
+            for name in (f"{split}.bin", f"{split}.idx")
+        ]
+        self.sha256: str = self.files[0].sha256
+        self._fragments = _open(Path(folder) / split)
+
+    def __len__(self) -> int:
+        return len(self._fragments)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Tokens [seq_length + 1], uint8: the bases and EOD. A view of the file, not to write."""
+        return self._fragments[index]
+
+    def __reduce__(self) -> tuple:
+        # A process that a loader starts afresh opens the files again, after preparing megatron.
+        return FragmentDataset, self._arguments
+
+
+def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any]:
+    """The manifest; raises UserError unless the folder holds this split, whole, as the model
+    expects it."""
+    if not folder.is_dir():
+        raise UserError(no_data_set(key, folder))
+    manifest = read_manifest(folder)
+    found = manifest["settings"]["seq_length"]
+    if found != seq_length:
+        raise UserError(other_seq_length(key, folder, found, seq_length))
+    expected = {**dict(zip(BASES, BASE_IDS)), "EOD": EOD}
+    if manifest["tokens"] != expected:
+        raise UserError(
+            f"{folder / MANIFEST} was made with the token ids {manifest['tokens']}, this "
+            f"version's are {expected}; build the data set again"
+        )
+    for name in (f"{split}.bin", f"{split}.idx"):
+        _check_size(folder / name, manifest["files"].get(name))
+    if not manifest["files"][f"{split}.bin"]["bytes"]:
+        raise UserError(
+            f"{key}: {folder} has no {split} samples; build the data set again, with another share "
+            "held out for validation"
+        )
+    return manifest
+
+
+def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
+    """Raises UserError unless a file is as long as the manifest has it. (Comparing checksums
+    reads all of it, so a run's start does that once a data set: checksums.py.)"""
+    if facts is None:
+        raise UserError(f"{path.parent / MANIFEST} lists no {path.name}; build the data set again")
+    if not path.is_file():
+        raise UserError(f"{path} is missing; build the data set again")
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise UserError(
+            f"{path} has {size:,} bytes and should have {facts['bytes']:,}: it was cut off or "
+            f"changed; copy or build the data set again"
+        )
+
+
+def _open(prefix: Path) -> Any:
+    """The split as megatron-core's IndexedDataset."""
+    prepare()
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return IndexedDataset(str(prefix))

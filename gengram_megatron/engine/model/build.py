@@ -1,0 +1,218 @@
+"""From a checked config to this rank's part of the model."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from gengram_megatron.config.layout import Layout, projection
+from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import placements
+from gengram_megatron.engine.model.data_parallel import (
+    DataParallel,
+    apex_adds_up,
+    fuse_accumulation,
+)
+from gengram_megatron.engine.model.gengram.shape import GengramShape
+from gengram_megatron.engine.model.initialize import InitialLaw, initialize, mark_again, marker
+from gengram_megatron.engine.model.specs import block_spec
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(config: Config, layout: Layout) -> list[GPTModel]:
+    """This rank's model chunks (one, or one a virtual pipeline stage), with initial weights that
+    the seed alone decides. Not yet wrapped for data parallelism."""
+    transformer, memory = transformer_config(config, layout), memory_shape(config, layout)
+    chunks = []
+    for stage in range(layout.virtual_pipeline or 1):
+        vp_stage = stage if layout.virtual_pipeline else None
+        chunk = GPTModel(
+            config=transformer,
+            transformer_layer_spec=block_spec(config.model, memory, transformer, vp_stage),
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.model.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=config.model.rotary_base,
+            vp_stage=vp_stage,
+        )
+        chunk.model_type = ModelType.encoder_or_decoder
+        if config.model.implementation == "transformer_engine":
+            mark_again(chunk, transformer)
+        chunks.append(chunk)
+    initialize(chunks, config.run.seed)
+    return chunks
+
+
+def wrap_for_data_parallelism(
+    chunks: list[GPTModel], config: Config, layout: Layout
+) -> list[DataParallel]:
+    """Chunks whose gradients are summed in float32 over the data-parallel ranks."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+        use_distributed_optimizer=config.optimizer.distributed,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        fuse_accumulation(chunk, apex_adds_up())
+        module = Float16Module(chunk.config, chunk) if config.train.dtype == "bf16" else chunk
+        wrapped.append(
+            DataParallel(
+                chunk.config,
+                ddp,
+                module,
+                row_table_ranks(config, layout),
+                # With overlap, later chunks must not start their communication out of turn.
+                disable_bucketing=index > 0,
+            )
+        )
+    return wrapped
+
+
+def row_table_ranks(config: Config, layout: Layout) -> str | None:
+    """Whether tables are shared by rows over the data- or expert-parallel ranks, and which."""
+    if not config.model.gengram.enabled:
+        return None
+    groups = {place.over for place in placements(config, layout.world_size)} - {None, "tensor"}
+    return groups.pop() if groups else None
+
+
+def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
+    """The memory of the layers that have one; None: the baseline."""
+    gengram = config.model.gengram
+    if not gengram.enabled:
+        return None
+    return GengramShape(
+        placements=placements(config, layout.world_size),
+        dim=gengram.dim,
+        window=gengram.window,
+        conv_kernel=gengram.conv_kernel,
+        init=gengram.init,
+        init_std=gengram.init_std
+        or (1.0 if gengram.init == "published" else config.model.init_std),
+        deduplicate=gengram.deduplicate,
+        signed_sqrt=gengram.signed_sqrt,
+        output=gengram.output,
+        project=projection(config, layout, torch.cuda.is_available()).of,
+        projection_bias=gengram.projection_bias,
+    )
+
+
+def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
+    """megatron-core's description of the decoder."""
+    model, bf16 = config.model, config.train.dtype == "bf16"
+    dtype = DTYPES[config.train.dtype]
+    output_std = model.init_std / (2 * model.num_layers) ** 0.5  # megatron-core's scaled init
+    settings = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method": marker(InitialLaw(std=model.init_std)),
+        "output_layer_init_method": marker(InitialLaw(std=output_std)),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": bf16,
+        # megatron-core sets torch's switch, which holds for all products of the process.
+        "disable_bf16_reduced_precision_matmul": (
+            config.train.disable_bf16_reduced_precision_matmul
+        ),
+        "bias_activation_fusion": torch.cuda.is_available(),
+        "deallocate_pipeline_outputs": True,
+        "cuda_graph_scope": [],
+        "batch_p2p_comm": torch.cuda.is_available(),
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+        "num_layers_in_first_pipeline_stage": config.parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": config.parallel.last_stage_layers,
+        "context_parallel_size": layout.context,
+        "sequence_parallel": layout.sequence,
+        **_fp8(config),
+        **_experts(config, layout),
+        **_recompute(config),
+    }
+    if model.attention != "mla":
+        return TransformerConfig(**settings)
+    return MLATransformerConfig(
+        **settings,
+        kv_lora_rank=model.mla.kv_lora_rank,
+        q_lora_rank=model.mla.q_lora_rank,
+        qk_head_dim=model.mla.qk_head_dim,
+        qk_pos_emb_head_dim=model.mla.qk_pos_emb_head_dim,
+        v_head_dim=model.mla.v_head_dim,
+        rope_type="rope",
+        rotary_base=model.rotary_base,
+        # The norms of the compressed keys and queries, part of MLA's own definition.
+        qk_layernorm=True,
+    )
+
+
+def _fp8(config: Config) -> dict:
+    """Weights stay in bf16; what is multiplied is rounded to fp8."""
+    if config.train.precision != "fp8":
+        return {}
+    recipe = config.train.fp8.recipe
+    usual = "hybrid" if recipe == "tensorwise" else "e4m3"
+    return {"fp8": config.train.fp8.format or usual, "fp8_recipe": recipe}
+
+
+def _experts(config: Config, layout: Layout) -> dict:
+    model = config.model
+    if model.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_router_topk": model.moe_router_topk,
+        # The softmax runs over the chosen experts; over all of them where only one is chosen,
+        # whose weight would else be 1 and teach the router nothing.
+        "moe_router_pre_softmax": model.moe_router_topk == 1,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+    }
+
+
+def _recompute(config: Config) -> dict:
+    """full: every layer; selective: what is large and cheap, norms and activations of the
+    feed-forward (attention on flash kernels keeps no scores that would be worth it)."""
+    if config.train.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if config.train.recompute == "selective":
+        feed_forward = "mlp" if config.model.num_experts is None else "moe_act"
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["layernorm", feed_forward],
+        }
+    return {}

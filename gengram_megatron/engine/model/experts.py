@@ -1,0 +1,103 @@
+"""The experts of a mixture-of-experts layer as two grouped matrix products."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from gengram_megatron.engine.model.initialize import split_weight
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts on torch's grouped_mm, which needs neither Transformer Engine nor the
+    grouped_gemm package and runs on the CPU too.
+
+    Shapes on one rank, with e local experts and f = ffn_hidden_size / expert_tensor:
+    linear_fc1.weight [e, 2, f, h] (gate and up), linear_fc2.weight [e, h, f].
+    """
+
+    def __init__(self, num_local_experts: int, config, pg_collection=None):
+        super().__init__(config=config)
+        self.ep_group, self.etp_group = pg_collection.ep, pg_collection.expt_tp
+        self.expert_dp_group = pg_collection.expt_dp
+        width = config.moe_ffn_hidden_size // self.etp_group.size()
+        hidden = config.hidden_size
+        # Split otherwise than the rest of the model: other ranks hold the same weights.
+        parallel = self.ep_group.size() > 1 or self.etp_group.size() != pg_collection.tp.size()
+        self.linear_fc1 = _Weight(
+            (num_local_experts, 2, width, hidden), 2, config.init_method, config, parallel
+        )
+        self.linear_fc2 = _Weight(
+            (num_local_experts, hidden, width), 2, config.output_layer_init_method, config, parallel
+        )
+        self.recompute_activation = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
+
+    def forward(
+        self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """tokens [t, h] sorted by expert, tokens_per_expert [e], probs [t]; returns [t, h].
+
+        The router's probabilities weight the activations, before the second product, as in
+        megatron-core's own experts.
+        """
+        ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
+        gate_up = _grouped_product(tokens, self.linear_fc1().flatten(1, 2), ends)
+        if self.recompute_activation:
+            checkpoint = CheckpointWithoutOutput()
+            activated = checkpoint.checkpoint(_weighted_swiglu, gate_up, probs)
+        else:
+            activated = _weighted_swiglu(gate_up, probs)
+        out = _grouped_product(activated, self.linear_fc2(), ends)
+        if self.recompute_activation:
+            checkpoint.discard_output_and_register_recompute(out)
+        return out, None
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        """Experts are one axis of the global tensors, cut over the expert-parallel group."""
+        before = len(sharded_offsets)
+        state = {}
+        for name, weight in self.named_parameters():
+            state[prefix + name] = ShardedTensor.from_rank_offsets(
+                prefix + name,
+                weight,
+                *sharded_offsets,
+                (before, self.ep_group.rank(), self.ep_group.size()),
+                (before + 2, self.etp_group.rank(), self.etp_group.size()),
+                replica_id=(0, 0, self.expert_dp_group.rank()),
+                prepend_axis_num=before,
+            )
+        return state
+
+
+class _Weight(nn.Module):
+    """One weight, under the name that a linear layer's would have. It is asked for by a call: there
+    megatron-core waits for weights that are gathered while the forward pass goes on."""
+
+    def __init__(self, shape, partition_dim: int, init_method, config, separate: bool):
+        super().__init__()
+        self.weight = split_weight(shape, partition_dim, config, init_method)
+        # megatron-core reduces the gradients of such parameters over the expert-data group.
+        self.weight.allreduce = not separate
+
+    def forward(self) -> nn.Parameter:
+        return self.weight
+
+
+def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x_i W_e^T, where expert e's rows of x end at ends[e]. x [t, n], weight [e, m, n]."""
+    out = F.grouped_mm(x, weight.mT, offs=ends)
+    if out.requires_grad:
+        # Its backward pass refuses gradients whose rows do not lie one behind the other. Flat and
+        # back, because a tensor without elements counts as contiguous whatever its strides.
+        out.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))
+    return out
+
+
+def _weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
+    """silu(gate) * up * p. gate_up [t, 2 f], probs [t]; returns [t, f] in gate_up's dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)

@@ -1,0 +1,108 @@
+"""Key z and value u: two linear maps of the pooled features (paper section 3.3, equation 11), with
+bias terms where gengram.projection_bias asks for them.
+
+The features are concatenated in the order of k. A tensor-parallel rank has d / tp columns of each
+table, multiplies them with its part of both maps, and the sum over the ranks gives the result: one
+reduce-scatter under sequence parallelism, no gather of features.
+
+The features are the widest tensor of the memory (6 d_m a token) and cheap to make, so they are not
+kept for the backward pass but pooled again there.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from gengram_megatron.engine.model.gengram.shape import GengramShape
+from gengram_megatron.engine.model.initialize import (
+    InitialLaw,
+    marker,
+    split_weight,
+    whole_weight,
+)
+
+
+class KeyValueProjection(nn.Module):
+    """weight: [2, h, number of k, d / tp]; index 0 makes the key, 1 the value.
+
+    bias: [2 h], the key's before the value's, whole on each tensor-parallel rank; or None. It has
+    one axis because that is how megatron-core tells which parameters do not decay.
+    """
+
+    def __init__(self, config, gengram: GengramShape, tp_group, dp_group):
+        super().__init__()
+        self.tp_group, self.dp_group = tp_group, dp_group
+        self.sequence_parallel = config.sequence_parallel
+        num_sizes, dim = len(gengram.kmer_sizes), gengram.dim
+        init_method = gengram.init_method(config, fan_in=num_sizes * dim)
+        shape = (2, config.hidden_size, num_sizes, dim // tp_group.size())
+        self.weight = split_weight(shape, 3, config, init_method)
+        self.bias = None
+        if gengram.projection_bias:
+            published = gengram.init == "published"
+            of_bias = init_method if published else marker(InitialLaw(constant=0.0))
+            self.bias = whole_weight((2 * config.hidden_size,), config, of_bias)
+
+    def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
+        """pool: makes the features [s, b, number of k * d / tp] from the rows; returns key and
+        value side by side, [s, b, 2 h], or [s / tp, b, 2 h] under sequence parallelism."""
+        partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *rows)
+        if self.sequence_parallel:
+            total = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
+        else:
+            total = reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+        return self.add_bias(total)
+
+    def add_bias(self, key_value: Tensor) -> Tensor:
+        """key_value: [s, b, 2 h], summed over the tensor-parallel ranks, so that the bias enters
+        once. Returns the same shape."""
+        return key_value if self.bias is None else key_value + self.bias
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        before = len(sharded_offsets)
+        state = {
+            f"{prefix}weight": ShardedTensor.from_rank_offsets(
+                f"{prefix}weight",
+                self.weight,
+                *sharded_offsets,
+                (before + 3, self.tp_group.rank(), self.tp_group.size()),
+                replica_id=(0, 0, self.dp_group.rank()),
+                prepend_axis_num=before,
+            )
+        }
+        if self.bias is not None:
+            state[f"{prefix}bias"] = ShardedTensor.from_rank_offsets(
+                f"{prefix}bias",
+                self.bias,
+                *sharded_offsets,
+                replica_id=(0, self.tp_group.rank(), self.dp_group.rank()),
+                prepend_axis_num=before,
+            )
+        return state
+
+
+class _LinearOfPooled(torch.autograd.Function):
+    """pool(rows) @ weight^T, with the gradients of the weight and of the rows."""
+
+    @staticmethod
+    def forward(ctx, pool, weight, *rows):
+        ctx.pool = pool
+        ctx.save_for_backward(weight, *rows)
+        return F.linear(pool(rows), weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, *rows = ctx.saved_tensors
+        rows = [x.detach().requires_grad_() for x in rows]
+        with torch.enable_grad():
+            features = ctx.pool(rows)
+        tokens = grad.flatten(0, 1)
+        weight_grad = tokens.t() @ features.detach().flatten(0, 1)
+        return None, weight_grad, *torch.autograd.grad(features, rows, grad @ weight)

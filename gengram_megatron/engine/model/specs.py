@@ -1,0 +1,113 @@
+"""Layer specs: which module stands for each part of a decoder layer."""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from gengram_megatron.config.schema import Model
+from gengram_megatron.engine.model import transformer_engine
+from gengram_megatron.engine.model.attention import CoreAttention, LatentAttention
+from gengram_megatron.engine.model.experts import GroupedExperts
+from gengram_megatron.engine.model.gengram.memory import GengramMemory
+from gengram_megatron.engine.model.gengram.shape import GengramShape
+from gengram_megatron.engine.model.layer import RMSNorm, with_memory
+
+
+class TorchBackend(LocalSpecProvider):
+    """megatron-core's torch parts, with ours where its own lack a case."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return CoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm, moe_use_legacy_grouped_gemm):
+        return GroupedExperts, None
+
+
+def block_spec(
+    model: Model, memory: GengramShape | None, config, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers that this pipeline stage builds, memory in those that have it."""
+    if model.implementation == "transformer_engine":
+        layer, norm = transformer_engine.layer_spec(config), transformer_engine.NORM
+    else:
+        layer, norm = _torch_layer(config), RMSNorm
+    if memory is not None:
+        memory = ModuleSpec(module=GengramMemory, params={"gengram": memory})
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1  # layers count from 1
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            with_memory(layer, memory if memory and number in model.gengram.layers else None)
+            for number in range(first, first + count)
+        ],
+        layer_norm=norm,
+    )
+
+
+def _torch_layer(config) -> ModuleSpec:
+    backend = TorchBackend()
+    attention = _latent_attention if config.multi_latent_attention else _grouped_query_attention
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.layer_norm(),
+            self_attention=attention(backend),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.layer_norm(),
+            mlp=get_mlp_module_spec_for_backend(
+                backend, num_experts=config.num_moe_experts, moe_grouped_gemm=True
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _grouped_query_attention(backend: LocalSpecProvider) -> ModuleSpec:
+    """mha, too: as many groups as heads."""
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+
+
+def _latent_attention(backend: LocalSpecProvider) -> ModuleSpec:
+    column = backend.column_parallel_linear()
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=backend.layer_norm(for_qk=True),
+            kv_layernorm=backend.layer_norm(for_qk=True),
+        ),
+    )

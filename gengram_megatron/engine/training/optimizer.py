@@ -1,0 +1,176 @@
+"""Adam and its schedule, and their ties to the model's gradients."""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from gengram_megatron.config.layout import Layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.model.data_parallel import DataParallel, frozen
+from gengram_megatron.engine.model.gengram.memory import GengramMemory
+
+
+class Optimizer(ChainedOptimizer):
+    """megatron-core's, which asks before it changes a weight."""
+
+    def step_if(self, accept: Callable[[float], bool]) -> float:
+        """A step, if `accept` agrees to the gradients' norm (before clipping), which is returned."""
+        self._accept = accept
+        self.step()
+        del self._accept
+        return self._norm
+
+    def _accept(self, norm: float) -> bool:
+        """Of a plain step."""
+        return True
+
+    def get_grad_norm(self) -> float:
+        self._norm = super().get_grad_norm() or 0.0
+        return self._norm
+
+    def step_with_ready_grads(self) -> bool:
+        return self._accept(self._norm) and super().step_with_ready_grads()
+
+
+def adam_settings(config: Config) -> tuple[OptimizerConfig, dict[ParamKey, ParamGroupOverride]]:
+    """For all weights, and what some have instead: Gengram tables may have their own learning rate
+    and weight decay; norm weights and biases are not decayed."""
+    settings = config.optimizer
+    bf16 = config.train.dtype == "bf16"
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=settings.distributed,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(optimizer_config)
+    if config.model.gengram.enabled:
+        overrides[ParamKey(attr="is_gengram_table")] = _tables(config)
+    return optimizer_config, overrides
+
+
+def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
+    """megatron-core's optimizer over a rank's chunks."""
+    optimizer_config, overrides = adam_settings(config)
+    with frozen([parameter for chunk in chunks for parameter in chunk.table_parameters]):
+        optimizer = get_megatron_optimizer(
+            optimizer_config, chunks, config_overrides=overrides, use_gloo_process_groups=False
+        )
+    optimizers = optimizer.chained_optimizers
+    row_tables = [chunk.row_tables for chunk in chunks if chunk.row_tables is not None]
+    if row_tables:
+        optimizers = [*optimizers, _of_row_tables(optimizer_config, row_tables, overrides)]
+    optimizer = Optimizer(optimizers)
+    _connect(config, chunks, optimizer)
+    return optimizer
+
+
+def _of_row_tables(optimizer_config, row_tables: list, overrides: dict) -> MegatronOptimizer:
+    """An optimizer for tables that data- or expert-parallel ranks share by rows."""
+    chained = get_megatron_optimizer(
+        optimizer_config,
+        row_tables,
+        config_overrides=overrides,
+        use_gloo_process_groups=False,
+        pg_collection=row_tables[0].groups,
+    )
+    return chained.chained_optimizers[-1]  # the one for experts; that for the rest has nothing
+
+
+def _tables(config: Config) -> ParamGroupOverride:
+    settings, tables = config.optimizer, config.optimizer.tables
+    decay = settings.weight_decay if tables.weight_decay is None else tables.weight_decay
+    return ParamGroupOverride(
+        max_lr=settings.lr * tables.lr_multiplier,
+        min_lr=settings.min_lr * tables.lr_multiplier,
+        start_wd=decay,
+        end_wd=decay,
+        # Of a group's keys, the ones that megatron-core tells groups apart by when it loads a
+        # checkpoint do not include the above; without this the tables would be taken for the rest.
+        is_decoupled_lr=True,
+    )
+
+
+def _connect(config: Config, chunks: list[DataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tell the schedule how gradients are scaled, reduced and finished."""
+    one = len(chunks) == 1
+    transformer = chunks[0].config
+    transformer.finalize_model_grads_func = _finish_gradients
+    transformer.grad_scale_func = optimizer.scale_loss
+    if config.optimizer.overlap_grad_reduce:
+        transformer.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
+        if not one:
+            transformer.grad_sync_func = [c.start_grad_sync for c in chunks]
+    if config.optimizer.overlap_param_gather and not one:
+        transformer.param_sync_func = [c.start_param_sync for c in chunks]
+
+
+def _finish_gradients(chunks: list[DataParallel], *args, **kwargs) -> None:
+    """megatron-core's, once the gradients that memories add up by themselves are with the rest."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, GengramMemory):
+                module.finish_gradients()
+    finalize_model_grads(chunks, *args, **kwargs)
+
+
+def build_schedule(
+    config: Config, layout: Layout, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then a cosine from lr to min_lr, both counted in samples."""
+    settings = config.optimizer
+    warmup, decay = _schedule_ends(config, layout)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=layout.samples,
+        wd_incr_style="constant",
+        # A run that goes on with a changed config follows the config, not the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def _schedule_ends(config: Config, layout: Layout) -> tuple[float, float]:
+    """The samples after which the warm-up and the decay end.
+
+    Of train.samples the fractions are taken before these are cut to whole batches, and as in the
+    published launches the decay ends after a whole number of samples, rounded down, while the
+    warm-up is a share of the decay that is not rounded. Fractions are exact decimals here: 0.29 of
+    100 samples are 29.
+    """
+    settings = config.optimizer
+    warmup_share = Fraction(str(settings.warmup_fraction))
+    decay_share = Fraction(str(settings.decay_fraction))
+    decay = math.floor(decay_share * (config.train.samples or layout.samples))
+    warmup = float(warmup_share / decay_share * decay) if decay_share else 0.0
+    # The decay must end later than the warm-up, if only by a sample.
+    return warmup, max(decay, warmup + 1)

@@ -1,0 +1,448 @@
+"""A run, from its config to its trained model. Reads from top to bottom."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gengram_megatron.config.layout import Layout, world_size_from_environment
+from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.engine.data.batches import reporting_dead_workers
+from gengram_megatron.engine.data.run_data import RunData
+from gengram_megatron.engine.training.nodes import check_nodes, telling_all_nodes
+from gengram_megatron.engine.training.processes import (
+    check_gpu,
+    check_shared_memory,
+    end_processes,
+    start_processes,
+)
+from gengram_megatron.engine.training.waiting import Waiting
+from gengram_megatron.engine.training.watchdog import Watchdog
+from gengram_megatron.errors import NotFinite
+from gengram_megatron.runs.folder import (
+    changed_keys,
+    locked,
+    make_folder,
+    remove_if_unused,
+    write_config,
+)
+from gengram_megatron.runs.metrics import SKIPS, UniformCheck
+from gengram_megatron.signals import REQUEUE, StopSignals
+
+if TYPE_CHECKING:
+    from gengram_megatron.engine.checkpoint.state import Beginning
+    from gengram_megatron.engine.training.step import Agreement
+
+
+def train(config: Config, layout: Layout, signals: StopSignals) -> int:
+    """Train from the newest checkpoint of config.run.dir, or from the start, to the end.
+
+    signals: entered by the caller, who does so before torch is imported.
+
+    Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
+    """
+    check_gpu(config)
+    folder, (_, rank) = Path(config.run.dir), world_size_from_environment()
+    join = partial(start_processes, layout, config.run.seed, rank, config.train.deterministic)
+    with ExitStack() as stack:
+        with telling_all_nodes(layout.world_size, join):
+            check_shared_memory()
+            data = RunData(config)
+            make_folder(folder)
+            if rank == 0:
+                stack.enter_context(locked(folder))
+                stack.callback(remove_if_unused, folder)
+        stack.callback(end_processes)
+        join()
+        check_nodes(folder, data, signals)
+        with reporting_dead_workers(rank):
+            return _Run(config, layout, data, signals).run()
+
+
+@dataclass
+class _Step:
+    """What one step says of itself."""
+
+    agreed: "Agreement"
+    grad_norm: float
+    lr: float
+    others: dict[str, float]
+    microbatches: list[Tensor]
+
+
+class _Run:
+    """The parts of a run on one rank."""
+
+    def __init__(self, config: Config, layout: Layout, data: RunData, signals: StopSignals):
+        # megatron-core may be imported only now (see platform.prepare).
+        from megatron.core import parallel_state
+
+        from gengram_megatron.engine.checkpoint.state import TrainingState
+        from gengram_megatron.engine.model.build import build_model
+        from gengram_megatron.engine.model.gengram.ids import RowsTouched
+        from gengram_megatron.engine.training.engines import build_engine
+        from gengram_megatron.engine.training.optimizer import build_schedule
+        from gengram_megatron.engine.training.report import GpuUse, implementations
+
+        self.config, self.layout, self.data, self.signals = config, layout, data, signals
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        models = build_model(config, layout)
+        self.parameters = _count_parameters(models)
+        self.chunks, self.optimizer = build_engine(config, layout, models)
+        self.schedule = build_schedule(config, layout, self.optimizer)
+        self.state = TrainingState(
+            config, layout, self.chunks, self.optimizer, self.schedule, data.facts
+        )
+        gengram = config.model.gengram
+        self.touched = RowsTouched(kmer_tables(gengram)) if gengram.enabled else None
+        self.implementations = implementations(self.chunks, self.optimizer)
+        self.gpu_use = GpuUse.of_run(config, layout.world_size)
+        self.first_rank = dist.get_rank() == 0
+        self.folder = Path(config.run.dir)
+        self.skipped_in_a_row = 0
+        self.uniform = UniformCheck(config, layout.samples)
+
+    def run(self) -> int:
+        """All steps that are left, or until a signal; the exit code."""
+        beginning = self.state.load_newest()
+        start, self.trained = beginning.step, beginning.step > 0
+        with ExitStack() as stack:
+            self.log = self.progress = None
+            if self.first_rank:
+                self._open_outputs(stack, start)
+            self.watchdog = stack.enter_context(self._watchdog())
+            self._say(self.implementations)
+            self._warn(beginning.warning)
+            for line in self.data.statement(self.layout.samples):
+                self._say(line)
+            left_to_validate = self._left_to_validate(start)
+            self._say(self._place(beginning, left_to_validate))
+            for line in self._changed_keys(start):
+                self._say(line)
+            if left_to_validate and not self._validate(start):
+                return self._stopped(start)
+            batches = stack.enter_context(closing(self._batches_from(start)))
+            code = self._train_from(start, Waiting(batches))
+            if self.first_rank:
+                self.progress.end()
+                self._warn(self.uniform.at_end() if code == 0 else None)
+        if self.first_rank and self.log.written:
+            self._plot()
+        return code
+
+    def _changed_keys(self, start: int) -> list[str]:
+        """What this job has otherwise than the one whose checkpoint it goes on from, a line a key.
+
+        Only on the first rank, which also keeps the earlier config for the record.
+        """
+        if not (self.first_rank and start):
+            self.earlier_config = None
+            return []
+        from gengram_megatron.engine.checkpoint.stored import read_common
+
+        self.earlier_config = read_common(self.state.store.path(start))["config"]
+        if start >= self._last_step():  # nothing is trained with them
+            return []
+        changed = changed_keys(self.earlier_config, self.config.model_dump())
+        return [f"{line} since step {start}" for line in changed]
+
+    def _batches_from(self, start: int) -> Iterator[Tensor]:
+        """Microbatches after a step. To close it ends the processes that read: they ignore the
+        signal that Python ends forgotten ones with."""
+        consumed = start * self.config.train.global_batch_size
+        yield from self.data.training(self.layout, self.data_rank, consumed)
+
+    def _left_to_validate(self, start: int) -> bool:
+        """Whether the job before this one was asked to stop in a step that ends in a validation."""
+        due = start > 0 and _due(start, self.config.train.validation_interval, self._last_step())
+        left = [due and self.first_rank and not self.log.has_validation(start)]
+        dist.broadcast_object_list(left)
+        return left[0]
+
+    def _train_from(self, start: int, batches: Waiting) -> int:
+        from gengram_megatron.engine.training.step import any_rank
+
+        settings, last = self.config, self._last_step()
+        if start < last and any_rank(self.signals.received):  # while modules or weights were loaded
+            return self._stopped(start)
+        for step in range(start + 1, last + 1):
+            began = time.perf_counter()
+            result = self._step(step, batches)
+            seconds = time.perf_counter() - began
+            if self.first_rank and step == start + 1:
+                self.log.open()
+                write_config(self.folder, self.config, start, self.earlier_config)
+            self._report(step, result, seconds, batches.take() / seconds)
+            if not result.agreed.finite:
+                self._not_finite(step, result)
+            self._warn(self.state.poll(result.agreed.writing))
+            # The time left after a request to stop may be short: a validation that is due, or has
+            # begun, is left to the job that goes on.
+            due = _due(step, settings.train.validation_interval, last)
+            if result.agreed.stop or (due and not self._validate(step)):
+                self._save_to_stop(step)
+                return self._stopped(step)
+            # After the validation: a run cut between the two would not repeat it.
+            at_end = last if settings.checkpoint.at_end else None
+            if _due(step, settings.checkpoint.interval, at_end):
+                self._save(step, must=step == at_end)
+        self._warn(self.state.wait())
+        return 0
+
+    def _save(self, step: int, must: bool) -> None:
+        if not self.trained:  # Adam has no states yet that could be saved
+            self._warn("no batch has changed a weight yet, so there is nothing to save")
+            return
+        self.watchdog.mark(step, "saving a checkpoint")
+        self._warn(self.state.save(step, must))
+
+    def _save_to_stop(self, step: int) -> None:
+        self._save(step, must=True)
+        self.state.wait()
+
+    def _stopped(self, step: int) -> int:
+        """Say that a signal ended this job after a step, and from where the next one goes on."""
+        done = f"saved after step {step}" if self.trained else f"nothing to save after step {step}"
+        self._say(
+            f"{self.folder}: asked by a signal to stop; {done} of {self.layout.steps}. "
+            f"Exit code {REQUEUE}: the same command goes on from there"
+        )
+        return REQUEUE
+
+    def _not_finite(self, step: int, result: _Step) -> None:
+        """The policy for a loss or gradient that is not finite; no weight has changed."""
+        from gengram_megatron.engine.training.diagnosis import diagnose
+
+        found = f"step {step}: loss {result.agreed.loss}, gradient norm {result.grad_norm}"
+        self.skipped_in_a_row += 1
+        if self.config.train.on_nan == "skip" and self.skipped_in_a_row < SKIPS:
+            self._warn(f"{found}; the batch is left out (train.on_nan is skip)")
+            return
+        self._warn(self.state.wait())
+        cause = diagnose(self.chunks, lambda: self._compute(iter(result.microbatches)))
+        newest = self.state.store.newest()
+        again = f"goes on from {newest.name}" if newest else "begins anew, as nothing was saved yet"
+        advice = "lower optimizer.lr, or set train.on_nan to skip"
+        if self.config.train.on_nan == "skip":
+            advice = f"{SKIPS} batches in a row were not finite; lower optimizer.lr"
+        raise NotFinite(f"{found}: {cause}. The same command {again}; {advice}")
+
+    def _last_step(self) -> int:
+        return min(self.layout.steps, self.config.train.stop_at or self.layout.steps)
+
+    def _step(self, step: int, batches: Iterator[Tensor]) -> _Step:
+        from gengram_megatron.engine.training.step import agree, balance_losses
+
+        microbatches = []
+        report = self._compute(self._marked(step, batches, microbatches))
+        lr = self._lr()
+
+        def accept(grad_norm: float) -> bool:
+            nonlocal agreed
+            agreed = agree(
+                report,
+                grad_norm=grad_norm,
+                stop=self.signals.received,
+                writing=self.state.writing,
+            )
+            return agreed.finite
+
+        agreed = None
+        grad_norm = self.optimizer.step_if(accept)
+        if agreed.finite:
+            # A batch that was left out does not advance the schedule, as in Megatron-LM.
+            self.schedule.step(self.config.train.global_batch_size)
+            self.trained, self.skipped_in_a_row = True, 0
+        skips = self.config.train.on_nan == "skip"
+        return _Step(
+            agreed=agreed,
+            grad_norm=grad_norm,
+            lr=lr,
+            others={
+                **balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
+                **self._rows_touched(),
+                **({"skipped": int(not agreed.finite)} if skips else {}),
+            },
+            microbatches=microbatches,
+        )
+
+    def _compute(self, batches: Iterator[Tensor]) -> Tensor | None:
+        """The gradients of a batch, and what forward_backward says of it."""
+        from gengram_megatron.engine.training.step import forward_backward
+
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return forward_backward(
+            self.chunks,
+            batches,
+            self.config,
+            self.layout,
+            forward_only=False,
+            touched=self.touched,
+        )
+
+    def _marked(self, step: int, batches: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
+        """The microbatches of a step, kept, with a mark for the watchdog at each."""
+        for _ in range(self.layout.num_microbatches):
+            self.watchdog.mark(step, "reading data")
+            kept.append(next(batches))
+            self.watchdog.mark(step, "computing")
+            yield kept[-1]
+
+    def _rows_touched(self) -> dict[str, int]:
+        from megatron.core import parallel_state
+
+        if self.touched is None:
+            return {}
+        return {"rows_touched": self.touched.take(parallel_state.get_data_parallel_group())}
+
+    def _validate(self, step: int) -> bool:
+        """A validation after a step; False if a request to stop came before its end."""
+        from gengram_megatron.engine.training.step import agree, any_rank, forward_backward
+
+        for chunk in self.chunks:
+            chunk.eval()
+        losses, done = {}, 0
+        for part in self.data.validations(self.layout, self.data_rank):
+            reports = []
+            for _ in range(part.steps):
+                self.watchdog.mark(step, "validating")
+                if self.first_rank:
+                    self.progress.validating(step=step, done=done, total=self.data.validation_steps)
+                done += 1
+                reports.append(
+                    forward_backward(
+                        self.chunks, part.batches, self.config, self.layout, forward_only=True
+                    )
+                )
+                if any_rank(self.signals.received):
+                    return False
+            report = None if reports[0] is None else torch.stack(reports).sum(0)
+            losses[part.name] = agree(report).loss
+        if self.first_rank:
+            loss, of_sets = self.data.in_all(losses), losses if len(losses) > 1 else {}
+            named = {f"loss/{name}": nats for name, nats in of_sets.items()}
+            self.log.validation(step=step, loss=loss, **named, **self._place_in_data(step))
+            self.progress.validation(step=step, loss=loss, of_sets=of_sets)
+        return True
+
+    def _report(self, step: int, result: _Step, seconds: float, data_wait: float) -> None:
+        tokens = self.config.train.global_batch_size * self.config.model.seq_length
+        gpu_use = self.gpu_use.of_step(tokens / seconds)
+        if not self.first_rank:
+            return
+        shown = {
+            "step": step,
+            "loss": result.agreed.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "data_wait": data_wait,
+            **gpu_use,
+        }
+        self.progress.step(**shown)
+        others = dict(result.others)
+        if stall := self.state.take_stall():
+            others["save_stall"] = stall
+        self.log.train(**shown, **self._place_in_data(step), **others)
+        self._warn(self.uniform.after_step(step, result.agreed.loss))
+
+    def _open_outputs(self, stack: ExitStack, start: int) -> None:
+        from gengram_megatron.runs.metrics import RunLog
+        from gengram_megatron.runs.progress import Progress
+
+        self.log = stack.enter_context(RunLog(self.folder, self.config, start))
+        self.progress = stack.enter_context(
+            Progress(
+                self.layout.steps,
+                self.config.logging.interval,
+                validation_interval=self.config.train.validation_interval,
+                validation_steps=self.data.validation_steps,
+            )
+        )
+
+    def _place(self, beginning: "Beginning", left_to_validate: bool) -> str:
+        load = self.config.checkpoint.load
+        start, steps, last = beginning.step, self.layout.steps, self._last_step()
+        if start >= last:
+            left = "its last validation is left" if left_to_validate else "nothing is left to do"
+            return f"{self.folder}: done, {start} of {steps} steps; {left}"
+        begin = f"resuming after step {start}" if start else "starting"
+        if beginning.origin:
+            begin = f"starting from the weights of {beginning.origin}"
+        elif load:
+            begin += f", not from checkpoint.load = {load}"
+        until = f"until step {last} of {steps}" if last < steps else f"{steps} steps"
+        return f"{self.folder}: {begin}, {until}, {self.parameters:,} parameters"
+
+    def _place_in_data(self, step: int) -> dict[str, int]:
+        samples = step * self.config.train.global_batch_size
+        return {"samples": samples, "tokens": samples * self.config.model.seq_length}
+
+    def _lr(self) -> float:
+        from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+        return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
+
+    def _plot(self) -> None:
+        from gengram_megatron.runs.plot import markov_levels, plot_loss, run_title
+
+        levels = {}
+        if self.config.data.path is not None:
+            (one,) = self.data.sets
+            checksums = {"train": one.train.sha256, "validation": one.validation.sha256}
+            levels = markov_levels(Path(self.config.data.path), checksums)
+        plot_loss(
+            {self.folder.name: self.folder / "metrics.jsonl"},
+            self.folder / "loss.png",
+            levels,
+            run_title(self.config, self.layout.samples * self.config.model.seq_length),
+        )
+
+    def _watchdog(self) -> Watchdog:
+        started = [time.strftime("%Y-%m-%dT%H-%M-%S")]
+        dist.broadcast_object_list(started)
+        return Watchdog(
+            self.config.train.watchdog_seconds,
+            self.folder / "stacks" / started[0],
+            dist.get_rank(),
+            dist.get_world_size(),
+        )
+
+    def _warn(self, line: str | None) -> None:
+        if line is not None:
+            self._say(f"warning: {line}")
+
+    def _say(self, line: str) -> None:
+        if self.first_rank:
+            self.progress.say(line)
+
+
+def _due(step: int, interval: int | None, last: int | None) -> bool:
+    return step == last or (interval is not None and step % interval == 0)
+
+
+def _count_parameters(models: list) -> int:
+    """Of the whole model: this rank's, without copies, summed over all ranks."""
+    from gengram_megatron.engine.model.initialize import parts
+
+    own = sum(
+        part.data.numel()
+        for model in models
+        for part, _, _ in parts(model)
+        if part.replica_id in (0, (0, 0, 0))
+    )
+    total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(total)
+    return int(total)

@@ -1,0 +1,174 @@
+"""What all ranks must know of a step and do alike, in one all-reduce.
+
+The losses that keep the experts' load even, collected from the layers.
+
+One step: forward and backward of all microbatches through megatron-core's schedule.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+    reduce_aux_losses_tracker_across_ranks,
+)
+from torch import Tensor
+
+from gengram_megatron.config.layout import Layout
+from gengram_megatron.config.schema import Config
+from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.engine.data.batches import split_batch
+from gengram_megatron.engine.model.gengram.ids import KmerIds, RowsTouched
+from gengram_megatron.engine.model.sequence import context_pieces, take
+from gengram_megatron.tokenizer import EOD
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same on every rank."""
+
+    loss: float
+    """Nats a token over the whole batch."""
+    finite: bool
+    """The loss, and the gradient norm of every rank."""
+    stop: bool
+    """A rank was asked to stop."""
+    writing: bool
+    """A rank still writes its part of a checkpoint."""
+
+
+def agree(
+    report: Tensor | None, *, grad_norm: float = 0.0, stop: bool = False, writing: bool = False
+) -> Agreement:
+    """Sum up what every rank knows of its step.
+
+    report: what forward_backward returned.
+    """
+    own = torch.zeros(5, dtype=torch.float64, device=torch.cuda.current_device())
+    # Tensor-parallel ranks hold copies.
+    if report is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+        own[:2] = report
+    own[2:] = torch.tensor([not math.isfinite(grad_norm), stop, writing])
+    dist.all_reduce(own)
+    total, tokens, infinite, stops, writers = own.tolist()
+    return Agreement(
+        loss=total / tokens,
+        finite=infinite == 0 and math.isfinite(total),
+        stop=stops > 0,
+        writing=writers > 0,
+    )
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank. Called by all ranks."""
+    flags = torch.tensor(flag, dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def balance_losses(num_layers: int, num_microbatches: int) -> dict[str, float]:
+    """load_balance_loss and router_z_loss of the step, each the mean over layers, microbatches and
+    ranks, and without its coefficient (1.0 is a perfect balance). Empty for a dense model."""
+    tracker = get_moe_layer_wise_logging_tracker()
+    if not tracker:
+        return {}
+    if "z_loss" in tracker:  # megatron-core 0.16 leaves it that of a rank's own tokens
+        everyone = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        tracker["z_loss"]["avg_group"] = everyone
+    reduce_aux_losses_tracker_across_ranks()
+    names = {"load_balancing_loss": "load_balance_loss", "z_loss": "router_z_loss"}
+    losses = {
+        ours: (tracker[theirs]["values"].sum() / (num_layers * num_microbatches)).item()
+        for theirs, ours in names.items()
+        if theirs in tracker
+    }
+    clear_aux_losses_tracker()
+    return losses
+
+
+def forward_backward(
+    chunks: list,
+    batches: Iterator[Tensor],
+    config: Config,
+    layout: Layout,
+    forward_only: bool,
+    touched: RowsTouched | None = None,
+) -> Tensor | None:
+    """Run a global batch; returns the sum of the losses of this data-parallel rank's samples and
+    the number of scored tokens, [2] float64, on the last pipeline stage, and None elsewhere.
+
+    batches: microbatches [b, L + 1] of this data-parallel rank. Every rank of a pipeline, tensor
+    and context group reads the same ones: token ids must reach all layers with memory.
+    touched: marks the table rows that the microbatches look up.
+    """
+    schedule = get_forward_backward_func()
+    with torch.set_grad_enabled(not forward_only):  # which the schedules leave as it is
+        reports = schedule(
+            forward_step_func=partial(forward_step, config=config, touched=touched),
+            # One iterator a chunk: each walks the microbatches on its own.
+            data_iterator=_iterators(batches, layout),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=layout.num_microbatches,
+            seq_length=config.model.seq_length,
+            micro_batch_size=config.train.micro_batch_size,
+            forward_only=forward_only,
+        )
+    return torch.stack([r["loss"] for r in reports]).sum(0) if reports else None
+
+
+def forward_step(batches: Iterator[Tensor], model, config: Config, touched: RowsTouched | None):
+    """megatron-core's forward_step_func: the output, and the function that makes it a loss."""
+    tokens = next(batches).to(torch.cuda.current_device(), non_blocking=True)
+    inputs, labels, loss_mask = split_batch(tokens)
+    gengram, kmers = config.model.gengram, None
+    if gengram.enabled:
+        kmers = KmerIds.of(
+            inputs,
+            kmer_tables(gengram),
+            gengram.token_ids,
+            eod=EOD if gengram.reset_at_document else None,
+        )
+        if touched is not None:
+            touched.mark(kmers)
+    pieces = context_pieces(
+        inputs.shape[1],
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_context_parallel_rank(),
+    )
+    position_ids = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    output = model(
+        input_ids=take(inputs, pieces, 1),
+        position_ids=take(position_ids, pieces, 1),
+        attention_mask=None,
+        labels=take(labels, pieces, 1),
+        extra_block_kwargs={"attention_bias": kmers},
+    )
+    return output, partial(loss, mask=take(loss_mask, pieces, 1), scored=loss_mask.sum())
+
+
+def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean over the scored tokens of a microbatch.
+
+    token_losses, mask: [b, s_local]; scored: how many tokens of the microbatch count, over all
+    context-parallel ranks. Every sample has the same number (a fragment ends in one EOD), so the
+    mean over microbatches and ranks is the mean over tokens. megatron-core multiplies by the
+    context-parallel size and averages over data- and context-parallel ranks, which together make
+    the sum over the context-parallel ranks that is meant.
+    """
+    total = (token_losses.float() * mask).sum()
+    report = torch.stack([total.detach().double(), mask.sum().double()])
+    return total / scored.clamp(min=1), {"loss": report}
+
+
+def _iterators(batches: Iterator[Tensor], layout: Layout):
+    if layout.virtual_pipeline is None:
+        return batches
+    own = [next(batches) for _ in range(layout.num_microbatches)]
+    return [iter(own) for _ in range(layout.virtual_pipeline)]
