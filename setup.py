@@ -31,7 +31,7 @@ setup(
     },
     install_requires=[
         # The model, its parallel layouts, optimizer, datasets and checkpoints. The version is
-        # pinned by minor release because gengram_megatron/platform changes private parts of it.
+        # pinned by minor release because gengram_megatron/engine/platform changes private parts of it.
         "megatron-core>=0.16.1,<0.17",
         "torch>=2.10",  # grouped_mm in torch.nn.functional, also on the CPU
         "numpy>=1.26",  # token arrays, and the arithmetic of data preparation

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import read_manifest
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
+from gengram_megatron.data_set import read_manifest
 from gengram_megatron.engine.data.dataset import FragmentDataset
 from gengram_megatron.engine.data.order import BlendOrder
 from gengram_megatron.engine.data.run_data import RunData

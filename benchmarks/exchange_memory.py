@@ -43,7 +43,7 @@ from gengram_megatron.engine.exchange.export import export
 from gengram_megatron.engine.exchange.importing import import_model
 from gengram_megatron.engine.exchange.names import huggingface_weights, megatron_weights
 from gengram_megatron.engine.exchange.weights import Part, Weight
-from gengram_megatron.runs.store import FORMAT, CheckpointStore, Facts, read_manifest
+from gengram_megatron.runs.store import FORMAT, CheckpointStore, Facts, read_checksums
 
 RANKS = 2
 FACTS = Facts(format=FORMAT, step=0, samples=0, seed=1, layout={})
@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict:
 def check_same(expected: Path, found: Path) -> None:
     """The same tensors, by the checksums of their files."""
     first, second = (
-        sorted(digest for name, digest in read_manifest(path).items() if name.endswith(".distcp"))
+        sorted(digest for name, digest in read_checksums(path).items() if name.endswith(".distcp"))
         for path in (expected, found)
     )
     assert first == second, f"{found} has other weights than {expected}"

@@ -21,8 +21,6 @@ from pathlib import Path
 import dnaio
 import sentencepiece
 
-from gengram_megatron.engine.platform import prepare
-
 LINES_A_TASK = 32
 VOCABULARY = 20  # at most; there are five letters and two special pieces
 
@@ -100,7 +98,6 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = arguments.out / "fragments.jsonl"
-    prepare()
     start = time.perf_counter()
     write_json_lines(arguments.fasta, arguments.seq_length, lines)
     middle = time.perf_counter()

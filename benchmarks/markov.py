@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import read_manifest
+from gengram_megatron.data_set import read_manifest
 from gengram_megatron.errors import EXIT_CODE, UserError, tell
 from gengram_megatron.runs.plot import write_markov_levels
 from gengram_megatron.tokenizer import BASE_IDS

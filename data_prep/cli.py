@@ -16,11 +16,12 @@ from rich.table import Table
 
 from data_prep.build import build as build_data_set
 from data_prep.genes import ignored
-from data_prep.manifest import add_fates, read_manifest
+from data_prep.manifest import add_fates
 from data_prep.progress import Display
 from data_prep.schema import DataConfig
 from gengram_megatron.config.command_line import HELP_OPTIONS, Overrides, print_keys
 from gengram_megatron.config.load import load_config
+from gengram_megatron.data_set import read_manifest
 from gengram_megatron.errors import UserError, run_program
 from gengram_megatron.show import print_table
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from data_prep.schema import DataConfig
 from gengram_megatron import __version__
-from gengram_megatron.errors import UserError
+from gengram_megatron.data_set import FORMAT, MANIFEST, read_manifest
 from gengram_megatron.files import checksum
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
 
@@ -54,10 +54,6 @@ def add_fates(table: Table, counts: Sequence[Mapping[str, int]]) -> list[list[st
     reasons = [f"{heading}, {FATES[heading][1]}" for heading in shown if FATES[heading][1]]
     table.caption = f"Not used: {'; '.join(reasons)}." if reasons else None
     return [[f"{sum(own[fate] for fate in fates):,}" for fates in shown.values()] for own in counts]
-
-
-MANIFEST = "manifest.json"
-FORMAT = 2
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -97,26 +93,6 @@ def write_manifest(
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a built data set; UserError if the folder is none, or of another format."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{path.parent.absolute()} is not a data set: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text())
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; build the data set again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if found != FORMAT:
-        raise UserError(
-            f"{path} has format {found}; this version reads format {FORMAT}: build the data set "
-            "again, with gengram-data build CONFIG --overwrite"
-        )
     return manifest
 
 

@@ -1,7 +1,8 @@
-"""What is wrong with a data set that a run names, as far as its folder shows it: it is not there,
-where it was looked for and what would build it; or it is of another sequence length.
+"""A built data set, as a run finds it: its manifest, and what can be wrong with it.
 
-Whether the files of a data set are what was built: compared with the manifest's checksums.
+That is, as far as its folder shows it: it is not there (where it was looked for, and what would
+build it), or its sequences have another length. And whether its files are what was built, compared
+with the manifest's checksums.
 
 Reading all of a large data set takes minutes, so it is done once: a file that was found whole is
 remembered with its size and the times of its last changes, and is read again only when one of these
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from gengram_megatron.config.keys import dotted
@@ -23,8 +25,31 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tree import read_tree
 from gengram_megatron.errors import UserError
 
+MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of the manifest, and of all that it lists."""
 PLACES = (".", "configs", "configs/data")
 """Folders, from the current one, whose data configs are looked through."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a built data set; UserError if the folder is none, or of another format."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{path.parent.absolute()} is not a data set: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; build the data set again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has format {found}; this version reads format {FORMAT}: build the data set "
+            "again, with gengram-data build CONFIG --overwrite"
+        )
+    return manifest
 
 
 def check_data_sets_exist(config: Config, config_file: Path) -> None:

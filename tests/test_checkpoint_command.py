@@ -17,7 +17,7 @@ from gengram_megatron.commands.cli import main
 from gengram_megatron.engine.checkpoint.stored import StoredTensors
 from gengram_megatron.engine.checkpoint.weights_only import Source, write
 from gengram_megatron.errors import UserError
-from gengram_megatron.runs.store import MANIFEST, CheckpointStore, read_facts, write_manifest
+from gengram_megatron.runs.store import CHECKSUMS, CheckpointStore, read_facts, write_checksums
 from tests.exchange_models import Trained, build, load, make, named
 
 
@@ -155,8 +155,8 @@ def without_schedule(checkpoint: Path) -> None:
     common = torch.load(checkpoint / "common.pt", weights_only=False)
     del common["schedule"]
     torch.save(common, checkpoint / "common.pt")
-    (checkpoint / MANIFEST).unlink()
-    write_manifest(checkpoint, {})
+    (checkpoint / CHECKSUMS).unlink()
+    write_checksums(checkpoint, {})
 
 
 def test_weights_alone_are_not_taken_after_half_a_load(trained, tmp_path, one_process) -> None:
@@ -196,8 +196,8 @@ def test_another_runs_checkpoint_is_not_set_aside(trained, tmp_path, one_process
     newest = folder / "step_00000004"
     for file in newest.glob("*.distcp"):
         file.write_bytes(bytes(file.stat().st_size))
-    (newest / MANIFEST).unlink()
-    write_manifest(newest, {})
+    (newest / CHECKSUMS).unlink()
+    write_checksums(newest, {})
     config = load(tmp_path, "run", f"checkpoint.load={tmp_path / 'source'}")
     chunks, *others = build(config, one_process)
     beginning = TrainingState(config, one_process, chunks, *others, []).load_newest()
@@ -239,7 +239,7 @@ def test_damaged_tensors_are_a_sentence(trained, tmp_path, gengram, change) -> N
     shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
     for file in checkpoint.glob("*.distcp"):
         file.write_bytes(change(file.read_bytes()))
-    write_manifest(checkpoint, {})  # as if it had been written so
+    write_checksums(checkpoint, {})  # as if it had been written so
     code, _, err = gengram("checkpoint", "export", checkpoint, tmp_path / "out")
     assert code == 2 and " cannot be read: its file is damaged" in err
     assert len(err.splitlines()) == 1, err

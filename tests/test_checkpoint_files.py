@@ -16,12 +16,12 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.runs.store import (
+    CHECKSUMS,
     FORMAT,
-    MANIFEST,
     CheckpointStore,
     Facts,
     damage,
-    write_manifest,
+    write_checksums,
 )
 from tests.training.tiny import RUN, environment
 
@@ -86,13 +86,13 @@ def test_two_attempts_at_one_step_do_not_share_a_folder(tmp_path: Path) -> None:
 def test_manifest_is_one_that_sha256sum_reads(tmp_path: Path) -> None:
     checkpoint = write(CheckpointStore(tmp_path), 3)
     done = subprocess.run(
-        ["sha256sum", "--check", "--strict", MANIFEST],
+        ["sha256sum", "--check", "--strict", CHECKSUMS],
         cwd=checkpoint,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    files = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    files = {path.name for path in checkpoint.iterdir()} - {CHECKSUMS}
     assert {line.split(":")[0] for line in done.stdout.splitlines()} == files
 
 
@@ -113,51 +113,51 @@ def truncate(checkpoint: Path) -> None:
 
 def unreadable_manifest(checkpoint: Path) -> None:
     """Not even by root."""
-    (checkpoint / MANIFEST).unlink()
-    (checkpoint / MANIFEST).mkdir()
+    (checkpoint / CHECKSUMS).unlink()
+    (checkpoint / CHECKSUMS).mkdir()
 
 
 def cut_manifest(checkpoint: Path) -> None:
-    text = (checkpoint / MANIFEST).read_text()
-    (checkpoint / MANIFEST).write_text("".join(text.splitlines(keepends=True)[:-1]))
+    text = (checkpoint / CHECKSUMS).read_text()
+    (checkpoint / CHECKSUMS).write_text("".join(text.splitlines(keepends=True)[:-1]))
 
 
 def forget(name: str) -> Callable[[Path], None]:
     """A file that was never in the folder, so that its checksum is not expected either."""
 
     def spoil(checkpoint: Path) -> None:
-        for path in (checkpoint / name, checkpoint / MANIFEST):
+        for path in (checkpoint / name, checkpoint / CHECKSUMS):
             path.unlink()
-        write_manifest(checkpoint, {})
+        write_checksums(checkpoint, {})
 
     return spoil
 
 
 def write_half(checkpoint: Path) -> None:
     truncate(checkpoint)
-    write_manifest(checkpoint, {})
+    write_checksums(checkpoint, {})
 
 
 WAYS = {
     "flipped": (flip, f"{TENSORS} is not what was written"),
     "truncated": (truncate, f"{TENSORS} is not what was written"),
     "missing": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
-    "added": (lambda path: (path / "more").touch(), f"{MANIFEST} lacks more"),
-    "manifest_cut": (cut_manifest, f"{MANIFEST} lacks metadata.json"),
-    "manifest_gone": (lambda path: (path / MANIFEST).unlink(), f"{MANIFEST} is missing"),
+    "added": (lambda path: (path / "more").touch(), f"{CHECKSUMS} lacks more"),
+    "manifest_cut": (cut_manifest, f"{CHECKSUMS} lacks metadata.json"),
+    "manifest_gone": (lambda path: (path / CHECKSUMS).unlink(), f"{CHECKSUMS} is missing"),
     **{
         f"without {name}": (forget(name), f"{name} is missing")
         for name in (TENSORS, ".metadata", "common.pt", "metadata.json")
     },
     "written_in_part": (write_half, f"{TENSORS} has "),
     "manifest_empty_line": (
-        lambda path: (path / MANIFEST).write_text("\n"),
-        f"{MANIFEST} is not a list of checksums and names",
+        lambda path: (path / CHECKSUMS).write_text("\n"),
+        f"{CHECKSUMS} is not a list of checksums and names",
     ),
-    "manifest_unreadable": (unreadable_manifest, f"{MANIFEST} cannot be read: "),
+    "manifest_unreadable": (unreadable_manifest, f"{CHECKSUMS} cannot be read: "),
     "manifest_binary": (
-        lambda path: (path / MANIFEST).write_bytes(b"\xff\xfe"),
-        f"{MANIFEST} is not a list of checksums and names",
+        lambda path: (path / CHECKSUMS).write_bytes(b"\xff\xfe"),
+        f"{CHECKSUMS} is not a list of checksums and names",
     ),
 }
 

@@ -12,7 +12,6 @@ import pytest
 import sentencepiece
 
 from data_prep.inspect.opened import DataSet
-from gengram_megatron.engine.platform import prepare
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -32,7 +31,6 @@ def test_the_pipeline_writes_every_base(tmp_path):
     (tmp_path / "a.fa").write_text(f">r1\n{text[:500]}\n{text[500:]}\n>r2\n{text[:70]}\n")
     measured = benchmark.pipeline(tmp_path, [tmp_path / "a.fa"], Namespace(seq_length=64))
     assert 0 < measured["json_lines"] + measured["tokenize"] < measured["seconds"]
-    prepare()
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(tmp_path / "pipeline/train"))

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from data_prep import write
 from data_prep.build import build
-from data_prep.manifest import file_facts, read_manifest
+from data_prep.manifest import file_facts
 from data_prep.progress import Phase
 from data_prep.schema import DataConfig
 from data_prep.write import ORIGIN
-from gengram_megatron.engine.platform import prepare
+from gengram_megatron.data_set import read_manifest
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import EOD
 from tests.origins import Origin, Origins
@@ -56,7 +56,6 @@ def run(folder: Path, overwrite: bool = False, **settings) -> dict | None:
 
 def documents(folder: Path, split: str) -> list[list[int]]:
     """All documents of a split through megatron-core's own IndexedDataset."""
-    prepare()
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(folder / split))
@@ -157,7 +156,6 @@ def test_a_fragment_has_one_strand_whatever_is_around_it(genomes):
 
 @pytest.mark.parametrize("at_a_time", [7, 10**6])
 def test_the_index_is_that_of_megatron_core(tmp_path, monkeypatch, at_a_time):
-    prepare()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     monkeypatch.setattr(write, "AT_A_TIME", at_a_time)

@@ -77,7 +77,7 @@ def test_the_script_prints_a_line_for_each_order(data_set, monkeypatch, capsys):
 
 
 def test_what_was_counted_is_kept_for_the_pictures_of_runs(data_set, capsys):
-    from data_prep.manifest import read_manifest
+    from gengram_megatron.data_set import read_manifest
     from gengram_megatron.runs.plot import markov_levels
 
     nats = markov.markov_nats(data_set, [0, 2])

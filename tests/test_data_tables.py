@@ -17,9 +17,10 @@ from data_prep.fragment import Fate
 from data_prep.inspect.command import sample_table, tables
 from data_prep.inspect.contents import contents, describe, locate
 from data_prep.inspect.opened import DataSet
-from data_prep.manifest import FATES, read_manifest
+from data_prep.manifest import FATES
 from data_prep.schema import DataConfig
 from gengram_megatron.config.keys import Keys
+from gengram_megatron.data_set import read_manifest
 from gengram_megatron.errors import UserError
 from gengram_megatron.show import print_table
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from gengram_megatron.engine.checkpoint.restore import CannotLoad, on_all_ranks
 from gengram_megatron.errors import UserError
-from gengram_megatron.runs.store import MANIFEST, UnreadableCheckpoint, write_manifest
+from gengram_megatron.runs.store import CHECKSUMS, UnreadableCheckpoint, write_checksums
 from tests.training import broken
 from tests.training.faults import STEPS, Lab
 from tests.training.tiny import entries, numbers
@@ -129,8 +129,8 @@ def unloadable(lab: Lab) -> Path:
     del common["schedule"]
     torch.save(common, half / "common.pt")
     for checkpoint in (zeros, gone, half):
-        (checkpoint / MANIFEST).unlink()
-        write_manifest(checkpoint, {})
+        (checkpoint / CHECKSUMS).unlink()
+        write_checksums(checkpoint, {})
     return folder
 
 

@@ -23,7 +23,7 @@ WINDOW, DIM = 21, 64
 @pytest.fixture(scope="module", autouse=True)
 def imported():
     """So that no property test counts the import of megatron-core as its own time."""
-    import gengram_megatron.model  # noqa: F401
+    import gengram_megatron.engine.model  # noqa: F401
 
 
 def random_dna(length: int, seed: int = 0, odd: float = 0.01) -> Tensor:

@@ -8,7 +8,6 @@ import pytest
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.platform import prepare
 from gengram_megatron.errors import UserError
 from tests.layouts.cases import EIGHT_LAYERS, MODEL
 
@@ -53,7 +52,6 @@ def memory_in_order(config: Config, monkeypatch) -> list[bool]:
 
 
 def test_checks_allow_what_works(monkeypatch) -> None:
-    prepare()
     allowed = 0
     for pipeline, virtual, first, last in PLACEMENTS:
         config = config_of(

@@ -49,7 +49,7 @@ def run_python(*code: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedP
 def test_importing_the_model_says_nothing():
     """Not even what Python hides by default."""
     done = run_python(
-        "import gengram_megatron.model",
+        "import gengram_megatron.engine.model",
         "import gengram_megatron.engine.model.build, gengram_megatron.engine.training.step",
         flags=("-W", "always"),
     )
@@ -84,7 +84,7 @@ def test_without_cuda_its_names_are_replaced_once():
         prepare()
         first, between = replaced(before), snapshot()
         prepare()
-        import gengram_megatron.model
+        import gengram_megatron.engine.model
         print(json.dumps([first, replaced(between), torch.ones(1).type()]))
     """
     first, second, type_name = json.loads(run_python(SNAPSHOT, code).stdout)

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, create_model
 
 from data_prep.fragment import Fate
-from data_prep.manifest import MANIFEST, read_manifest
 from data_prep.write import ORIGIN, RECORDS, origins_path
+from gengram_megatron.data_set import MANIFEST, read_manifest
 from gengram_megatron.errors import UserError
 
 FragmentsByFate = create_model(

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.inspect.opened import Counts, DataSet
-from data_prep.manifest import MANIFEST
 from data_prep.progress import Phase, Report
 from data_prep.write import RECORDS, origins_path
+from gengram_megatron.data_set import MANIFEST
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
 
 NAMED = 3

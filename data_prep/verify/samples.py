@@ -15,12 +15,13 @@ from data_prep import fragment
 from data_prep.fasta import read_fasta
 from data_prep.inspect.contents import ORIGINS_AT_A_TIME, count_fragments
 from data_prep.inspect.opened import DataSet, Sequence, Split
-from data_prep.manifest import MANIFEST, file_facts
+from data_prep.manifest import file_facts
 from data_prep.progress import Phase, Report
 from data_prep.schema import DataConfig
 from data_prep.sources import inputs
 from data_prep.verify.files import Tally
 from data_prep.write import RECORDS, draw_reversed, reverse_complement
+from gengram_megatron.data_set import MANIFEST
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, BASES
 

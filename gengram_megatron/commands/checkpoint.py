@@ -19,7 +19,7 @@ from gengram_megatron.runs.store import (
     check_whole,
     checkpoints_at,
     damage,
-    read_manifest,
+    read_checksums,
     reading,
 )
 
@@ -52,7 +52,7 @@ def verify(
         for problem in problems:
             print(f"{checkpoint}: {problem}")
         if not problems:
-            print(f"{checkpoint}: whole, {len(read_manifest(checkpoint))} files")
+            print(f"{checkpoint}: whole, {len(read_checksums(checkpoint))} files")
     if any(damaged.values()):
         raise typer.Exit(DAMAGED)
 

@@ -18,7 +18,7 @@ from shlex import quote
 
 from gengram_megatron.config.launch import UNLIMITED, Slurm
 from gengram_megatron.config.schema import Config
-from gengram_megatron.data_set import data_sets, no_data_set, other_seq_length
+from gengram_megatron.data_set import data_sets, no_data_set, other_seq_length, read_manifest
 from gengram_megatron.errors import UserError
 from gengram_megatron.launch.job import RANK_MODULE, SLURM_FILE, Job, seconds, write_record
 from gengram_megatron.signals import REQUEUE
@@ -205,8 +205,6 @@ def _check_from_here(jobs: list[Job]) -> None:
 
 
 def _data_problems(config: Config) -> Iterator[str]:
-    from data_prep.manifest import read_manifest
-
     for key, path in data_sets(config).items():
         folder = Path(path)
         if not folder.is_dir():

@@ -44,34 +44,34 @@ def check_readable(files: Iterable[Path]) -> None:
             file.read(1)
 
 
-MANIFEST = "checksums.sha256"
+CHECKSUMS = "checksums.sha256"
 
 
-def write_manifest(folder: Path, known: dict[str, str]) -> None:
+def write_checksums(folder: Path, known: dict[str, str]) -> None:
     """Note the checksums of all files of a folder, and flush.
 
     known: those that are there already, by file name; the others are computed.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
     lines = (f"{known.get(name) or checksum(folder / name)}  {name}\n" for name in names)
-    (folder / MANIFEST).write_text("".join(lines))
-    flush(folder / MANIFEST)
+    (folder / CHECKSUMS).write_text("".join(lines))
+    flush(folder / CHECKSUMS)
 
 
-def read_manifest(folder: Path) -> dict[str, str]:
+def read_checksums(folder: Path) -> dict[str, str]:
     """The checksums by file name.
 
     Raises ValueError, in words, if the manifest is not whole.
     """
     try:
-        lines = (folder / MANIFEST).read_text().splitlines()
+        lines = (folder / CHECKSUMS).read_text().splitlines()
         return {name: digest for digest, name in (line.split("  ") for line in lines)}
     except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
+        raise ValueError(f"{CHECKSUMS} is missing") from None
     except OSError as error:
-        raise ValueError(f"{MANIFEST} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{CHECKSUMS} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise ValueError(f"{MANIFEST} is not a list of checksums and names") from None
+        raise ValueError(f"{CHECKSUMS} is not a list of checksums and names") from None
 
 
 def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
@@ -80,7 +80,7 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     share, shares: reads only every shares-th file, so that many processes can do it together.
     """
     try:
-        expected = read_manifest(folder)
+        expected = read_checksums(folder)
     except ValueError as error:
         return [str(error)]
     names = sorted(expected)[share::shares]
@@ -92,7 +92,7 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 
 def _unknown(folder: Path, expected: Iterable[str]) -> list[str]:
     there = {path.name for path in folder.iterdir()}
-    return [f"{MANIFEST} lacks {name}" for name in sorted(there - {MANIFEST, *expected})]
+    return [f"{CHECKSUMS} lacks {name}" for name in sorted(there - {CHECKSUMS, *expected})]
 
 
 def _changed(folder: Path, expected: dict[str, str]) -> list[str]:
@@ -183,7 +183,7 @@ class CheckpointStore:
         checksums: of the files whose writers computed them, by name.
         """
         (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
-        write_manifest(partial, checksums or {})
+        write_checksums(partial, checksums or {})
         # megatron-core flushes its tensors, but neither its description of them nor the rest.
         for path in (*partial.iterdir(), partial):
             flush(path)

@@ -11,13 +11,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.platform import prepare
 
 
 @contextmanager
 def as_rank(layout: Layout, rank: int) -> Iterator[None]:
     """megatron-core's groups as one rank of a layout sees them; nobody answers."""
-    prepare()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

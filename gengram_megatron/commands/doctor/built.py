@@ -12,21 +12,17 @@ import torch
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.platform import prepare
+from gengram_megatron.engine.model.build import build_model
+from gengram_megatron.engine.training import report
+from gengram_megatron.engine.training.engines import build_engine
+from gengram_megatron.engine.training.processes import end_processes, start_processes
+from gengram_megatron.engine.training.step import forward_backward
 
 
 def parts(config: Config) -> dict[str, str | None]:
-    """As platform/report.py reads them off the model and optimizer."""
-    from gengram_megatron.engine.training.processes import end_processes, start_processes
-
+    """As engine/training/report.py reads them off the model and optimizer."""
     layout = check_layout(config, 1)
     start_processes(layout, config.run.seed, 0, config.train.deterministic)
-    # megatron-core may be imported only now (see platform.prepare).
-    from gengram_megatron.engine.model.build import build_model
-    from gengram_megatron.engine.training import report
-    from gengram_megatron.engine.training.engines import build_engine
-    from gengram_megatron.engine.training.step import forward_backward
-
     chunks, optimizer = build_engine(config, layout, build_model(config, layout))
     bases = torch.tensor(config.model.gengram.token_ids[:4]).repeat(config.model.seq_length)
     batch = bases[None, : config.model.seq_length + 1]
@@ -75,7 +71,6 @@ def _library(function) -> str:
 
 if __name__ == "__main__":
     given = sys.stdin.read()
-    prepare()
     print(
         json.dumps(
             {

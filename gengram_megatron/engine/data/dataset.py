@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from data_prep.manifest import MANIFEST, read_manifest
-from gengram_megatron.data_set import DataFile, no_data_set, other_seq_length
-from gengram_megatron.engine.platform import prepare
+from gengram_megatron.data_set import (
+    MANIFEST,
+    DataFile,
+    no_data_set,
+    other_seq_length,
+    read_manifest,
+)
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
 
@@ -45,7 +50,7 @@ class FragmentDataset:
         return self._fragments[index]
 
     def __reduce__(self) -> tuple:
-        # A process that a loader starts afresh opens the files again, after preparing megatron.
+        # A process that a loader starts afresh opens the files again.
         return FragmentDataset, self._arguments
 
 
@@ -91,7 +96,4 @@ def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
 
 def _open(prefix: Path) -> Any:
     """The split as megatron-core's IndexedDataset."""
-    prepare()
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     return IndexedDataset(str(prefix))

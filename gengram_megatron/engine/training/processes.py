@@ -1,7 +1,4 @@
-"""Whether this machine can run a config, asked before processes meet.
-
-Process groups of a run: start, and end.
-"""
+"""The processes of a run: whether this machine can run its config, and their process groups."""
 
 import os
 from datetime import timedelta
@@ -10,14 +7,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch.distributed.rendezvous import rendezvous
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.problems.engine import TRANSFORMER_ENGINE, gpu_problems
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.platform import prepare
 from gengram_megatron.errors import UserError
 
+TIMEOUT = timedelta(minutes=30)
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 1 << 20
 """Room for the semaphores of the processes that read samples and write checkpoints."""
@@ -47,18 +47,10 @@ def check_shared_memory() -> None:
         )
 
 
-TIMEOUT = timedelta(minutes=30)
-
-
 def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = True) -> None:
     """Join the other processes and make megatron-core's groups for the layout."""
     if deterministic:
         _compute_deterministically()
-    prepare()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
     if not dist.is_initialized():
@@ -111,8 +103,6 @@ def gather(own: Any) -> list:
 
 def end_processes() -> None:
     """Leave the groups. Safe where none were made."""
-    from megatron.core import parallel_state
-
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

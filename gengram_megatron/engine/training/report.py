@@ -1,7 +1,5 @@
-"""Which implementation stands for each part of a run, read off what was built.
-
-What a run makes of its GPUs: model FLOP utilisation and peak memory.
-"""
+"""What a run says of itself: which implementation computes each part, read off what was built, and
+its use of the GPUs, as model FLOP utilisation and peak memory."""
 
 from dataclasses import dataclass
 
@@ -10,6 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.model.data_parallel import fused_by
+from gengram_megatron.engine.model.gengram.memory import GengramMemory
 from gengram_megatron.plan.flops import (
     PEAK_BF16_FLOPS,
     model_flops_utilisation,
@@ -30,9 +30,6 @@ def parts(chunks: list, optimizer) -> dict[str, str | None]:
 
     chunks: this rank's wrapped model chunks; a rank without a layer has nothing to say of them.
     """
-    # megatron-core may be imported only after platform.prepare.
-    from gengram_megatron.engine.model.data_parallel import fused_by
-
     modules = [module for chunk in chunks for module in chunk.modules()]
     names = {_name(module) for module in modules}
     return {
@@ -80,8 +77,6 @@ def _fp8(settings) -> str:
 
 
 def _memory(modules: list[nn.Module]) -> str | None:
-    from gengram_megatron.engine.model.gengram.memory import GengramMemory
-
     for module in modules:
         if isinstance(module, GengramMemory):
             return "Gengram, " + (

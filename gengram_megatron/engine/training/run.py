@@ -6,23 +6,40 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch import Tensor
 
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.engine.checkpoint.state import Beginning, TrainingState
+from gengram_megatron.engine.checkpoint.stored import read_common
 from gengram_megatron.engine.data.batches import reporting_dead_workers
 from gengram_megatron.engine.data.run_data import RunData
+from gengram_megatron.engine.model.build import build_model
+from gengram_megatron.engine.model.gengram.ids import RowsTouched
+from gengram_megatron.engine.model.initialize import parts
+from gengram_megatron.engine.training.diagnosis import diagnose
+from gengram_megatron.engine.training.engines import build_engine
 from gengram_megatron.engine.training.nodes import check_nodes, telling_all_nodes
+from gengram_megatron.engine.training.optimizer import build_schedule
 from gengram_megatron.engine.training.processes import (
     check_gpu,
     check_shared_memory,
     end_processes,
     start_processes,
+)
+from gengram_megatron.engine.training.report import GpuUse, implementations
+from gengram_megatron.engine.training.step import (
+    Agreement,
+    agree,
+    any_rank,
+    balance_losses,
+    forward_backward,
 )
 from gengram_megatron.engine.training.waiting import Waiting
 from gengram_megatron.engine.training.watchdog import Watchdog
@@ -34,12 +51,9 @@ from gengram_megatron.runs.folder import (
     remove_if_unused,
     write_config,
 )
-from gengram_megatron.runs.metrics import SKIPS, UniformCheck
+from gengram_megatron.runs.metrics import SKIPS, RunLog, UniformCheck
+from gengram_megatron.runs.progress import Progress
 from gengram_megatron.signals import REQUEUE, StopSignals
-
-if TYPE_CHECKING:
-    from gengram_megatron.engine.checkpoint.state import Beginning
-    from gengram_megatron.engine.training.step import Agreement
 
 
 def train(config: Config, layout: Layout, signals: StopSignals) -> int:
@@ -82,15 +96,6 @@ class _Run:
     """The parts of a run on one rank."""
 
     def __init__(self, config: Config, layout: Layout, data: RunData, signals: StopSignals):
-        # megatron-core may be imported only now (see platform.prepare).
-        from megatron.core import parallel_state
-
-        from gengram_megatron.engine.checkpoint.state import TrainingState
-        from gengram_megatron.engine.model.build import build_model
-        from gengram_megatron.engine.model.gengram.ids import RowsTouched
-        from gengram_megatron.engine.training.engines import build_engine
-        from gengram_megatron.engine.training.optimizer import build_schedule
-        from gengram_megatron.engine.training.report import GpuUse, implementations
 
         self.config, self.layout, self.data, self.signals = config, layout, data, signals
         self.data_rank = parallel_state.get_data_parallel_rank()
@@ -146,8 +151,6 @@ class _Run:
         if not (self.first_rank and start):
             self.earlier_config = None
             return []
-        from gengram_megatron.engine.checkpoint.stored import read_common
-
         self.earlier_config = read_common(self.state.store.path(start))["config"]
         if start >= self._last_step():  # nothing is trained with them
             return []
@@ -168,8 +171,6 @@ class _Run:
         return left[0]
 
     def _train_from(self, start: int, batches: Waiting) -> int:
-        from gengram_megatron.engine.training.step import any_rank
-
         settings, last = self.config, self._last_step()
         if start < last and any_rank(self.signals.received):  # while modules or weights were loaded
             return self._stopped(start)
@@ -219,8 +220,6 @@ class _Run:
 
     def _not_finite(self, step: int, result: _Step) -> None:
         """The policy for a loss or gradient that is not finite; no weight has changed."""
-        from gengram_megatron.engine.training.diagnosis import diagnose
-
         found = f"step {step}: loss {result.agreed.loss}, gradient norm {result.grad_norm}"
         self.skipped_in_a_row += 1
         if self.config.train.on_nan == "skip" and self.skipped_in_a_row < SKIPS:
@@ -239,8 +238,6 @@ class _Run:
         return min(self.layout.steps, self.config.train.stop_at or self.layout.steps)
 
     def _step(self, step: int, batches: Iterator[Tensor]) -> _Step:
-        from gengram_megatron.engine.training.step import agree, balance_losses
-
         microbatches = []
         report = self._compute(self._marked(step, batches, microbatches))
         lr = self._lr()
@@ -276,8 +273,6 @@ class _Run:
 
     def _compute(self, batches: Iterator[Tensor]) -> Tensor | None:
         """The gradients of a batch, and what forward_backward says of it."""
-        from gengram_megatron.engine.training.step import forward_backward
-
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -300,16 +295,12 @@ class _Run:
             yield kept[-1]
 
     def _rows_touched(self) -> dict[str, int]:
-        from megatron.core import parallel_state
-
         if self.touched is None:
             return {}
         return {"rows_touched": self.touched.take(parallel_state.get_data_parallel_group())}
 
     def _validate(self, step: int) -> bool:
         """A validation after a step; False if a request to stop came before its end."""
-        from gengram_megatron.engine.training.step import agree, any_rank, forward_backward
-
         for chunk in self.chunks:
             chunk.eval()
         losses, done = {}, 0
@@ -359,9 +350,6 @@ class _Run:
         self._warn(self.uniform.after_step(step, result.agreed.loss))
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
-        from gengram_megatron.runs.metrics import RunLog
-        from gengram_megatron.runs.progress import Progress
-
         self.log = stack.enter_context(RunLog(self.folder, self.config, start))
         self.progress = stack.enter_context(
             Progress(
@@ -391,11 +379,10 @@ class _Run:
         return {"samples": samples, "tokens": samples * self.config.model.seq_length}
 
     def _lr(self) -> float:
-        from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-
         return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
 
     def _plot(self) -> None:
+        # matplotlib takes a second to import, and only this rank draws, when all is saved.
         from gengram_megatron.runs.plot import markov_levels, plot_loss, run_title
 
         levels = {}
@@ -435,8 +422,6 @@ def _due(step: int, interval: int | None, last: int | None) -> bool:
 
 def _count_parameters(models: list) -> int:
     """Of the whole model: this rank's, without copies, summed over all ranks."""
-    from gengram_megatron.engine.model.initialize import parts
-
     own = sum(
         part.data.numel()
         for model in models

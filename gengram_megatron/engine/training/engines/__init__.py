@@ -7,6 +7,9 @@ checkpoints hold of the two is in checkpoint/contents.py and checkpoint/zero.py.
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.model.build import wrap_for_data_parallelism
+from gengram_megatron.engine.training.engines import deepspeed
+from gengram_megatron.engine.training.optimizer import build_optimizer
 
 
 def build_engine(config: Config, layout: Layout, models: list) -> tuple[list, object]:
@@ -15,11 +18,6 @@ def build_engine(config: Config, layout: Layout, models: list) -> tuple[list, ob
     models: what build_model returned.
     """
     if config.train.engine == "deepspeed":
-        from gengram_megatron.engine.training.engines import deepspeed
-
         return deepspeed.build(config, models)
-    from gengram_megatron.engine.model.build import wrap_for_data_parallelism
-    from gengram_megatron.engine.training.optimizer import build_optimizer
-
     chunks = wrap_for_data_parallelism(models, config, layout)
     return chunks, build_optimizer(config, chunks)
