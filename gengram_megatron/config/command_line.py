@@ -1,6 +1,5 @@
-"""What every command that reads a config file takes on its command line.
-
-What --keys prints: the keys of a schema, what each may be, its default and its meaning.
+"""The parts of a command line that commands with a config file share: its arguments, and --keys,
+which prints the keys of a schema, what each may be, its default and its meaning.
 """
 
 import json

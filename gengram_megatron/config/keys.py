@@ -1,6 +1,6 @@
-"""What the sections of every config file are made of.
+"""What a schema allows, in plain words: its keys, their values, and the key that was meant.
 
-What a schema allows, in plain words: its keys, their values, and the key that was meant.
+`Section` is what the sections of every config file are made of.
 """
 
 import difflib
