@@ -1,7 +1,4 @@
-"""The command `gengram-data build`.
-
-The command `gengram-data`.
-"""
+"""The command `gengram-data`, and its subcommand `build`."""
 
 import json
 import sys

@@ -1,8 +1,7 @@
-"""What became of the fragments, in the words that all tables use.
+"""`manifest.json`: what a data set was made from, how, and what it holds.
 
-`manifest.json`: what a data set was made from, how, and what it holds.
-
-It has no time, user or machine in it, so the same build gives the same bytes.
+It has no time, user or machine in it, so the same build gives the same bytes. What became of the
+fragments has the same words in it as in all tables.
 """
 
 import json

@@ -1,15 +1,14 @@
-"""The chromosome of each record, where a table says it and the FASTA does not.
-
-HPRC names its contigs by accession; its chromAlias.txt has a line for each:
-`HG00097#1#CM094060.1  chr1  CM094060.1`.
-
-Train and validation, divided so that no base is in both.
+"""Train and validation, divided so that no base is in both.
 
 What is held out are regions of records, [start, end) counted from 0. A fragment inside them is
 for validation, one outside is for training, and one that crosses a border is dropped.
 
 By default a share of each source is held out in blocks of fragments, evenly spread over its
 records: the ends of chromosomes are telomeres, whose composition is not that of the rest.
+
+Regions name chromosomes. HPRC names its contigs by accession; the chromosome of each record is then
+read from a table such as its chromAlias.txt, which has a line for each:
+`HG00097#1#CM094060.1  chr1  CM094060.1`.
 """
 
 import re

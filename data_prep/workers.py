@@ -1,8 +1,5 @@
-"""Ctrl-C while other threads and processes work.
-
-The checksum of a file that is still being written.
-
-Work on many sources by several processes.
+"""Work on many sources by several processes, the checksum of a file that they are still writing,
+and Ctrl-C, which may end all of it at any moment.
 """
 
 import hashlib

@@ -1,12 +1,9 @@
-"""The files that lead from a fragment of a data set back to its coordinates.
+"""The second reading of a source: its fragments go to their place in the data set, some of them as
+their reverse complement, with the files that lead from a fragment back to its coordinates.
 
 `records.tsv` lists the records of all sources, a row each: source, record, bases.
 `<split>.origins.npy` has for each document the row number, the start in that record, and the
 strand: `-` where the document is the reverse complement of those bases, else `+`.
-
-Which fragments are written as their reverse complement, and how.
-
-The second reading of a source: its fragments go to their place in the data set.
 """
 
 import hashlib

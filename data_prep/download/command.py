@@ -1,7 +1,4 @@
-"""What a download shows: bars while it runs, and the list of a dry run.
-
-The command `gengram-data download`.
-"""
+"""The command `gengram-data download`: bars while it runs, and the list of a dry run."""
 
 import json
 from pathlib import Path

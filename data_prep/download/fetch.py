@@ -1,10 +1,7 @@
-"""A file to fetch, before anything is known of what lies on the disk.
+"""One file from its server to its place on the disk: resumed, retried, verified, and recorded.
 
-The part of a file that has come so far, and which version of the file it belongs to.
-
-`downloads.json`: what a folder's files are and where they are from.
-
-One file from its server to its place on the disk: resumed, retried, verified.
+What has come so far of a file lies beside its place, with a note of which version of the file it
+belongs to. `downloads.json` records what a folder's files are and where they are from.
 """
 
 import hashlib

@@ -1,12 +1,9 @@
-"""From a table of addresses, such as HPRC's index of its assemblies, to files.
+"""From a download list to the files that are to be fetched, before anything is fetched.
 
-From an accession to the files of an assembly at NCBI.
-
-All assemblies lie in one tree, https://ftp.ncbi.nlm.nih.gov/genomes/all: GCA_047047975.1 is in
-GCA/047/047/975/, in a folder named for accession and assembly, whose md5checksums.txt lists the
-files it holds.
-
-From a download list to the files that are to be fetched, before anything is fetched.
+A list names single files, tables of addresses such as HPRC's index of its assemblies, and
+accessions of NCBI, whose assemblies lie in one tree, https://ftp.ncbi.nlm.nih.gov/genomes/all:
+GCA_047047975.1 is in GCA/047/047/975/, in a folder named for accession and assembly, whose
+md5checksums.txt lists the files it holds.
 """
 
 import csv

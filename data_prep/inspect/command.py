@@ -1,7 +1,4 @@
-"""What is known of a data set, as tables for a terminal.
-
-The command `gengram-data inspect`.
-"""
+"""The command `gengram-data inspect`: what is known of a data set, as tables for a terminal."""
 
 import json
 from collections.abc import Iterator

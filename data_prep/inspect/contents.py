@@ -1,9 +1,8 @@
-"""What a data set holds: fragments by source, sequence and strand, and their composition.
+"""What a data set holds: fragments by source, sequence and strand, their composition, and the bases
+that a single sample is made of.
 
-Fragments are counted from the table of origins, all of them. Their bases are counted in some, evenly
-spread over the split, because a large set has hundreds of gigabytes.
-
-From a sample's number back to the bases that it is made of.
+Fragments are counted from the table of origins, all of them. Their bases are counted in some,
+evenly spread over the split, because a large set has hundreds of gigabytes.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,5 @@
-"""The parts of a manifest that its readers rely on, with their types checked.
-
-A built data set, opened: its manifest, its table of sequences, its files as memory maps.
+"""A built data set, opened: its manifest, with the types of all that is relied on checked, its
+table of sequences, and its files as memory maps.
 
 Nothing is read before it is asked for, so a data set of any size opens at once.
 """

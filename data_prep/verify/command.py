@@ -1,6 +1,5 @@
-"""All checks of a data set, in an order in which none trips over what an earlier one found.
-
-The command `gengram-data verify`.
+"""The command `gengram-data verify`: all checks of a data set, in an order in which none trips over
+what an earlier one found.
 """
 
 import time

@@ -1,12 +1,8 @@
-"""Documents that share a fault, told in one sentence.
+"""A data set's files against its manifest: there, as long, the same bytes, every token legal, the
+indexes as megatron-core's IndexedDataset reads them, and numbers that agree with each other.
 
-A split's index, as megatron-core's IndexedDataset reads it, against what it must say.
-
-All documents have the same length, so each number of the index follows from how many there are.
-
-Every file against the manifest: there, as long, the same bytes; and every token legal.
-
-Whether the manifest's numbers agree with each other and with the table of sequences.
+All documents have the same length, so each number of an index follows from how many there are.
+Documents that share a fault are told in one sentence.
 """
 
 import hashlib

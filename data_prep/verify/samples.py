@@ -1,7 +1,6 @@
-"""Where the fragments come from: on the grid, in order, none twice, on the strand that was drawn,
-and as many of each source as the manifest says.
-
-Every fragment's bases against the FASTA files that they were cut from.
+"""Every fragment of a data set against the FASTA files: on the grid, in order, none twice, on the
+strand that was drawn, as many of each source as the manifest says, and with the bases that it was
+cut from.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""The command `gengram checkpoint verify`: are the files what was written?
-
-The command `gengram checkpoint`: look at checkpoints, and carry them in and out.
-"""
+"""The command `gengram checkpoint`: look at checkpoints, verify them, and carry them in and out."""
 
 import json
 from pathlib import Path

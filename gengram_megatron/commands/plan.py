@@ -1,7 +1,4 @@
-"""The command `gengram plan`.
-
-A plan as tables, for people.
-"""
+"""The command `gengram plan`: a plan as tables for people, or as JSON."""
 
 import json
 from dataclasses import asdict

@@ -1,7 +1,4 @@
-"""Starting the runs of a sweep that are not finished.
-
-The command `gengram sweep`.
-"""
+"""The command `gengram sweep`: lists the runs of a sweep, and starts those that are not finished."""
 
 import json
 import time

@@ -1,7 +1,9 @@
-"""The layout of a run, from a config whose keys go together.
+"""The layout of a run, from a config whose keys go together: every null is resolved, and what
+cannot work is refused.
 
-Whether key and value are projected from the features of each token, or the tables are projected
-once a step and looked up then (model/gengram/projected.py). Both give the same numbers.
+Also resolved here: whether key and value are projected from the features of each token, or the
+tables are projected once a step and looked up then (engine/model/gengram/projected.py). Both give
+the same numbers.
 """
 
 import os
@@ -182,5 +184,7 @@ def bytes_held(config: Config) -> int:
     gengram, largest = config.model.gengram, max(config.model.gengram.kmer_sizes)
     rows = sum(ALPHABET_SIZE**k for k in range(1, largest + 1))
     if gengram.window is not None and largest > 1:
-        rows += ALPHABET_SIZE ** (largest - 1)  # what begins a window (model/gengram/folding.py)
+        rows += ALPHABET_SIZE ** (
+            largest - 1
+        )  # what begins a window (engine/model/gengram/projected.py)
     return 2 * 4 * rows * 2 * config.model.hidden_size

@@ -1,16 +1,14 @@
-"""The memory tables that a config asks for: which there are, and how many rows each has.
+"""The memory tables that a config asks for, and how each is split over the ranks.
 
 Up to k = 8 a table is direct: a row for each of the 5^k k-mers, and no collisions. Above that a
 k-mer's row is found by hashing, in the manner of DeepSeek's Engram (arXiv 2601.07372): several
-tables a k, its heads, each with a share of the columns, a prime number of rows of its own and a hash
-of its own, so that two k-mers that meet in one head hardly meet in another.
+tables a k, its heads, each with a share of the columns, a prime number of rows of its own and a
+hash of its own, so that two k-mers that meet in one head hardly meet in another.
 
-How each memory table is split over the ranks, and why.
-
-By columns: a tensor-parallel rank holds d / tensor columns of every row; nothing is communicated to
-look a row up, but each rank of a data-parallel group has a copy. By rows: a rank holds a run of
-rows, and rows are fetched from the ranks that hold them; over the data- or expert-parallel group,
-no rank holds a whole table, its gradient or its optimizer states.
+Tables split by columns: a tensor-parallel rank holds d / tensor columns of every row; nothing is
+communicated to look a row up, but each rank of a data-parallel group has a copy. By rows: a rank
+holds a range of rows, and rows are fetched from the ranks that hold them; over the data- or
+expert-parallel group, no rank holds a whole table, its gradient or its optimizer states.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """What is launched: a checked config, its processes, and the files that one start leaves behind.
 
-What is kept of every start of a run, so that it can be done again: the config with all its
-values, the code, the packages and the environment.
+Every start of a run is recorded, so that it can be repeated: the config with all its values, the
+code, the packages and the environment.
 """
 
 import json

@@ -1,6 +1,5 @@
-"""What the login node of a Slurm cluster knows: its partitions, and the jobs in its queue.
-
-A job, or an array of them, for Slurm: the script, and sbatch.
+"""A job, or an array of them, for Slurm: the script, sbatch, and what the login node knows of the
+cluster's partitions and of the jobs in its queue.
 
 srun starts a process for each rank. Before the time limit Slurm sends SIGUSR1 to all of them; they
 save and exit with REQUEUE, and the script puts its job back into the queue. A run resumes from its

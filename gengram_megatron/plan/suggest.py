@@ -1,6 +1,6 @@
-"""What a layout allows, and should still be thought about.
+"""What should be thought about in a layout that works, and other layouts that fit.
 
-Layouts that fit, the fastest first; of those about as fast, the one with the fewest changes.
+Layouts are suggested the fastest first; of those about as fast, the one with the fewest changes.
 """
 
 from collections.abc import Iterator

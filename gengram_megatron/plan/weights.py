@@ -85,7 +85,7 @@ def memory_layers(model: Model) -> list[int]:
 
 
 def tables(model: Model) -> int:
-    """One memory's; config/placement.py says who holds them."""
+    """One memory's; config/tables.py says who holds them."""
     return sum(table.rows * table.columns for table in kmer_tables(model.gengram))
 
 

@@ -4,7 +4,7 @@
 word for numbers that are not finite, so they are written as the strings "NaN", "Infinity" and
 "-Infinity"; `read_metrics` turns them back into floats.
 
-Whether a run predicts bases better than a guess with equal chances, and a warning if not.
+`UniformCheck` warns of a run that predicts bases no better than a guess with equal chances.
 """
 
 import json
@@ -81,7 +81,7 @@ class RunLog:
                 ranks), seconds (of this step), data_wait (the share of them that the slowest rank
                 waited for samples), save_stall (seconds that training waited for checkpoints
                 since the step before), skipped (1 for a batch that was left out), and on GPUs
-                peak_memory_bytes and model_flops_utilisation (see gpu_use.py).
+                peak_memory_bytes and model_flops_utilisation (see engine/training/report.py).
         """
         self._write("train", step, samples, tokens, loss, others)
 

@@ -1,12 +1,9 @@
-"""Whether files can be read, asked before the work whose result would be lost.
-
-Checksums of a checkpoint's files, in a file beside them that `sha256sum -c` reads, too.
-
-The checkpoints of a run's folder: which there are, and which may be trusted.
+"""The checkpoints of a run's folder: which there are, and which may be trusted.
 
 A checkpoint is written to `step_00000120.<random>.partial` and renamed when all its files are on
 the disk, so a folder without an ending is whole: nothing half-written is ever read. What happens to
-its files later is found by their checksums; a damaged one is renamed to `.damaged` and stays.
+its files later is found by their checksums, which lie beside them in a file that `sha256sum -c`
+reads, too; a damaged checkpoint is renamed to `.damaged` and stays.
 """
 
 import json

@@ -1,6 +1,5 @@
-"""How far a run of a sweep is, read from its folder.
-
-What the runs of a sweep came to: a table for people, CSV and JSON for programs.
+"""How far each run of a sweep is, read from its folder, and what the runs came to: a table for
+people, CSV and JSON for programs.
 """
 
 import csv

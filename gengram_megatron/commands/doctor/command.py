@@ -1,7 +1,4 @@
-"""What the doctor found, as tables for people.
-
-The command `gengram doctor`.
-"""
+"""The command `gengram doctor`: what was found, as tables for people."""
 
 import json
 from collections.abc import Iterable, Iterator

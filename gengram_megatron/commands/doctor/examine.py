@@ -1,8 +1,7 @@
-"""Questions to processes of their own.
+"""All that the doctor finds out, as `gengram doctor --json` prints it.
 
-Versions, as the installed packages' own descriptions give them: nothing is imported here.
-
-All that the doctor finds out, as `gengram doctor --json` prints it.
+What could fail or hang is asked of processes of their own. Versions are those of the installed
+packages' own descriptions, so that nothing has to be imported.
 """
 
 import json
@@ -282,7 +281,7 @@ class _Examination:
 
 
 def _listed_devices() -> dict:
-    """What devices.py says, as far as it is known without torch."""
+    """What devices.py prints, as far as it is known without torch."""
     return {
         "cuda": None,
         "nccl": None,

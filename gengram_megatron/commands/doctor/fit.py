@@ -1,10 +1,6 @@
-"""One line for each thing that is missing here and would make training faster.
-
-Why each part of a model gets the implementation that it gets, and not a faster one.
-
-A small model with the same kinds of parts as a config's, to be built and looked at.
-
-Whether a run fits on this machine: its processes, memory, and room for a checkpoint.
+"""What this machine means for a run: whether it fits (its processes, memory, and room for a
+checkpoint), which implementation each part of the model gets and why not a faster one, and what is
+missing here that would make training faster.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""What train.engine deepspeed asks for, and what it cannot be combined with.
-
-What Transformer Engine asks for: to be installed, GPUs that it knows, and sizes for fp8.
-"""
+"""What DeepSpeed and Transformer Engine ask for, and what they cannot be combined with."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -1,8 +1,5 @@
-"""Sizes with every null resolved, and the sentence for those that do not divide.
-
-What attention and experts ask for.
-
-What the memory asks for.
+"""What attention, experts and the memory ask of the keys of a config, and the sentence for sizes
+that do not divide.
 """
 
 from collections.abc import Iterator

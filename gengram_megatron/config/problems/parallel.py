@@ -1,7 +1,4 @@
-"""What each kind of parallelism cuts into equal parts.
-
-What batches, optimizer and checkpoints ask for.
-"""
+"""What parallelism cuts into equal parts, and what batches, optimizer and checkpoints ask for."""
 
 import math
 from collections.abc import Iterator

@@ -1,15 +1,10 @@
-"""Any range of a weight's elements as blocks of the global tensor that the weight is a piece of.
+"""What a checkpoint holds of model and optimizer, with megatron-core's optimizer.
 
-Optimizers that share their work flatten the weights and cut them wherever a rank's share ends. So a
-rank holds a range of a weight, which in the tensor is a few blocks: of a matrix the end of a row,
-whole rows, and the beginning of a row. Each rank writes and reads its own blocks, and none needs
-what another holds.
-
-What a checkpoint holds of model and optimizer, with megatron-core's optimizer.
-
-The distributed optimizer cuts flattened weights, and Adam's states of them, among the data-parallel
-ranks. Each rank writes what it has, and reads what it needs, in the same tensors that another
-layout or the plain optimizer has; no rank waits for what another one holds.
+The distributed optimizer flattens the weights, and Adam's states of them, and cuts them wherever a
+data-parallel rank's share ends. So a rank holds a range of a weight, which in the tensor is a few
+blocks: of a matrix the end of a row, whole rows, and the beginning of a row. Each rank writes and
+reads its own blocks of the same global tensors that another layout or the plain optimizer has; no
+rank needs, or waits for, what another one holds.
 """
 
 import math

@@ -1,16 +1,14 @@
-"""Loading a checkpoint on all ranks, and what an error on one of them means for all.
+"""Loading a checkpoint on all ranks: whose weights, which tensors, and what an error on one rank
+means for all.
+
+Tensors of a checkpoint have global names, so megatron-core finds each rank's parts of them whatever
+layout wrote it. What else a checkpoint holds of the optimizer is what its first rank had: so many
+optimizers, so many groups of parameters. A run has its own, with settings from its config, and
+takes over only how many steps Adam has done.
 
 An error in reading says that the checkpoint is of no use, whatever it is: the one before may be.
 Three kinds of error say nothing of the checkpoint, and end the run: a UserError, which is about the
 config; want of memory or of file handles; and a device or a connection that failed.
-
-Whose weights a run takes over: another run's (checkpoint.load) or its own, of the same model.
-
-Tensors of a checkpoint, whatever layout wrote it, into the states of this run.
-
-Tensors have global names, so megatron-core finds each rank's parts of them. What else a checkpoint
-holds of the optimizer is what its first rank had: so many optimizers, so many groups of parameters.
-A run has its own, with settings from its config, and takes over only how many steps Adam has done.
 """
 
 import errno

@@ -81,7 +81,7 @@ def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any
 
 def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
     """Raises UserError unless a file is as long as the manifest has it. (Comparing checksums
-    reads all of it, so a run's start does that once a data set: checksums.py.)"""
+    reads all of it, so a run's start does that once a data set: data_set.py.)"""
     if facts is None:
         raise UserError(f"{path.parent / MANIFEST} lists no {path.name}; build the data set again")
     if not path.is_file():

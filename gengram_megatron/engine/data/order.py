@@ -5,14 +5,13 @@ samples in every parallel layout. An order is an object of some hundred bytes fo
 samples as for ten (a shuffled index of them would be 200 MB a process); to take a microbatch
 of n samples costs some hundred bytes for each of the n while it is taken.
 
-Several data sets as one, in exact shares: which set has the sample at each position of a run.
-
-Like `order.py` a function of the seed and the position alone, with no table. The sets are the
-leaves of a binary tree. Each branch deals its samples to its two sides in blocks of BLOCK places:
-how many of the first n blocks' samples go left is floor(n * BLOCK * share), exactly, and which
-places of a block they are is drawn from the seed, so that no rank reads one set only because its
-rows fall on every other sample. A side gets its samples in the order of their positions, so a
-set's epoch is over before its next begins.
+`SampleOrder` is the order of one data set, `BlendOrder` that of several in exact shares: which set
+has the sample at each position of a run. The sets are the leaves of a binary tree. Each branch
+deals its samples to its two sides in blocks of BLOCK places: how many of the first n blocks'
+samples go left is floor(n * BLOCK * share), exactly, and which places of a block they are is drawn
+from the seed, so that no rank reads one set only because its rows fall on every other sample. A
+side gets its samples in the order of their positions, so a set's epoch is over before its next
+begins.
 """
 
 import math

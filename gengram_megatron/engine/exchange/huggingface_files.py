@@ -1,9 +1,8 @@
-"""Whether the values of a config.json of transformers are of the kinds that they have to be.
+"""The files of a folder of transformers: its config.json, whose values are checked to be of the
+kinds that they have to be, and its tensors, read one by one from safetensors files.
 
 Files come from many hands. A number in quotes or a group that is a list is named here, where it
 would otherwise be found in the middle of a comparison.
-
-The tensors of a folder of transformers, read one by one from its safetensors files.
 """
 
 import json

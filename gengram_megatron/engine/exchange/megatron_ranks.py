@@ -1,14 +1,12 @@
-"""The names that Megatron-LM gives to the weights of a model, and how its ranks share each weight.
-
-Norms that Transformer Engine joins with the linear map behind them, and experts under several
-spellings, all get the names of megatron-core's plain modules.
-
-Checkpoints of Megatron-LM with a file for each rank, put together to whole tensors.
+"""Checkpoints of Megatron-LM with a file for each rank, put together to whole tensors.
 
 A folder is named for the numbers of its rank: `mp_rank_TT`, the tensor-parallel one, followed by
 `_PPP` where the run was pipeline-parallel and by `_EEE` where it was expert-parallel. Each stage
 counts its layers from 0, and each expert-parallel rank its experts. A weight that several ranks
 have must be the same in all of them.
+
+Norms that Transformer Engine joins with the linear map behind them, and experts under several
+spellings, all get the names of megatron-core's plain modules.
 """
 
 import re

@@ -1,10 +1,9 @@
-"""A file of safetensors, written tensor by tensor.
+"""How the weights of another format lie in ours: one table, read in both directions; and a file of
+safetensors, written tensor by tensor.
 
 The package's save_file takes all tensors of a file at once, so a file of 5 GB would take as much
 memory. The format is a JSON header, which says where each tensor lies, and the numbers behind it.
 What is written here is to the byte what save_file writes.
-
-How the weights of another format lie in ours: one table, read in both directions.
 """
 
 import json

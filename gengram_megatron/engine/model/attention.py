@@ -1,18 +1,17 @@
-"""Core attention on torch's scaled_dot_product_attention, with context parallelism.
+"""Attention of torch's own parts: scaled_dot_product_attention with context parallelism, and the
+projections of multi-latent attention.
 
 On a GPU no rank ever builds the s x s matrix of scores: the kernels are flash or
 memory-efficient ones. Under context parallelism a rank holds two chunks of the sequence, numbers
 r and 2 cp - 1 - r of 2 cp (megatron-core's zigzag, which balances the causal work). It gathers
 keys and values, and each of its chunks attends to everything up to its own end.
 
-Multi-latent attention without Transformer Engine.
-
 megatron-core's MLASelfAttention (0.16.1) splits the down-projection by columns over the
 tensor-parallel ranks when it is built from torch layers, gathers the result and sends back each
 rank's own share of the gradient. The shared rotary key lies in that result, and each rank knows
-only what its own heads make of it, so its gradient is wrong for more than one rank. Here every
-rank holds the whole down-projection, as with Transformer Engine: applied to sequence shards, its
-gradient is summed over the ranks like a norm's.
+only what its own heads make of it, so its gradient is wrong for more than one rank. In
+`LatentAttention` every rank holds the whole down-projection, as with Transformer Engine: applied to
+sequence shards, its gradient is summed over the ranks like a norm's.
 """
 
 import math

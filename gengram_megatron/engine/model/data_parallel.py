@@ -1,16 +1,14 @@
-"""Gradients of weights, added to their float32 sums by the matrix product that makes them.
+"""Gradients of a model chunk, summed in float32 over microbatches and over the data-parallel ranks.
 
-Else the product writes a tensor as large as the weight, and another kernel adds it up. apex has
-such a product, which megatron-core's linear layers use (gradient accumulation fusion), and
-Transformer Engine has one for its own layers.
-
-A model chunk whose gradients are summed over the data-parallel ranks, row tables apart.
+Where apex or Transformer Engine is installed, the matrix product that makes a weight's gradient
+adds it to the float32 sum itself (gradient accumulation fusion). Otherwise the product writes a
+tensor as large as the weight, and another kernel adds it up.
 
 Tables whose rows the data- or expert-parallel ranks share are no copies of one another: a row's
-gradient comes whole from its own lookups (exchange.py) and is summed only over ranks that hold the
-same rows. megatron-core knows two kinds of parameters, copied ones and experts; the tables would
-need a third, so they get a DistributedDataParallel of their own, in which they count as experts
-whose copies are those ranks.
+gradient comes whole from its own lookups (gengram/tables.py) and is summed only over ranks that
+hold the same rows. megatron-core knows two kinds of parameters, copied ones and experts; the tables
+would need a third, so they get a DistributedDataParallel of their own, in which they count as
+experts whose copies are those ranks.
 """
 
 from contextlib import contextmanager

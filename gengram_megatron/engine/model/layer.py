@@ -1,6 +1,5 @@
-"""RMSNorm that works on sequence shards.
-
-The decoder layer: megatron-core's, with Gengram memory in front of it where there is one.
+"""The decoder layer: megatron-core's, with Gengram memory in front of it where there is one; and
+RMSNorm that works on sequence shards.
 
 megatron-core's block hands only its known arguments on to the layers. One of them, attention_bias,
 is closed over in the plain and in the recomputed path alike, so what it carries belongs to its own

@@ -1,14 +1,11 @@
-"""Which tokens a rank holds under context and sequence parallelism.
+"""Which tokens a rank holds under context and sequence parallelism, and the rows left of them,
+fetched from the ranks that hold those.
 
 Context parallelism cuts a sequence of s tokens into 2 cp chunks; rank r holds chunks r and
-2 cp - 1 - r, one behind the other. Sequence parallelism then cuts what a context rank holds into
-tp equal parts, one a tensor-parallel rank.
-
-The rows left of a rank's part of the sequence, fetched from the ranks that hold them.
-
-Under sequence parallelism a rank holds a run of neighbouring tokens, under context parallelism two
-(see zigzag.py). Every rank offers the last rows of its pieces, and picks from all that is offered
-the rows that lie left of its own: a few rows a rank, never the sequence.
+2 cp - 1 - r, one behind the other (megatron-core's zigzag). Sequence parallelism then cuts what a
+context rank holds into tp equal parts, one a tensor-parallel rank. So a rank holds one or two runs
+of neighbouring tokens. To know what lies left of them, every rank offers the last rows of its runs
+and picks what it needs from all that is offered: a few rows a rank, never the sequence.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,9 @@
-"""Import megatron-core without its wall of warnings, and mend what every machine needs.
+"""The one place that adapts megatron-core (0.16.1) to the machine.
 
-Written for megatron-core 0.16.1.
-
-The one place that adapts megatron-core to the machine: call `prepare()` before any import
-of megatron. Where there is CUDA only the warnings of the import are silenced; where there is
-none, `cpu.py` lets the same code run on the CPU.
+`prepare` runs when `gengram_megatron.engine` is imported, and so before any import of megatron.
+Where there is CUDA it only silences the warnings of megatron-core's import, and mends what it
+leaves undefined without Transformer Engine; where there is none, `cpu.py` lets the same code run on
+the CPU.
 """
 
 import importlib

@@ -1,8 +1,5 @@
-"""What all ranks must know of a step and do alike, in one all-reduce.
-
-The losses that keep the experts' load even, collected from the layers.
-
-One step: forward and backward of all microbatches through megatron-core's schedule.
+"""One step: forward and backward of all microbatches through megatron-core's schedule, and what all
+ranks must know of it and do alike, in one all-reduce.
 """
 
 import math

@@ -1,11 +1,10 @@
-"""Row numbers of k-mers: which row of each table belongs to the k-mer that ends at each token.
+"""Row numbers of k-mers: which row of each table belongs to the k-mer that ends at each token, and
+how many rows the tokens of a step look up.
 
 Paper section 3.1: the alphabet is {A, C, G, T, N}, and the row of a k-mer is its number in base 5,
 the last token being the least significant digit. Tables of large k hash that number to a row, and
 with shared rows it is the smaller of the k-mer's number and its reverse complement's
 (config/tables.py says which tables there are).
-
-How many rows of the tables the tokens of a step look up.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ class KmerIds:
     tables: tuple[KmerTable, ...]
     documents: Tensor | None = None
     plans: list = field(default_factory=list)
-    """Where rows lie on other ranks: who sends which (exchange.py), once it is settled."""
+    """Where rows lie on other ranks: who sends which (tables.py), once it is settled."""
 
     @classmethod
     def of(

@@ -1,14 +1,14 @@
-"""The gate: one number a position that says how much of the value enters (paper equation 9).
+"""The gate, and what becomes of the gated value before it is added to the residual stream.
 
+The gate is one number a position that says how much of the value enters (paper equation 9):
 g = <RMSNorm(x), RMSNorm(z)> / sqrt(h), then the signed square root of the published code (the
 paper leaves it out; gengram.signed_sqrt), then the sigmoid.
 
-The output, in one of three forms (gengram.output), of the gated value o.
-
+The output has one of three forms (gengram.output) of the gated value o:
 convolution: o + SiLU(conv(o)), conv a causal depthwise convolution over the sequence with kernel
 4, dilation max(k) = 6 and no bias, as in the published code. It reaches (kernel - 1) * dilation =
 18 tokens to the left; where a rank holds only part of the sequence, the rows it lacks come from
-the ends of other ranks' pieces (`halo.py`).
+the ends of other ranks' parts (`sequence.py`).
 norm: SiLU(RMSNorm(o)), the paper's equation 13.
 plain: o.
 """

@@ -1,15 +1,12 @@
-"""Sums over the window of each position, and their adjoint.
-
-The window of position t holds the k-mers that end at the last `span` positions, t included. A sum
-over it is built from sums over 1, 2, 4, ... positions, about 2 log2(span) additions of whole
-tensors, so its rounding does not grow with the length of the sequence, as that of a difference of
-prefix sums does.
-
-The mean of the table rows of all k-mers inside the window (paper section 3.2, equation 6).
+"""The mean of the table rows of all k-mers inside the window (paper section 3.2, equation 6).
 
 At the position that predicts token t the window is {t-W, ..., t-1}; the k-mers that lie wholly
 inside end at its last L = W - k + 1 tokens. The mean runs over the valid ones (at least 1), summed
-in float32 (`windows.py`). Nothing but the row numbers is kept for the backward pass.
+in float32. Nothing but the row numbers is kept for the backward pass.
+
+A sum over a window of `span` positions is built from sums over 1, 2, 4, ... positions, about
+2 log2(span) additions of whole tensors, so its rounding does not grow with the length of the
+sequence, as that of a difference of prefix sums does.
 """
 
 from dataclasses import dataclass

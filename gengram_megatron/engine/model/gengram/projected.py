@@ -1,4 +1,9 @@
-"""Tables projected once a step, and folded so that a window needs few of their rows.
+"""Keys and values from tables that are projected once a step, not from the features of each token.
+
+A microbatch then costs look-ups and sums of rows that are 2 h wide and no matrix product; the
+products are done once a step, over the tables' rows, and again for their gradients. That is less
+work where a rank has more tokens a step than the tables have rows a k (3,255 for k up to 6), and it
+takes two more buffers [rows, 2 h] in float32 a layer: the rows and their gradient.
 
 Look-up, mean and projection are linear, so the maps to key and value may meet the tables (19,530
 rows for k up to 6) instead of the features of each token: P_k = M_k W_k^T. With L_k the places in a
@@ -14,13 +19,6 @@ highest ones those at its start. So shorter tables fold into longer ones, K the 
 
 and the window is L_K rows of Q_K and one of E_{K-1}: 17 rows for W = 21 and k up to 6, instead of
 111. One k-mer alone, shorter than K, has P_k[i] / L_k = Q_k[i] - Q_{k-1}[i mod 5^(k-1)].
-
-Keys and values from tables that are projected once a step (`folding.py`), not from features.
-
-A microbatch then costs look-ups and sums of rows that are 2 h wide and no matrix product; the
-products are done once a step, over the tables' rows, and again for their gradients. That is less
-work where a rank has more tokens a step than the tables have rows a k (3,255 for k up to 6), and it
-takes two more buffers [rows, 2 h] in float32 a layer: the rows and their gradient.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,12 @@
-"""Rows of tables that are split by rows, fetched from the ranks that hold them.
-
-Each rank asks for the distinct rows that its own tokens need, once each, and answers the others.
-Addresses depend on the tokens alone, so who asks whom for what is settled once a microbatch
-(`RowPlan`) and serves all layers; a layer then exchanges rows, and in the backward pass gradients.
-
-This rank's parts of a layer's tables, and the look-up: the rows that its tokens need.
+"""This rank's parts of a layer's tables, and the look-up: the rows that its tokens need.
 
 However a table is split, a rank ends up with d / tp columns of each row that it needs, and the
 checkpoint holds whole tables.
+
+Rows of tables that are split by rows are fetched from the ranks that hold them. Each rank asks for
+the distinct rows that its own tokens need, once each, and answers the others. Row numbers depend on
+the tokens alone, so who asks whom for what is settled once a microbatch (`RowPlan`) and serves all
+layers; a layer then exchanges rows, and in the backward pass gradients.
 """
 
 import math

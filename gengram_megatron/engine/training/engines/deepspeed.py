@@ -1,13 +1,12 @@
-"""ZeRO over expert-parallel ranks: DeepSpeed is told of megatron-core's process groups.
-
-It averages gradients of experts over all data-parallel ranks, as megatron-core does, but adds them
-up over the ranks that hold the same experts only, and shares their states among these.
-
-DeepSpeed's ZeRO beneath megatron-core's model and schedule.
+"""DeepSpeed's ZeRO beneath megatron-core's model and schedule.
 
 Forward passes go through DeepSpeed's engine, which takes each gradient as the backward pass makes
 it, adds it up over microbatches in float32 and averages it over the data-parallel ranks. Adam, its
 groups of parameters, schedule and clipping are the same as with megatron-core.
+
+DeepSpeed is told of megatron-core's process groups for experts. It averages their gradients over
+all data-parallel ranks, as megatron-core does, but adds them up over the ranks that hold the same
+experts only, and shares their states among these.
 """
 
 import importlib
