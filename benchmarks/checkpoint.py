@@ -32,7 +32,7 @@ from rich.table import Table
 
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.training.processes import end_processes, start_processes
+from gengram_megatron.engine.processes import end_processes, start_processes
 from gengram_megatron.runs.store import size
 
 

@@ -41,7 +41,7 @@ from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.initialize import InitialLaw, marker
 from gengram_megatron.engine.model.sequence import Piece
-from gengram_megatron.engine.training.processes import end_processes, start_processes
+from gengram_megatron.engine.processes import end_processes, start_processes
 from gengram_megatron.tokenizer import BASE_IDS
 
 SIZES, WINDOW, KERNEL, DIM, EPSILON = (1, 2, 3, 4, 5, 6), 21, 4, 1024, 1e-5

@@ -19,12 +19,8 @@ from statistics import median
 
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.plan.flops import (
-    PEAK_BF16_FLOPS,
-    count_parameters,
-    model_flops_utilisation,
-    training_flops,
-)
+from gengram_megatron.config.weights import count_parameters
+from gengram_megatron.plan.flops import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
 from gengram_megatron.runs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

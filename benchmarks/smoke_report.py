@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.plan.flops import count_parameters
+from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.runs.metrics import read_metrics
 from gengram_megatron.runs.plot import plot_loss, short_number
 

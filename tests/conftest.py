@@ -19,7 +19,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 def one_process():
     """megatron-core's groups for this process alone; the layout of such a run."""
     from gengram_megatron.config.layout import Layout
-    from gengram_megatron.engine.training.processes import end_processes, start_processes
+    from gengram_megatron.engine.processes import end_processes, start_processes
 
     layout = Layout(
         world_size=1,

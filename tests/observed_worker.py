@@ -16,7 +16,7 @@ import torch
 
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.training.processes import end_processes, start_processes
+from gengram_megatron.engine.processes import end_processes, start_processes
 from tests.exchange_models import load
 from tests.observed import KINDS, LAYOUTS, SOME, built, configs, diagnosed, go_on, observe
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from gengram_megatron.config.layout import Layout, world_size_from_environment
-from gengram_megatron.engine.training.processes import start_processes
+from gengram_megatron.engine.processes import start_processes
 from tests.exchange_models import load
 from tests.published_model import grouped, published_model, save_distributed, share
 

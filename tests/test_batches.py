@@ -141,7 +141,7 @@ def test_processes_hand_over_where_torch_could_not_share_a_tensor(place, tmp_pat
 
 @pytest.mark.skipif(not may_mount(), reason="only root may mount a /dev/shm")
 def test_a_run_without_room_for_semaphores_is_refused():
-    program = "from gengram_megatron.engine.training.processes import check_shared_memory as c; c()"
+    program = "from gengram_megatron.engine.processes import check_shared_memory as c; c()"
     command = [*SMALL, sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert "UserError: /dev/shm has" in done.stderr

@@ -91,7 +91,7 @@ def runs(tmp_path_factory) -> Runs:
 
 def loss_of_weights(config: Config, checkpoint: Path) -> float:
     """Of the first batch, with weights that are copied from the checkpoint one by one."""
-    from gengram_megatron.engine.training.processes import end_processes, start_processes
+    from gengram_megatron.engine.processes import end_processes, start_processes
 
     layout = check_layout(config, 1)
     start_processes(layout, config.run.seed, 0)

@@ -195,7 +195,7 @@ def test_plan_says_how_tables_are_split_and_why() -> None:
 
 
 def test_plan_counts_what_config_says() -> None:
-    from gengram_megatron.plan.flops import count_parameters
+    from gengram_megatron.config.weights import count_parameters
 
     found = json.loads(gengram("plan", SMOKE / "cpu.yaml", "--nproc", "4", "--json").stdout)
     loaded = load_config(SMOKE / "cpu.yaml", [], Config)

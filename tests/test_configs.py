@@ -10,9 +10,9 @@ from gengram_megatron.commands.plan import smallest_world
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.engine.checkpoint.restore import check_same_model
 from gengram_megatron.plan import plan
-from gengram_megatron.plan.flops import count_parameters
 from gengram_megatron.plan.time import Speed
 from gengram_megatron.sweep.runs import read_sweep
 from tests.plan.configs import CONFIGS, GENOS, PAPER, ROOT, RUNS, SWEEPS, load

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gengram_megatron.commands.plan import smallest_world
-from gengram_megatron.plan.flops import count_parameters
+from gengram_megatron.config.weights import count_parameters
 from tests.plan.configs import RUNS, load
 from tests.training.launch import run_jobs
 from tests.training.tiny import entries, write_few

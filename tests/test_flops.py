@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
+from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.plan.flops import (
     PEAK_BF16_FLOPS,
-    count_parameters,
     forward_flops,
     model_flops_utilisation,
     training_flops,

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from gengram_megatron.config.layout import check_layout
-from gengram_megatron.plan.flops import count_parameters
+from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.plan.stages import Split
 from tests.plan.configs import load
 from tests.plan.ranks import as_rank, build_shapes

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import Placement
+from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.plan.communication import most_sent
-from gengram_megatron.plan.flops import count_parameters, forward_flops, training_flops
+from gengram_megatron.plan.flops import forward_flops, training_flops
 from gengram_megatron.plan.memory import fullest
 from gengram_megatron.plan.stages import Split
 from gengram_megatron.plan.suggest import warnings

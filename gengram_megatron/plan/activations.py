@@ -6,7 +6,7 @@ norms and SwiGLU. Tokens are taken to be spread evenly over the experts.
 
 from dataclasses import dataclass
 
-from gengram_megatron.plan import weights
+from gengram_megatron.config import weights
 from gengram_megatron.plan.stages import Split
 
 BYTES = {"bf16": 2, "fp32": 4}

@@ -8,8 +8,8 @@ keys. Against the collectives of a training step of small models the rest is rig
 
 from dataclasses import dataclass, fields
 
+from gengram_megatron.config import weights
 from gengram_megatron.config.tables import group_sizes
-from gengram_megatron.plan import weights
 from gengram_megatron.plan.activations import Activations
 from gengram_megatron.plan.memory import GRADIENT
 from gengram_megatron.plan.stages import Split

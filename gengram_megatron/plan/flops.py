@@ -1,4 +1,4 @@
-"""Parameters and arithmetic of a model, counted from its config alone.
+"""Arithmetic of a model, counted from its config alone.
 
 FLOPs are those of matrix products, a multiplication and an addition counting as two. A causal
 query sees half of the sequence on average, so attention counts half of the square. The backward
@@ -12,8 +12,8 @@ out too: utilisation is about the work that the model needs, not about work done
 
 from dataclasses import dataclass
 
+from gengram_megatron.config import weights
 from gengram_megatron.config.schema import Config
-from gengram_megatron.plan import weights
 
 PEAK_BF16_FLOPS = {
     "NVIDIA H200": 989e12,
@@ -25,18 +25,6 @@ PEAK_BF16_FLOPS = {
 }
 """Dense bf16 FLOP/s of a device by the name it gives itself, from the vendor's data sheets. Other
 variants of the same chips, such as H100 PCIe, are slower and have other names."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters, over all ranks, without copies."""
-
-    total: int
-    activated: int
-    """All but the experts that a token does not go to; embeddings and tables count whole."""
-    gengram: int
-    """Tables, projections, gates and outputs of all layers with memory."""
-    tables: int
 
 
 @dataclass(frozen=True)
@@ -53,31 +41,6 @@ class ForwardFlops:
     @property
     def total(self) -> int:
         return sum(vars(self).values())
-
-
-def count_parameters(config: Config) -> Parameters:
-    """Of the whole model."""
-    model = config.model
-    layers, memories = model.num_layers, len(weights.memory_layers(model))
-    experts, chosen = weights.experts(model)
-    tables = memories * weights.tables(model)
-    gengram = (
-        tables + memories * (weights.memory_projection(model) + weights.memory_rest(model)).total
-    )
-    layer = (
-        weights.attention_projections(model)
-        + weights.attention_norms(model)
-        + weights.router(model)
-        + 2 * weights.norm(model)
-    )
-    shared = (2 * weights.embedding(model) + layers * layer + weights.norm(model)).total + gengram
-    expert = layers * weights.feed_forward(model)
-    return Parameters(
-        total=shared + experts * expert,
-        activated=shared + chosen * expert,
-        gengram=gengram,
-        tables=tables,
-    )
 
 
 def forward_flops(config: Config) -> ForwardFlops:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from gengram_megatron.config import weights
 from gengram_megatron.config.layout import Layout, Projection, projection
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import Placement, group_sizes, placements
-from gengram_megatron.plan import weights
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, fields
 
-from gengram_megatron.plan import communication, weights
+from gengram_megatron.config import weights
+from gengram_megatron.plan import communication
 from gengram_megatron.plan.flops import forward_flops, training_flops
 from gengram_megatron.plan.stages import Split
 

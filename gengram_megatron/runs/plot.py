@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.files import replacing, save_figure
-from gengram_megatron.plan.flops import count_parameters
 from gengram_megatron.runs.metrics import UNIFORM, read_metrics
 
 SMOOTHING = 0.02  # width of the smoothing window, as a share of the run's steps

@@ -17,9 +17,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.errors import UserError
 from gengram_megatron.files import checksum, flush
-from gengram_megatron.plan.flops import count_parameters
 
 
 @contextmanager

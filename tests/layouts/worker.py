@@ -12,8 +12,8 @@ import torch.distributed as dist
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
 from gengram_megatron.engine.model.initialize import parts
+from gengram_megatron.engine.processes import end_processes, start_processes
 from gengram_megatron.engine.training.optimizer import build_optimizer
-from gengram_megatron.engine.training.processes import end_processes, start_processes
 from gengram_megatron.engine.training.step import agree, forward_backward
 from tests.layouts.cases import config_of
 

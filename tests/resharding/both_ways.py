@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.training.processes import end_processes
+from gengram_megatron.engine.processes import end_processes
 from tests.resharding.cases import DATA, EXPERT, HASHED, LAYOUTS, PLAIN, TABLES
 from tests.resharding.worker import TinyRun
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.data.run_data import RunData
-from gengram_megatron.engine.training.processes import end_processes, start_processes
+from gengram_megatron.engine.processes import end_processes, start_processes
 from tests.resharding.cases import AFTER, BEFORE, PAIRS
 
 

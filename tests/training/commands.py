@@ -19,7 +19,7 @@ from gengram_megatron.errors import EXIT_CODE, NOT_FINITE
 def run_all(jobs: dict[str, list[str]], folder: Path) -> None:
     """What each rank does. JOBS: name to the words after `gengram`; each rank writes
     FOLDER/<name>.<rank>.json, the exit code and what the command printed."""
-    from gengram_megatron.engine.training import processes
+    from gengram_megatron.engine import processes
 
     multiprocessing.set_start_method("fork", force=True)  # the default where nothing was forked
     os.environ["COLUMNS"] = "400"

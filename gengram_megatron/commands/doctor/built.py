@@ -13,9 +13,9 @@ import torch
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.build import build_model
+from gengram_megatron.engine.processes import end_processes, start_processes
 from gengram_megatron.engine.training import report
 from gengram_megatron.engine.training.engines import build_engine
-from gengram_megatron.engine.training.processes import end_processes, start_processes
 from gengram_megatron.engine.training.step import forward_backward
 
 

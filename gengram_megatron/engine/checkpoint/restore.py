@@ -35,8 +35,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import LARGEST_DIRECT
 from gengram_megatron.config.tree import flattened, inline_yaml
-from gengram_megatron.engine.training.engines.zero import MOMENTS
-from gengram_megatron.engine.training.processes import gather
+from gengram_megatron.engine.processes import gather
 from gengram_megatron.errors import UserError
 from gengram_megatron.runs.store import UnreadableCheckpoint, checkpoints_at
 
@@ -173,6 +172,8 @@ def _settings(model: dict) -> dict[str, object]:
 
 MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Of master weights: the distributed optimizer calls them so, and the plain one in bf16."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What torch's Adam calls the moments that it keeps."""
 MOMENT_NAMES = {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
 """What comes before a weight's name in those of Adam's moments of it."""
 STEPS = ("step", "common_step")

@@ -31,7 +31,7 @@ from gengram_megatron.engine.checkpoint.restore import (
 from gengram_megatron.engine.checkpoint.stored import WRITTEN, missing_files
 from gengram_megatron.engine.checkpoint.writer import Writer
 from gengram_megatron.engine.checkpoint.zero import ZeroContents
-from gengram_megatron.engine.training.processes import gather
+from gengram_megatron.engine.processes import gather
 from gengram_megatron.errors import UserError
 from gengram_megatron.runs.folder import VISIBLE_SECONDS
 from gengram_megatron.runs.store import (

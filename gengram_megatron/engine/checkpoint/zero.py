@@ -19,10 +19,10 @@ from gengram_megatron.engine.checkpoint.contents import Pieces, shards
 from gengram_megatron.engine.checkpoint.restore import (
     MASTERS,
     MOMENT_NAMES,
+    MOMENTS,
     load_tensors,
     master_name,
 )
-from gengram_megatron.engine.training.engines.zero import MOMENTS
 
 TOGETHER = 2**28
 """Elements of tensors that are read at once; more if one weight has more."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from gengram_megatron import __version__
 from gengram_megatron.config.schema import Config
+from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.errors import UserError
-from gengram_megatron.plan.flops import count_parameters
 from gengram_megatron.runs.metrics import FILE, UNIFORM, read_metrics
 from gengram_megatron.runs.store import Facts, read_facts
 

@@ -21,7 +21,7 @@ from rich.filesize import decimal
 from gengram_megatron.config.layout import is_first_on_its_node
 from gengram_megatron.data_set import DataFile, check, identity, not_checked_yet
 from gengram_megatron.engine.data.run_data import RunData
-from gengram_megatron.engine.training.processes import end_processes, gather
+from gengram_megatron.engine.processes import end_processes, gather
 from gengram_megatron.errors import UserError, explain
 from gengram_megatron.runs.folder import VISIBLE_SECONDS
 from gengram_megatron.signals import StopSignals

@@ -10,11 +10,7 @@ from torch import nn
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.data_parallel import fused_by
 from gengram_megatron.engine.model.gengram.memory import GengramMemory
-from gengram_megatron.plan.flops import (
-    PEAK_BF16_FLOPS,
-    model_flops_utilisation,
-    training_flops,
-)
+from gengram_megatron.plan.flops import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
 
 OFF = "off"
 

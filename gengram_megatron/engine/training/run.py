@@ -23,16 +23,16 @@ from gengram_megatron.engine.data.run_data import RunData
 from gengram_megatron.engine.model.build import build_model
 from gengram_megatron.engine.model.gengram.ids import RowsTouched
 from gengram_megatron.engine.model.initialize import parts
-from gengram_megatron.engine.training.diagnosis import diagnose
-from gengram_megatron.engine.training.engines import build_engine
-from gengram_megatron.engine.training.nodes import check_nodes, telling_all_nodes
-from gengram_megatron.engine.training.optimizer import build_schedule
-from gengram_megatron.engine.training.processes import (
+from gengram_megatron.engine.processes import (
     check_gpu,
     check_shared_memory,
     end_processes,
     start_processes,
 )
+from gengram_megatron.engine.training.diagnosis import diagnose
+from gengram_megatron.engine.training.engines import build_engine
+from gengram_megatron.engine.training.nodes import check_nodes, telling_all_nodes
+from gengram_megatron.engine.training.optimizer import build_schedule
 from gengram_megatron.engine.training.report import GpuUse, implementations
 from gengram_megatron.engine.training.step import (
     Agreement,

@@ -26,8 +26,9 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from gengram_megatron.config.schema import Config
+from gengram_megatron.engine.checkpoint.restore import MOMENTS
 from gengram_megatron.engine.model.initialize import parts
-from gengram_megatron.engine.training.engines.zero import KINDS, MOMENTS
+from gengram_megatron.engine.training.engines.zero import KINDS
 from gengram_megatron.engine.training.optimizer import adam_settings
 from gengram_megatron.errors import UserError
 

@@ -8,9 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What torch's Adam calls the moments that it keeps."""
-
 
 class ZeroOneAndTwo:
     """DeepSpeedZeroOptimizer.

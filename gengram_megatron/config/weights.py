@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gengram_megatron.config.schema import Model
+from gengram_megatron.config.schema import Config, Model
 from gengram_megatron.config.tables import kmer_tables
 
 
@@ -28,6 +28,18 @@ class Weights:
 
     def __rmul__(self, times: int) -> "Weights":
         return Weights(times * self.cut, times * self.whole)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, over all ranks, without copies."""
+
+    total: int
+    activated: int
+    """All but the experts that a token does not go to; embeddings and tables count whole."""
+    gengram: int
+    """Tables, projections, gates and outputs of all layers with memory."""
+    tables: int
 
 
 def experts(model: Model) -> tuple[int, int]:
@@ -110,3 +122,21 @@ def embedding(model: Model) -> Weights:
 def norm(model: Model) -> Weights:
     """One of two a layer, or the last."""
     return Weights(whole=model.hidden_size)
+
+
+def count_parameters(config: Config) -> Parameters:
+    """The parameters of the whole model."""
+    model = config.model
+    layers, memories = model.num_layers, len(memory_layers(model))
+    number, chosen = experts(model)
+    all_tables = memories * tables(model)
+    gengram = all_tables + memories * (memory_projection(model) + memory_rest(model)).total
+    layer = attention_projections(model) + attention_norms(model) + router(model) + 2 * norm(model)
+    shared = (2 * embedding(model) + layers * layer + norm(model)).total + gengram
+    expert = layers * feed_forward(model)
+    return Parameters(
+        total=shared + number * expert,
+        activated=shared + chosen * expert,
+        gengram=gengram,
+        tables=all_tables,
+    )
