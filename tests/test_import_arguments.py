@@ -554,6 +554,26 @@ def test_checkpoint_that_says_nothing_asks_for_the_sizes(there) -> None:
     assert "model.hidden_size=..." in said and "model.ffn_hidden_size=..." in said
 
 
+def test_where_nothing_can_be_compared_it_is_told(there, tmp_path, capfd) -> None:
+    """Memory of other layers than the config's would be left out, and the window be another one."""
+    content = torch.load(rank_file(there), weights_only=False)
+    del content["args"]
+    torch.save(content, rank_file(there))
+    import_model(there, load(tmp_path, "run", "model.gengram.layers=[3]"))
+    assert any("no setting was compared" in line for line in importing.open_foreign(there).warnings)
+    said = capfd.readouterr().err
+    assert "tensors of memory are left out" in said and "model.gengram.layers is [3]" in said
+
+
+def test_arguments_as_a_dictionary_are_compared_too(there) -> None:
+    printed = run("there", "--print-config").stdout
+    content = torch.load(rank_file(there), weights_only=False)
+    content["args"] = vars(content["args"])
+    torch.save(content, rank_file(there))
+    assert run("there", "--print-config").stdout == printed
+    assert "gengram_window_size" in refused("there", "--print-config", "model.gengram.window=15")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -563,7 +583,7 @@ def test_checkpoint_that_says_nothing_asks_for_the_sizes(there) -> None:
         (["there", "some.yaml", "--print-config"], "some.yaml and --print-config"),
         (["there", "--print-config", "--new-config", "new.yaml"], "both given"),
         (["there", "--new-config", "no/such/new.yaml"], "there is no folder"),
-        (["nowhere", "--new-config", "new.yaml"], "nowhere is neither"),
+        (["nowhere", "--new-config", "new.yaml"], "nowhere is not there"),
         (["there", "nowhere.yaml"], "no config file nowhere.yaml"),
     ],
 )

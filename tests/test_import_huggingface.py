@@ -81,6 +81,28 @@ def imported_logits(folder: Path, tmp_path: Path, tokens: torch.Tensor, *words: 
     return answers(chunks[0], config, tokens)[0]
 
 
+def test_imported_weights_may_go_on_with_another_length(one_process, saved, tmp_path) -> None:
+    """As long as no run has trained them; and a run's own folder is no model of another format."""
+    from gengram_megatron.engine.checkpoint.state import TrainingState
+
+    foreign = open_foreign(saved["llama"])
+    words = [f"run.dir={tmp_path / 'run'}", "model.seq_length=64"]
+    _, config = new_config(saved["llama"], foreign, words)
+    folder = import_foreign(foreign, config)
+    for length, base in ((64, 50_000_000), (32, 50_000_000), (32, 10_000)):
+        config.model.seq_length, config.model.rotary_base = length, base
+        layout = check_layout(config, 1)
+        chunks, optimizer, schedule = build(config, layout)
+        state = TrainingState(config, layout, chunks, optimizer, schedule, [])
+        assert state.load_newest().step == 0
+    config.model.norm_epsilon = 0.5
+    with pytest.raises(UserError, match=r"model\.norm_epsilon"):
+        state.load_newest()
+    for path in (folder, tmp_path / "run"):
+        with pytest.raises(UserError, match=r"checkpoint\.load="):
+            open_foreign(path)
+
+
 TOKENS = torch.tensor([8, 5, 6, 7, 9])[
     torch.randint(5, (2, 48), generator=torch.Generator().manual_seed(3))
 ]

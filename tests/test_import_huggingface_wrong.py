@@ -159,3 +159,67 @@ def test_each_dtype_that_is_converted_is_told(folder, tmp_path, other, precision
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     norm = stored.read("decoder.final_layernorm.weight")
     assert torch.equal(norm, weights["model.norm.weight"].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, "model.num_attention_heads"),
+        ({"num_key_value_heads": 3}, "model.num_query_groups"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_told(folder, tmp_path, change, key) -> None:
+    _, config = new_config(folder, open_foreign(folder), [f"run.dir={tmp_path / 'run'}"])
+    rewrite(folder, **change)
+    foreign = open_foreign(folder)
+    with pytest.raises(UserError, match=re.escape(f"{key} is 3") + r"|= 3; change one"):
+        new_config(folder, foreign, [f"run.dir={tmp_path / 'run'}"])
+    config.model.num_query_groups = 3
+    with pytest.raises(UserError, match=r"model\.num_query_groups = 3"):
+        import_foreign(foreign, config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path, value) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 2] = value
+    save_file(weights, folder / "model.safetensors")
+    foreign = open_foreign(folder)
+    _, config = new_config(folder, foreign, [f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight holds .* not finite"):
+        import_foreign(foreign, config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_a_quantized_model_are_refused_for_what_they_are(folder, tmp_path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int8)
+    save_file(weights, folder / "model.safetensors")
+    foreign = open_foreign(folder)
+    _, config = new_config(folder, foreign, [f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=r"lm_head\.weight .* in int8: .*bfloat16"):
+        import_foreign(foreign, config)
+
+
+def test_a_file_that_was_cut_off_is_to_be_had_again(folder) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read .* download it again"):
+        open_foreign(folder)
+
+
+def test_what_is_no_model_is_said(tmp_path) -> None:
+    def said(path: Path) -> str:
+        with pytest.raises(UserError) as error:
+            open_foreign(path)
+        return str(error.value)
+
+    assert "is not there: download" in said(tmp_path / "Genos-1.2B")
+    (tmp_path / "file").touch()
+    assert "is a file" in said(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "neither a model of transformers" in said(tmp_path / "empty")
+    tracker = tmp_path / "empty" / "latest_checkpointed_iteration.txt"
+    tracker.write_text("700\n")
+    assert "names iteration '700'" in said(tmp_path / "empty")

@@ -197,3 +197,11 @@ def test_length_in_steps_is_as_good():
     config = load_config(RUNS["smoke/cpu"], [], Config)
     found = plan(config, check_layout(config, 4), Speed(), 80)
     assert found["samples"] == found["samples_trained"] == 80 * 8
+
+
+def test_a_config_that_says_how_it_is_launched_is_planned_so():
+    file = RUNS["genos/gengram_10b"]
+    launch = load_config(file, [], Config).launch
+    found = json.loads(gengram("plan", file, "--json").stdout)
+    assert found["processes"] == launch.nodes * launch.processes > 2
+    assert json.loads(gengram("plan", file, "--json", "--nproc", "64").stdout)["processes"] == 64

@@ -35,8 +35,9 @@ def verify(
 ) -> None:
     """Read all files of checkpoints and compare them with their checksums.
 
-    Also looks whether all files are there that the checkpoint's own list of tensors names. Names what is wrong, and exits with code 1 if anything is. Training does the same with the
-    checkpoint that it goes on from, and takes the one before if it is damaged.
+    Also looks whether all files are there that the checkpoint's own list of tensors names. Names
+    what is wrong, and exits with code 1 if anything is. Training does the same with the checkpoint
+    that it goes on from, and takes the one before if it is damaged.
     """
     found = checkpoints_at(path)
     if not found:
@@ -193,8 +194,8 @@ def import_(
       gengram checkpoint import megatron/iter_0001000 --new-config my_run.yaml run.dir=runs/mine
       gengram checkpoint import megatron/iter_0001000 my_run.yaml run.dir=runs/mine
 
-    A config can be written from what the model says of itself; set its data.path and train.steps
-    then. Or CONFIG describes the model that is there. Either names the new run's folder as run.dir:
+    A config can be written from what the model says of itself; set its data.path then, and how long
+    it trains (train.steps or train.samples). Or CONFIG describes the model that is there. Either names the new run's folder as run.dir:
     `gengram train` with the same config then starts at step 0 from these weights.
 
     A model other than the config's is refused, with a table of the settings that differ: the sizes

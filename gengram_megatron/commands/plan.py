@@ -25,7 +25,8 @@ Gpus = Annotated[
         "--nproc",
         "--gpus",
         min=1,
-        help="Processes of the run, one a GPU; default: as few as the layout needs.",
+        help="Processes of the run, one a GPU; default: those of the config (launch.nodes times "
+        "launch.processes), or else as few as the layout needs.",
     ),
 ]
 Gigabytes = Annotated[
@@ -76,12 +77,18 @@ def plan(
     if suggest:
         _suggest(loaded, nproc, memory, speed, as_json)
         return
-    layout = check_layout(loaded, nproc or smallest_world(loaded))
+    layout = check_layout(loaded, nproc or _asked_for(loaded) or smallest_world(loaded))
     found = work_out(loaded, layout, speed, memory)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
         show(found)
+
+
+def _asked_for(config: Config) -> int | None:
+    """Processes with which the config's section launch starts the run, where it says so."""
+    launch = config.launch
+    return launch.nodes * launch.processes if launch.processes else None
 
 
 def smallest_world(config: Config) -> int:

@@ -7,6 +7,7 @@ the same numbers.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,6 +98,19 @@ def _started_by_srun() -> bool:
     return step.isdecimal() and int(step) < RESERVED_STEPS
 
 
+def check_model(config: Config) -> None:
+    """UserError with one line for each thing that no run of this model could do, whatever its
+    processes and its machine."""
+    if problems := [*_model_problems(config), *optimizer_problems(config)]:
+        raise UserError("\n".join(problems))
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    yield from attention_problems(config)
+    yield from expert_problems(config)
+    yield from gengram_problems(config)
+
+
 def check_layout(config: Config, world_size: int) -> Layout:
     """The layout of a run on so many processes.
 
@@ -104,9 +118,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     """
     problems = [
         *installation_problems(config),
-        *attention_problems(config),
-        *expert_problems(config),
-        *gengram_problems(config),
+        *_model_problems(config),
         *split_problems(config),
         *pipeline_problems(config),
         *sequence_problems(config),

@@ -106,7 +106,7 @@ def _local_problems(launch: Launch) -> Iterator[str]:
     if launch.nodes > 1 and launch.rendezvous is None:
         yield (
             f"launch.nodes is {launch.nodes}, but launch.rendezvous is null: give the HOST:PORT "
-            "of one of the nodes, or start with --slurm"
+            "of one of the nodes, start with --slurm, or give --nodes 1 to use this machine alone"
         )
 
 

@@ -154,8 +154,10 @@ def batch_problems(config: Config, world_size: int) -> Iterator[str]:
     """A sentence for each reason why the batches do not come out even."""
     train, parallel = config.train, config.parallel
     if (train.steps is None) == (train.samples is None):
-        what = "neither is given" if train.steps is None else "both are given"
-        yield f"the length of the run is train.steps or train.samples, but {what}; give one"
+        what, remedy = "neither is given", "give one"
+        if train.steps is not None:
+            what, remedy = "both are given", "set the other to null, as in train.samples=null"
+        yield f"the length of the run is train.steps or train.samples, but {what}; {remedy}"
     if train.samples is not None and train.samples < train.global_batch_size:
         yield (
             f"train.samples is {train.samples}, less than one step of train.global_batch_size = "

@@ -136,7 +136,8 @@ def origins(config: Config) -> list[Path]:
         return found
     raise UserError(
         f"checkpoint.load is {given}, which is neither a checkpoint nor the folder of a run that "
-        "has one: give a folder such as runs/mine or runs/mine/checkpoints/step_00001000"
+        "has one: give a folder such as runs/mine or runs/mine/checkpoints/step_00001000; "
+        "`gengram checkpoint import` makes one from a published model"
     )
 
 

@@ -246,7 +246,8 @@ class TrainingState:
         facts = read_facts(path)
         self._check(path, facts)
         common, stored = dist_checkpointing.load_common_state_dict(str(path)), names(path)
-        check_same_model(path, common["config"]["model"], self.config, new_run=False)
+        # Imported weights, which no run of ours has trained, may go on with other lengths, too.
+        check_same_model(path, common["config"]["model"], self.config, new_run=facts.step == 0)
         return facts, common, stored
 
     def _load(self, path: Path, facts: Facts, common: dict, stored: set[str]) -> None:

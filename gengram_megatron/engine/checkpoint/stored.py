@@ -136,7 +136,10 @@ class StoredTensors:
             self._reader.read_data(plan, planner).wait()
         except Exception as error:  # each way in which a file is damaged has an error of its own
             why = getattr(error, "strerror", None) or "its file is damaged"
-            raise UserError(f"{self.folder}: {name} cannot be read: {why}") from None
+            file = f" of {Path(error.filename).name}" if getattr(error, "filename", None) else ""
+            raise UserError(
+                f"{self.folder}: {name} cannot be read: {why}{file}; copy or download it again"
+            ) from None
         return tensor.reshape(shape[leading:])
 
 

@@ -183,4 +183,6 @@ def _opened(file: Path) -> Iterator:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+        raise UserError(
+            f"{file} cannot be read ({error}): if it was cut off or changed, download it again"
+        ) from None

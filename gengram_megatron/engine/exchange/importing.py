@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gengram_megatron.config.layout import check_model
 from gengram_megatron.config.schema import Config, Model
 from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.engine.checkpoint import weights_only
@@ -30,9 +31,17 @@ from gengram_megatron.engine.exchange.names import (
     megatron_weights,
 )
 from gengram_megatron.engine.exchange.settings import Difference, refuse
-from gengram_megatron.engine.exchange.weights import Weight
+from gengram_megatron.engine.exchange.weights import OTHER_MODEL, Weight
 from gengram_megatron.errors import UserError, tell
-from gengram_megatron.runs.store import FORMAT, CheckpointStore, Facts, check_readable, reading
+from gengram_megatron.runs.store import (
+    FACTS,
+    FORMAT,
+    CheckpointStore,
+    Facts,
+    check_readable,
+    checkpoints_at,
+    reading,
+)
 
 HUGGINGFACE_CONFIG = "config.json"
 
@@ -82,9 +91,28 @@ def open_foreign(path: Path) -> Foreign:
     with reading(path):
         if (path / HUGGINGFACE_CONFIG).is_file():
             return _huggingface(path)
-        if folder := find_megatron(path):
+        if not (path / FACTS).is_file() and (folder := find_megatron(path)):
             return _megatron(folder)
-    raise UserError(
+    raise UserError(_why_no_model(path))
+
+
+def _why_no_model(path: Path) -> str:
+    """What is wrong with a path at which no model of a known format is, in a sentence."""
+    if not path.exists():
+        return f"{path.absolute()} is not there: download the model, or correct the path"
+    if not path.is_dir():
+        return f"{path} is a file: give the folder of the model"
+    if any((one / FACTS).is_file() for one in (path, *checkpoints_at(path))):
+        return (
+            f"{path} holds checkpoints of this program: start from them with checkpoint.load={path}"
+        )
+    if (path / NEWEST).is_file():
+        named = (path / NEWEST).read_text(errors="replace").strip()
+        return (
+            f"{path / NEWEST} names iteration {named[:20]!r}, and {path} has no whole checkpoint of "
+            "it: give the folder of one iteration, such as iter_0001000"
+        )
+    return (
         f"{path} is neither a model of transformers, with its {HUGGINGFACE_CONFIG}, nor a "
         f"checkpoint of Megatron-LM, with its {NEWEST} or the files of one iteration"
     )
@@ -95,13 +123,21 @@ def import_foreign(foreign: Foreign, config: Config) -> Path:
     store = CheckpointStore(Path(config.run.dir) / "checkpoints")
     if store.newest():
         raise UserError(f"{store.folder} holds checkpoints already; give another run.dir")
+    check_model(config)
     refuse(foreign.path, foreign.differences(config))
     weights = {weight.key: weight for weight in foreign.weights(config.model)}
     _check_names(foreign, config.model, list(weights.values()))
+    if unused := sorted(foreign.unused(config.model)):
+        tell(
+            f"warning: {len(unused)} tensors of memory are left out, as model.gengram.layers is "
+            f"{config.model.gengram.layers}: {unused[0]} and so on"
+        )
     dtype, stored = getattr(torch, DTYPES[config.train.dtype]), set()
 
     def read(name: str) -> Tensor:
         tensor = foreign.read(name)
+        if tensor.is_floating_point():
+            _check_finite(foreign.path, name, tensor)
         stored.add(tensor.dtype)
         return tensor
 
@@ -124,6 +160,16 @@ def import_foreign(foreign: Foreign, config: Config) -> Path:
         written = weights_only.write(store, source, common, facts)
     _tell_of_conversion(stored - {dtype}, dtype)
     return written
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """UserError: a model with such a weight predicts nothing, and no training mends it."""
+    # NaN is the least and the greatest of all; a tensor of truth values would take memory.
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise UserError(
+            f"{path}: {name} holds numbers that are not finite (NaN or infinite): these weights "
+            "predict nothing; give a checkpoint from before, or download it again"
+        )
 
 
 def _tell_of_conversion(there: set[torch.dtype], here: torch.dtype) -> None:
@@ -164,13 +210,10 @@ def _check_names(foreign: Foreign, model: Model, weights: list[Weight]) -> None:
     wanted = {part.name for weight in weights for part in weight.parts}
     names = foreign.names - foreign.unused(model)
     if missing := sorted(wanted - names):
-        raise UserError(
-            f"{foreign.path} lacks {missing[0]}: give the config of the model that is there"
-        )
+        raise UserError(f"{foreign.path} lacks {missing[0]}: {OTHER_MODEL}")
     if others := sorted(names - wanted):
         raise UserError(
-            f"{foreign.path} holds {others[0]}, which the config has no place for: give the "
-            "config of the model that is there"
+            f"{foreign.path} holds {others[0]}, which the config has no place for: {OTHER_MODEL}"
         )
 
 
@@ -229,6 +272,12 @@ def _megatron(folder: Path) -> Foreign:
         }
 
     warnings = list(argument_warnings(tensors.arguments))
+    if not tensors.arguments:
+        warnings.append(
+            f"{folder} has no arguments of the run that wrote it (args), so no setting was compared "
+            "with the config but the shapes of the weights. Rotary base, norm epsilon, top-k, the "
+            "memory's layers, window and token ids must be those that it was trained with"
+        )
     if tensors.skipped:
         warnings.append(
             f"{len(tensors.skipped)} tensors of multi-token prediction, which this program does "

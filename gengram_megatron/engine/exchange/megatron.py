@@ -19,7 +19,7 @@ from gengram_megatron.engine.exchange.megatron_ranks import (
     is_of_several_tokens,
     plain_name,
 )
-from gengram_megatron.engine.exchange.untrusted import read_untrusted
+from gengram_megatron.engine.exchange.untrusted import read_untrusted, values_of
 from gengram_megatron.errors import UserError
 from gengram_megatron.runs.store import check_readable
 
@@ -46,8 +46,7 @@ class MegatronTensors:
         skipped: Iterable[str] = (),
     ):
         self.names, self.read, self.skipped = names, read, sorted(skipped)
-        # A StandIn, or the Namespace itself where megatron-core has told torch to let it through.
-        found = getattr(arguments, "__dict__", {})
+        found = values_of(arguments)
         self.arguments = {name: value for name, value in found.items() if _is_plain(value)}
 
 

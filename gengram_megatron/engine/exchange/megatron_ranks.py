@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gengram_megatron.engine.exchange.untrusted import read_untrusted
+from gengram_megatron.engine.exchange.untrusted import read_untrusted, values_of
 from gengram_megatron.errors import UserError
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -216,7 +216,7 @@ def _by_rank(folder: Path, contents: dict[str, dict], arguments) -> dict[Rank, t
 
 def _size(arguments, of: str) -> int | None:
     """How many ranks there were of a kind; None where the arguments do not say."""
-    found = getattr(arguments, f"{of}_size", None)
+    found = values_of(arguments).get(f"{of}_size")
     return found if isinstance(found, int) and found > 0 else None
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from gengram_megatron.config.layout import check_model
 from gengram_megatron.config.load import check_tree, tree_at, with_overrides
 from gengram_megatron.config.schema import Config, Model
 from gengram_megatron.config.tree import Tree, inline_yaml, parse_yaml
@@ -47,6 +48,7 @@ def new_config(path: Path, foreign: Foreign, overrides: list[str]) -> tuple[str,
             "the CONFIG of the model that is there"
         )
     config = check_tree(tree, Path(path), Config, problems)
+    check_model(config)
     refuse(foreign.path, foreign.differences(config))
     plain = tree.plain()
     if config.data.tokenizer is not None:  # for the file may lie in another folder

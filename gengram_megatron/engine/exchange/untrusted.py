@@ -29,16 +29,27 @@ class StandIn:
             self.__dict__.update(state)
 
 
+def values_of(arguments: object) -> dict[str, object]:
+    """The arguments of a run by name, which lie in a StandIn, in the Namespace itself where
+    megatron-core has told torch to let it through, or in a dictionary; none where they are
+    missing."""
+    found = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
+    return {str(name): value for name, value in found.items()}
+
+
 def read_untrusted(path: Path) -> dict:
     """The content of a file of torch.save; its tensors stay on the disk until they are used."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if refused := [name for name in names if not name.startswith(_REPLACED)]:
             raise UserError(
-                f"{path} is refused, as it would run {refused[0]}: save its weights without it, "
-                "as a plain dictionary of tensors"
+                f"{path} is refused, as it would run {refused[0]}: save it without that object, "
+                "with tensors and the arguments of the run alone"
             )
         with torch.serialization.safe_globals([(StandIn, name) for name in names]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): if it was cut off or changed, copy or "
+            "download it again"
+        ) from None

@@ -17,6 +17,11 @@ from torch import Tensor
 
 from gengram_megatron.errors import UserError
 
+OTHER_MODEL = (
+    "the config is of another model (--print-config writes what the model says of itself), or "
+    "files of it are missing or of another version"
+)
+"""Why a tensor does not fit, as the end of a sentence."""
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """The names that the format has for what weights are stored in."""
 
@@ -98,10 +103,16 @@ class Weight:
         ours = torch.empty(self.shape, dtype=dtype)
         for part in self.parts:
             theirs = read(part.name)
-            if tuple(theirs.shape) != part.shape or theirs.dtype not in _FLOATS:
+            if theirs.dtype not in _FLOATS:
+                raise UserError(
+                    f"{part.name} is {_describe(theirs.shape, theirs.dtype)}: give the weights in "
+                    "float32, bfloat16 or float16; other types, such as those of quantized models, "
+                    "are not read"
+                )
+            if tuple(theirs.shape) != part.shape:
                 raise UserError(
                     f"{part.name} is {_describe(theirs.shape, theirs.dtype)}, and the config asks "
-                    f"for {_describe(part.shape, dtype)}: give the config of the model that is there"
+                    f"for {_describe(part.shape, dtype)}: {OTHER_MODEL}"
                 )
             if not part.index and not part.turned:  # all of ours, which takes no memory twice
                 return theirs.reshape(self.shape).to(dtype).contiguous()

@@ -57,8 +57,6 @@ def complete_without_transformer_engine() -> None:
 @cache
 def prepare() -> None:
     """Make megatron-core importable and usable on this machine. Safe to call many times."""
-    import torch
-
     without_cuda = not torch.cuda.is_available()
     if without_cuda:
         cpu.stand_in_for_cuda()

@@ -55,6 +55,9 @@ from gengram_megatron.runs.metrics import SKIPS, RunLog, UniformCheck
 from gengram_megatron.runs.progress import Progress
 from gengram_megatron.signals import REQUEUE, StopSignals
 
+ONLY_AT_THE_START = ("model.init_std ", "model.gengram.init ", "model.gengram.init_std ")
+"""Keys that decide the initial weights, and nothing of a run that goes on."""
+
 
 def train(config: Config, layout: Layout, signals: StopSignals) -> int:
     """Train from the newest checkpoint of config.run.dir, or from the start, to the end.
@@ -155,7 +158,8 @@ class _Run:
         if start >= self._last_step():  # nothing is trained with them
             return []
         changed = changed_keys(self.earlier_config, self.config.model_dump())
-        return [f"{line} since step {start}" for line in changed]
+        heeded = [line for line in changed if not line.startswith(ONLY_AT_THE_START)]
+        return [f"{line} since step {start}" for line in heeded]
 
     def _batches_from(self, start: int) -> Iterator[Tensor]:
         """Microbatches after a step. To close it ends the processes that read: they ignore the
