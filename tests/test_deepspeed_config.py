@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from gengram_megatron.config.layout import check_layout, projection
+from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import placements
@@ -84,9 +84,9 @@ def test_large_tables_are_shared_as_all_weights_are(config, installed):
 def test_features_are_projected(config, installed):
     words = ["model.gengram.kmer_sizes=[1, 2]"]  # so small that tables would be
     megatron = config(*words, "train.engine=megatron")
-    assert projection(megatron, check_layout(megatron, 2), on_gpu=False).of == "tables"
+    assert check_layout(megatron, 2).projection(on_gpu=False).of == "tables"
     deepspeed = config(*words)
-    assert projection(deepspeed, check_layout(deepspeed, 2), on_gpu=False) == (
+    assert check_layout(deepspeed, 2).projection(on_gpu=False) == (
         "features",
         "train.engine is deepspeed",
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gengram_megatron.config.layout import bytes_held, check_layout, projection
+from gengram_megatron.config.layout import bytes_held, check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
@@ -29,7 +29,7 @@ def config_of(gengram: dict, samples: int = 8, **optimizer) -> Config:
 
 
 def chosen(config: Config, processes: int = 1, on_gpu: bool = False) -> str:
-    return projection(config, check_layout(config, processes), on_gpu).of
+    return check_layout(config, processes).projection(on_gpu).of
 
 
 def test_auto_takes_tables_where_a_rank_has_more_tokens_than_a_table_has_rows() -> None:

@@ -8,8 +8,8 @@ the same numbers.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from gengram_megatron.config.problems.engine import (
     engine_problems,
@@ -36,11 +36,18 @@ from gengram_megatron.config.problems.parallel import (
     world_problems,
 )
 from gengram_megatron.config.schema import Config
-from gengram_megatron.config.tables import ALPHABET_SIZE, SMALL_K
+from gengram_megatron.config.tables import ALPHABET_SIZE, SMALL_K, Placement, placements
 from gengram_megatron.errors import UserError
 
 RESERVED_STEPS = 0xFFFFFFF0
 """Slurm numbers the steps that srun starts from 0, and the script's and the shell's from here."""
+
+
+class Projection(NamedTuple):
+    """of: features or tables."""
+
+    of: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,27 @@ class Layout:
     steps: int
     samples: int
     """Samples of the whole run: whole global batches only."""
+    placements: tuple[Placement, ...] = ()
+    """How each table of a layer with memory is split over the ranks."""
+    projections: tuple[Projection, Projection] | None = None
+    """What is projected where the run is on CPUs, and where it is on GPUs; None: no memory."""
+
+    def projection(self, on_gpu: bool) -> Projection | None:
+        """What is projected on one kind of machine; None: there is no memory."""
+        return self.projections and self.projections[on_gpu]
+
+    @property
+    def rows_shared_over(self) -> str | None:
+        """The group that shares tables by rows, if it is the data- or the expert-parallel one."""
+        return next((one.over for one in self.placements if one.over in ("data", "expert")), None)
+
+    def sizes(self) -> dict[str, Any]:
+        """All that is a number, a flag or None, by name: what a checkpoint keeps of a layout."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in ("placements", "projections")
+        }
 
 
 def world_size_from_environment() -> tuple[int, int]:
@@ -134,6 +162,8 @@ def check_layout(config: Config, world_size: int) -> Layout:
     parallel, train = config.parallel, config.train
     data = world_size // ranks_of_a_copy(config)
     steps = train.steps or train.samples // train.global_batch_size
+    num_microbatches = train.global_batch_size // (train.micro_batch_size * data)
+    gengram = config.model.gengram
     return Layout(
         world_size=world_size,
         tensor=parallel.tensor,
@@ -145,10 +175,37 @@ def check_layout(config: Config, world_size: int) -> Layout:
         sequence=sequence_parallel(config),
         data=data,
         expert_data=world_size // ranks_of_the_experts(config),
-        num_microbatches=train.global_batch_size // (train.micro_batch_size * data),
+        num_microbatches=num_microbatches,
         steps=steps,
         samples=steps * train.global_batch_size,
+        placements=placements(config, world_size) if gengram.enabled else (),
+        projections=(
+            (
+                _projection(config, num_microbatches, on_gpu=False),
+                _projection(config, num_microbatches, on_gpu=True),
+            )
+            if gengram.enabled
+            else None
+        ),
     )
+
+
+def _projection(config: Config, num_microbatches: int, on_gpu: bool) -> Projection:
+    """What is projected, of a config with memory. num_microbatches: of a rank and step."""
+    gengram = config.model.gengram
+    if gengram.project != "auto":
+        return Projection(gengram.project, f"gengram.project is {gengram.project}")
+    if on_gpu:
+        return Projection("features", "on GPUs the other way has not been measured")
+    if max(gengram.kmer_sizes) > SMALL_K:
+        return Projection("features", f"k is above {SMALL_K}")
+    for obstacle, _ in projection_obstacles(config):
+        return Projection("features", obstacle)
+    tokens = num_microbatches * config.train.micro_batch_size * config.model.seq_length
+    tokens //= config.parallel.context
+    needed = break_even(max(gengram.kmer_sizes))
+    found = f"{tokens:,} tokens a step and rank, and {needed:,} rows a table on average"
+    return Projection("tables" if tokens > needed else "features", found)
 
 
 def is_first_on_its_node() -> bool:
@@ -159,31 +216,6 @@ def is_first_on_its_node() -> bool:
     is missing on a single machine is told as well.
     """
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
-
-
-class Projection(NamedTuple):
-    """of: features or tables."""
-
-    of: str
-    reason: str
-
-
-def projection(config: Config, layout: Layout, on_gpu: bool) -> Projection:
-    """Of a config that check_layout accepts."""
-    gengram = config.model.gengram
-    if gengram.project != "auto":
-        return Projection(gengram.project, f"gengram.project is {gengram.project}")
-    if on_gpu:
-        return Projection("features", "on GPUs the other way has not been measured")
-    if max(gengram.kmer_sizes) > SMALL_K:
-        return Projection("features", f"k is above {SMALL_K}")
-    for obstacle, _ in projection_obstacles(config):
-        return Projection("features", obstacle)
-    tokens = layout.num_microbatches * config.train.micro_batch_size * config.model.seq_length
-    tokens //= layout.context
-    needed = break_even(max(gengram.kmer_sizes))
-    found = f"{tokens:,} tokens a step and rank, and {needed:,} rows a table on average"
-    return Projection("tables" if tokens > needed else "features", found)
 
 
 def break_even(largest: int) -> int:

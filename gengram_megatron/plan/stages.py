@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gengram_megatron.config import weights
-from gengram_megatron.config.layout import Layout, Projection, projection
+from gengram_megatron.config.layout import Layout, Projection
 from gengram_megatron.config.schema import Config
-from gengram_megatron.config.tables import Placement, group_sizes, placements
+from gengram_megatron.config.tables import Placement, group_sizes
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,12 @@ class Split:
     @cached_property
     def tables(self) -> tuple[Placement, ...]:
         """Of each memory."""
-        enabled = self.config.model.gengram.enabled
-        return placements(self.config, self.layout.world_size) if enabled else ()
+        return self.layout.placements
 
     @property
     def projection(self) -> Projection | None:
         """Of the memory, if there is one."""
-        enabled = self.config.model.gengram.enabled
-        return projection(self.config, self.layout, self.on_gpu) if enabled else None
+        return self.layout.projection(self.on_gpu)
 
     def table_rows_held(self, place: Placement) -> int:
         """By the rank that holds most."""

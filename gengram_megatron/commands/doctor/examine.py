@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gengram_megatron.commands.doctor import disk, fit
 from gengram_megatron.commands.doctor.fit import advice, explained, sample
-from gengram_megatron.config.layout import Layout, check_layout, projection
+from gengram_megatron.config.layout import Layout, check_layout
 from gengram_megatron.config.problems.engine import gpu_problems
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
@@ -211,9 +211,7 @@ class _Examination:
         config, devices = self.config, self.found["devices"]
         if devices is None:
             return
-        of = None
-        if layout and config.model.gengram.enabled:
-            of = projection(config, layout, bool(devices["gpus"]))
+        of = layout and layout.projection(bool(devices["gpus"]))
         given = sample(config, of).model_dump_json() if layout else ""
         what = "a model with the parts of this config" if layout else "megatron-core"
         built = self._ask("built", problem=f"{what} does not work here", given=given)

@@ -103,7 +103,7 @@ class TrainingState:
             step=step,
             samples=step * self.config.train.global_batch_size,
             seed=self.config.run.seed,
-            layout=asdict(self.layout),
+            layout=self.layout.sizes(),
             tables=self._tables(),
             data=self.data,
         )
@@ -254,7 +254,7 @@ class TrainingState:
         self.contents.load(path, stored, adam_steps(common["optimizer"]))
         self.schedule.load_state_dict(common["schedule"])
         own = random_states()
-        if same_ranks(facts.layout, asdict(self.layout)) and own.unique_key in stored:
+        if same_ranks(facts.layout, self.layout.sizes()) and own.unique_key in stored:
             state = {"random": own}
             load_tensors(state, path)
             set_random_states(state["random"])

@@ -9,9 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from gengram_megatron.config.layout import Layout, projection
+from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.config.tables import placements
 from gengram_megatron.engine.model.data_parallel import (
     DataParallel,
     apex_adds_up,
@@ -74,20 +73,12 @@ def wrap_for_data_parallelism(
                 chunk.config,
                 ddp,
                 module,
-                row_table_ranks(config, layout),
+                layout.rows_shared_over,
                 # With overlap, later chunks must not start their communication out of turn.
                 disable_bucketing=index > 0,
             )
         )
     return wrapped
-
-
-def row_table_ranks(config: Config, layout: Layout) -> str | None:
-    """Whether tables are shared by rows over the data- or expert-parallel ranks, and which."""
-    if not config.model.gengram.enabled:
-        return None
-    groups = {place.over for place in placements(config, layout.world_size)} - {None, "tensor"}
-    return groups.pop() if groups else None
 
 
 def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
@@ -96,7 +87,7 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
     if not gengram.enabled:
         return None
     return GengramShape(
-        placements=placements(config, layout.world_size),
+        placements=layout.placements,
         dim=gengram.dim,
         window=gengram.window,
         conv_kernel=gengram.conv_kernel,
@@ -106,7 +97,7 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
         deduplicate=gengram.deduplicate,
         signed_sqrt=gengram.signed_sqrt,
         output=gengram.output,
-        project=projection(config, layout, torch.cuda.is_available()).of,
+        project=layout.projection(torch.cuda.is_available()).of,
         projection_bias=gengram.projection_bias,
     )
 
