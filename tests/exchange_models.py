@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gengram_megatron.config.layout import Layout, check_layout
+from gengram_megatron.config.layout import Layout, check_layout, with_memory
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.tokenizer import BASE_IDS, EOD
@@ -109,7 +109,9 @@ def build(config: Config, layout: Layout):
     from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
     from gengram_megatron.engine.training.optimizer import build_optimizer, build_schedule
 
-    chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
+    chunks = wrap_for_data_parallelism(
+        build_model(config, with_memory(layout, config)), config, layout
+    )
     optimizer = build_optimizer(config, chunks)
     return chunks, optimizer, build_schedule(config, layout, optimizer)
 
@@ -129,22 +131,10 @@ def answers(chunk, config: Config, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and the hidden state after the last layer, batch first, in float32."""
     from megatron.core.utils import unwrap_model
 
-    from gengram_megatron.config.tables import kmer_tables
-    from gengram_megatron.engine.model.gengram.ids import KmerIds
-
     chunk.eval()
-    gengram, kmers = config.model.gengram, None
-    if gengram.enabled:
-        eod = EOD if gengram.reset_at_document else None
-        kmers = KmerIds.of(tokens, kmer_tables(gengram), gengram.token_ids, eod=eod)
     seen = []
     last = unwrap_model(chunk).decoder.layers[-1]
     hook = last.register_forward_hook(lambda _, __, output: seen.append(output[0]))
-    logits = chunk(
-        input_ids=tokens,
-        position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
-        attention_mask=None,
-        extra_block_kwargs={"attention_bias": kmers},
-    )
+    logits = chunk(tokens)
     hook.remove()
     return logits.float(), seen[0].transpose(0, 1).float()

@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from gengram_megatron.config.layout import with_memory
 from gengram_megatron.config.schema import Config
-from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.plan.flops import (
     PEAK_BF16_FLOPS,
@@ -77,7 +77,7 @@ def make_config(**model) -> Config:
 def build(config: Config, layout):
     from gengram_megatron.engine.model.build import build_model
 
-    return build_model(config, layout)[0]
+    return build_model(config, with_memory(layout, config))[0]
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
@@ -137,20 +137,11 @@ def test_tables_of_the_paper():
 
 def counted_by_torch(config: Config, layout) -> dict[str, int]:
     """FLOPs of a forward pass over one sequence, by the name of the operator."""
-    from gengram_megatron.engine.model.gengram.ids import KmerIds
-
     model, device = build(config, layout), torch.cuda.current_device()
     tokens = torch.full((1, config.model.seq_length), 8, device=device)
-    gengram = config.model.gengram
-    kmers = KmerIds.of(tokens, kmer_tables(gengram), gengram.token_ids)
     # The kernel with the products written out: torch does not count all of the fused ones.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(
-            input_ids=tokens,
-            position_ids=torch.arange(tokens.shape[1], device=device)[None],
-            attention_mask=None,
-            extra_block_kwargs={"attention_bias": kmers},
-        )
+        model(tokens)
     return {str(operator): n for operator, n in counter.get_flop_counts()["Global"].items()}
 
 

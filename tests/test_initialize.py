@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from gengram_megatron.config.layout import with_memory
+
 STD, TABLE_STD, LAYERS = 0.02, 0.05, 2
 OUTPUT_STD = STD / math.sqrt(2 * LAYERS)
 
@@ -49,7 +51,7 @@ def make_config(attention: str = "gqa", experts: int | None = 4, seed: int = 7):
 def build(config, layout) -> dict[str, torch.Tensor]:
     from gengram_megatron.engine.model.build import build_model
 
-    (chunk,) = build_model(config, layout)
+    (chunk,) = build_model(config, with_memory(layout, config))
     return {name: weight.detach() for name, weight in chunk.named_parameters()}
 
 
@@ -150,7 +152,7 @@ def test_what_the_memory_adds_at_the_start(one_process, init, measured):
     config.model.hidden_size, config.model.init_std = 1024, 0.01
     config.model.gengram.init, config.model.gengram.init_std = init, None
     config.model.gengram.dim = 1024
-    (chunk,) = build_model(config, one_process)
+    (chunk,) = build_model(config, with_memory(one_process, config))
     memory, generator = chunk.decoder.layers[1].memory, torch.Generator().manual_seed(0)
     bases = torch.tensor([8, 5, 6, 7])[torch.randint(4, (1, 512), generator=generator)]
     hidden = 0.010 * torch.randn(512, 1, 1024, generator=generator)
@@ -189,7 +191,9 @@ def test_every_parameter_is_marked_and_drawn(one_process, attention, experts):
     from gengram_megatron.engine.model.build import build_model
     from gengram_megatron.engine.model.initialize import initialize
 
-    chunks = build_model(make_config(attention, experts), one_process)
+    chunks = build_model(
+        make_config(attention, experts), with_memory(one_process, make_config(attention, experts))
+    )
     with torch.no_grad():
         for weight in chunks[0].parameters():
             assert hasattr(weight, "initial_law")
@@ -203,7 +207,7 @@ def test_a_parameter_without_a_law_is_an_error(one_process):
     from gengram_megatron.engine.model.build import build_model
     from gengram_megatron.engine.model.initialize import initialize
 
-    chunks = build_model(make_config(), one_process)
+    chunks = build_model(make_config(), with_memory(one_process, make_config()))
     del chunks[0].decoder.final_layernorm.weight.initial_law
     with pytest.raises(AssertionError, match="final_layernorm"):
         initialize(chunks, seed=7)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from gengram_megatron.config.layout import with_memory
 from gengram_megatron.config.schema import Config
 from tests.training.tiny import RUN
 
@@ -31,7 +32,9 @@ def test_every_module_with_weights_is_called(one_process, name: str, recompute: 
             "train": {**RUN["train"], "recompute": recompute},
         }
     )
-    chunks = wrap_for_data_parallelism(build_model(config, one_process), config, one_process)
+    chunks = wrap_for_data_parallelism(
+        build_model(config, with_memory(one_process, config)), config, one_process
+    )
     build_optimizer(config, chunks)
     holders, called = set(), set()
     for path, module in chunks[0].module.named_modules():

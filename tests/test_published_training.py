@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gengram_megatron.commands.plan import smallest_world
-from gengram_megatron.config.layout import check_layout
+from gengram_megatron.config.layout import check_layout, with_memory
 from gengram_megatron.config.schema import Config
 from tests.plan.configs import GENOS, PAPER, RUNS, load
 from tests.training.tiny import RUN
@@ -174,7 +174,9 @@ def train_as_runs_do(layout, config: Config) -> tuple[list[float], list[float]]:
     from gengram_megatron.engine.training.step import forward_backward
 
     layout = replace(layout, steps=STEPS, samples=STEPS * TINY_BATCH)
-    chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
+    chunks = wrap_for_data_parallelism(
+        build_model(config, with_memory(layout, config)), config, layout
+    )
     optimizer = build_optimizer(config, chunks)
     schedule = build_schedule(config, layout, optimizer)
     losses, norms = [], []
@@ -191,22 +193,12 @@ def train_as_runs_do(layout, config: Config) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-def loss_of(model, tokens: torch.Tensor, config: Config) -> torch.Tensor:
+def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
     """Mean loss in nats over the bases; an EOD is not scored. The model adds its auxiliary losses to
     the gradients by itself."""
-    from gengram_megatron.config.tables import kmer_tables
-    from gengram_megatron.engine.model.gengram.ids import KmerIds
-
-    gengram, tokens = config.model.gengram, tokens.long()
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    kmers = KmerIds.of(inputs, kmer_tables(gengram), gengram.token_ids, eod=None)
-    losses = model(
-        input_ids=inputs,
-        position_ids=torch.arange(inputs.shape[1]).expand_as(inputs),
-        attention_mask=None,
-        labels=labels,
-        extra_block_kwargs={"attention_bias": kmers},
-    )
+    tokens = tokens.long()
+    labels = tokens[:, 1:]
+    losses = model(tokens[:, :-1], labels)
     return losses[labels != 12].double().mean()
 
 
@@ -232,14 +224,14 @@ def train_by_formulas(layout, config: Config) -> tuple[list[float], list[float]]
     from gengram_megatron.engine.model.build import build_model
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as the schedules do, in the same shape
-    (model,) = build_model(config, layout)
+    (model,) = build_model(config, with_memory(layout, config))
     weights = list(model.parameters())
     exact = [weight.detach().double() for weight in weights]
     first = [torch.zeros_like(weight) for weight in exact]
     second = [torch.zeros_like(weight) for weight in exact]
     losses, norms = [], []
     for step, tokens in enumerate(batches()):
-        loss = loss_of(model, tokens, config)
+        loss = loss_of(model, tokens)
         gradients = [gradient.double() for gradient in torch.autograd.grad(loss, weights)]
         norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
         rate = published_rate(step * TINY_BATCH)

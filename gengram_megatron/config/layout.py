@@ -8,7 +8,7 @@ the same numbers.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from gengram_megatron.config.problems.engine import (
@@ -162,9 +162,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     parallel, train = config.parallel, config.train
     data = world_size // ranks_of_a_copy(config)
     steps = train.steps or train.samples // train.global_batch_size
-    num_microbatches = train.global_batch_size // (train.micro_batch_size * data)
-    gengram = config.model.gengram
-    return Layout(
+    sizes = Layout(
         world_size=world_size,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -175,23 +173,29 @@ def check_layout(config: Config, world_size: int) -> Layout:
         sequence=sequence_parallel(config),
         data=data,
         expert_data=world_size // ranks_of_the_experts(config),
-        num_microbatches=num_microbatches,
+        num_microbatches=train.global_batch_size // (train.micro_batch_size * data),
         steps=steps,
         samples=steps * train.global_batch_size,
-        placements=placements(config, world_size) if gengram.enabled else (),
+    )
+    return with_memory(sizes, config)
+
+
+def with_memory(layout: Layout, config: Config) -> Layout:
+    """A layout with what follows from it for the memory of a config, if that has one."""
+    if not config.model.gengram.enabled:
+        return layout
+    return replace(
+        layout,
+        placements=placements(config, layout.world_size),
         projections=(
-            (
-                _projection(config, num_microbatches, on_gpu=False),
-                _projection(config, num_microbatches, on_gpu=True),
-            )
-            if gengram.enabled
-            else None
+            _projection(config, layout, on_gpu=False),
+            _projection(config, layout, on_gpu=True),
         ),
     )
 
 
-def _projection(config: Config, num_microbatches: int, on_gpu: bool) -> Projection:
-    """What is projected, of a config with memory. num_microbatches: of a rank and step."""
+def _projection(config: Config, layout: Layout, on_gpu: bool) -> Projection:
+    """What is projected, of a config with memory."""
     gengram = config.model.gengram
     if gengram.project != "auto":
         return Projection(gengram.project, f"gengram.project is {gengram.project}")
@@ -201,8 +205,8 @@ def _projection(config: Config, num_microbatches: int, on_gpu: bool) -> Projecti
         return Projection("features", f"k is above {SMALL_K}")
     for obstacle, _ in projection_obstacles(config):
         return Projection("features", obstacle)
-    tokens = num_microbatches * config.train.micro_batch_size * config.model.seq_length
-    tokens //= config.parallel.context
+    tokens = layout.num_microbatches * config.train.micro_batch_size * config.model.seq_length
+    tokens //= layout.context
     needed = break_even(max(gengram.kmer_sizes))
     found = f"{tokens:,} tokens a step and rank, and {needed:,} rows a table on average"
     return Projection("tables" if tokens > needed else "features", found)

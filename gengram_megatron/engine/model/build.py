@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from gengram_megatron.config.layout import Layout
@@ -16,21 +15,27 @@ from gengram_megatron.engine.model.data_parallel import (
     apex_adds_up,
     fuse_accumulation,
 )
+from gengram_megatron.engine.model.gengram.ids import GengramInputs
+from gengram_megatron.engine.model.gengram.memory import GengramMemory
 from gengram_megatron.engine.model.gengram.shape import GengramShape
+from gengram_megatron.engine.model.gpt import GengramGPT
 from gengram_megatron.engine.model.initialize import InitialLaw, initialize, mark_again, marker
+from gengram_megatron.engine.model.memory import Memory
 from gengram_megatron.engine.model.specs import block_spec
+from gengram_megatron.tokenizer import EOD
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(config: Config, layout: Layout) -> list[GPTModel]:
+def build_model(config: Config, layout: Layout) -> list[GengramGPT]:
     """This rank's model chunks (one, or one a virtual pipeline stage), with initial weights that
     the seed alone decides. Not yet wrapped for data parallelism."""
-    transformer, memory = transformer_config(config, layout), memory_shape(config, layout)
+    transformer, memory = transformer_config(config, layout), memory_of(config, layout)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
         vp_stage = stage if layout.virtual_pipeline else None
-        chunk = GPTModel(
+        chunk = GengramGPT(
+            memory,
             config=transformer,
             transformer_layer_spec=block_spec(config.model, memory, transformer, vp_stage),
             vocab_size=config.model.vocab_size,
@@ -46,7 +51,6 @@ def build_model(config: Config, layout: Layout) -> list[GPTModel]:
             rotary_base=config.model.rotary_base,
             vp_stage=vp_stage,
         )
-        chunk.model_type = ModelType.encoder_or_decoder
         if config.model.implementation == "transformer_engine":
             mark_again(chunk, transformer)
         chunks.append(chunk)
@@ -55,7 +59,7 @@ def build_model(config: Config, layout: Layout) -> list[GPTModel]:
 
 
 def wrap_for_data_parallelism(
-    chunks: list[GPTModel], config: Config, layout: Layout
+    chunks: list[GengramGPT], config: Config, layout: Layout
 ) -> list[DataParallel]:
     """Chunks whose gradients are summed in float32 over the data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
@@ -81,8 +85,19 @@ def wrap_for_data_parallelism(
     return wrapped
 
 
+def memory_of(config: Config, layout: Layout) -> Memory | None:
+    """The memory that the config asks for; None: the baseline."""
+    gengram, shape = config.model.gengram, memory_shape(config, layout)
+    if shape is None:
+        return None
+    eod = EOD if gengram.reset_at_document else None
+    inputs = GengramInputs(shape.tables, gengram.token_ids, eod)
+    module = ModuleSpec(module=GengramMemory, params={"gengram": shape})
+    return Memory(tuple(gengram.layers), module, inputs, inputs.metrics)
+
+
 def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
-    """The memory of the layers that have one; None: the baseline."""
+    """The settings of Gengram memory; None: the config has it off."""
     gengram = config.model.gengram
     if not gengram.enabled:
         return None

@@ -1,10 +1,10 @@
-"""The decoder layer: megatron-core's, with Gengram memory in front of it where there is one; and
+"""The decoder layer: megatron-core's, with memory in front of it where there is one; and
 RMSNorm that works on sequence shards.
 
 megatron-core's block hands only its known arguments on to the layers. One of them, attention_bias,
 is closed over in the plain and in the recomputed path alike, so what it carries belongs to its own
 microbatch, also when several are in flight in a pipeline. Causal attention has no bias, so the
-k-mers of the microbatch travel in it (megatron-core 0.16.1).
+inputs of memory travel in it, such as Gengram's k-mers (megatron-core 0.16.1).
 """
 
 from dataclasses import dataclass, fields
@@ -15,7 +15,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from gengram_megatron.engine.model.gengram.ids import KmerIds
 from gengram_megatron.engine.model.initialize import InitialLaw, marker, whole_weight
 
 
@@ -54,10 +53,8 @@ class DecoderLayer(TransformerLayer):
                 submodules.memory, config=config, pg_collection=self.pg_collection
             )
 
-    def forward(
-        self, hidden_states: Tensor, *args, attention_bias: KmerIds | None = None, **kwargs
-    ):
-        """hidden_states: [s_local, b, h]; attention_bias: the k-mers of this microbatch."""
+    def forward(self, hidden_states: Tensor, *args, attention_bias: object | None = None, **kwargs):
+        """hidden_states: [s_local, b, h]; attention_bias: the inputs of memory (Memory.inputs)."""
         if self.has_memory:
             hidden_states = hidden_states + self.memory(hidden_states, attention_bias)
         return super().forward(hidden_states, *args, **kwargs)

@@ -11,7 +11,7 @@ and picks what it needs from all that is offered: a few rows a rank, never the s
 from dataclasses import dataclass
 
 import torch
-from megatron.core.parallel_state import get_tensor_and_context_parallel_group
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -57,6 +57,13 @@ def take(sequence: Tensor, pieces: list[Piece], dim: int) -> Tensor:
     return torch.cat([sequence.narrow(dim, p.start, len(p)) for p in pieces], dim=dim)
 
 
+def of_this_rank(sequences: Tensor) -> Tensor:
+    """The tokens that this context-parallel rank holds, along axis 1 of whole sequences [b, s]."""
+    size = parallel_state.get_context_parallel_world_size()
+    rank = parallel_state.get_context_parallel_rank()
+    return take(sequences, context_pieces(sequences.shape[1], size, rank), 1)
+
+
 def chunks_in_sequence_order(gathered: Tensor, cp_size: int) -> Tensor:
     """[s, ...] as gathered from the context ranks in their order, to the sequence's order."""
     chunks = gathered.chunk(2 * cp_size)  # rank 0: chunks 0 and 2cp-1, rank 1: 1 and 2cp-2, ...
@@ -73,7 +80,7 @@ class Halo:
         self.tp_size = tp_group.size() if sequence_parallel else 1
         if self.tp_size > 1:
             # Ranks of this group count tensor-parallel ranks first, then context-parallel ones.
-            self.group = get_tensor_and_context_parallel_group()
+            self.group = parallel_state.get_tensor_and_context_parallel_group()
         else:
             self.group = cp_group
         self._index: dict = {}

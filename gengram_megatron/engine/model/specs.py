@@ -22,9 +22,8 @@ from gengram_megatron.config.schema import Model
 from gengram_megatron.engine.model import transformer_engine
 from gengram_megatron.engine.model.attention import CoreAttention, LatentAttention
 from gengram_megatron.engine.model.experts import GroupedExperts
-from gengram_megatron.engine.model.gengram.memory import GengramMemory
-from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.layer import RMSNorm, with_memory
+from gengram_megatron.engine.model.memory import Memory
 
 
 class TorchBackend(LocalSpecProvider):
@@ -41,20 +40,18 @@ class TorchBackend(LocalSpecProvider):
 
 
 def block_spec(
-    model: Model, memory: GengramShape | None, config, vp_stage: int | None
+    model: Model, memory: Memory | None, config, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers that this pipeline stage builds, memory in those that have it."""
     if model.implementation == "transformer_engine":
         layer, norm = transformer_engine.layer_spec(config), transformer_engine.NORM
     else:
         layer, norm = _torch_layer(config), RMSNorm
-    if memory is not None:
-        memory = ModuleSpec(module=GengramMemory, params={"gengram": memory})
     first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1  # layers count from 1
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[
-            with_memory(layer, memory if memory and number in model.gengram.layers else None)
+            with_memory(layer, memory.module if memory and number in memory.layers else None)
             for number in range(first, first + count)
         ],
         layer_norm=norm,

@@ -20,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.data_parallel import DataParallel, frozen
-from gengram_megatron.engine.model.gengram.memory import GengramMemory
+from gengram_megatron.engine.model.memory import MemoryModule
 
 
 class Optimizer(ChainedOptimizer):
@@ -130,7 +130,7 @@ def _finish_gradients(chunks: list[DataParallel], *args, **kwargs) -> None:
     """megatron-core's, once the gradients that memories add up by themselves are with the rest."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, GengramMemory):
+            if isinstance(module, MemoryModule):
                 module.finish_gradients()
     finalize_model_grads(chunks, *args, **kwargs)
 

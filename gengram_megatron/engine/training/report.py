@@ -9,7 +9,7 @@ from torch import nn
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.data_parallel import fused_by
-from gengram_megatron.engine.model.gengram.memory import GengramMemory
+from gengram_megatron.engine.model.memory import MemoryModule
 from gengram_megatron.plan.flops import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
 
 OFF = "off"
@@ -73,12 +73,7 @@ def _fp8(settings) -> str:
 
 
 def _memory(modules: list[nn.Module]) -> str | None:
-    for module in modules:
-        if isinstance(module, GengramMemory):
-            return "Gengram, " + (
-                "features projected" if module.projected is None else "tables projected once a step"
-            )
-    return None
+    return next((one.describe() for one in modules if isinstance(one, MemoryModule)), None)
 
 
 def _optimizer(optimizer) -> str:

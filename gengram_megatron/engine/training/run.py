@@ -15,13 +15,11 @@ from torch import Tensor
 
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
-from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.engine.checkpoint.state import Beginning, TrainingState
 from gengram_megatron.engine.checkpoint.stored import read_common
 from gengram_megatron.engine.data.batches import reporting_dead_workers
 from gengram_megatron.engine.data.run_data import RunData
 from gengram_megatron.engine.model.build import build_model
-from gengram_megatron.engine.model.gengram.ids import RowsTouched
 from gengram_megatron.engine.model.initialize import parts
 from gengram_megatron.engine.processes import (
     check_gpu,
@@ -104,13 +102,12 @@ class _Run:
         self.data_rank = parallel_state.get_data_parallel_rank()
         models = build_model(config, layout)
         self.parameters = _count_parameters(models)
+        self.memory = models[0].memory  # the same object in all chunks
         self.chunks, self.optimizer = build_engine(config, layout, models)
         self.schedule = build_schedule(config, layout, self.optimizer)
         self.state = TrainingState(
             config, layout, self.chunks, self.optimizer, self.schedule, data.facts
         )
-        gengram = config.model.gengram
-        self.touched = RowsTouched(kmer_tables(gengram)) if gengram.enabled else None
         self.implementations = implementations(self.chunks, self.optimizer)
         self.gpu_use = GpuUse.of_run(config, layout.world_size)
         self.first_rank = dist.get_rank() == 0
@@ -269,7 +266,7 @@ class _Run:
             lr=lr,
             others={
                 **balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
-                **self._rows_touched(),
+                **self._memory_metrics(),
                 **({"skipped": int(not agreed.finite)} if skips else {}),
             },
             microbatches=microbatches,
@@ -287,7 +284,6 @@ class _Run:
             self.config,
             self.layout,
             forward_only=False,
-            touched=self.touched,
         )
 
     def _marked(self, step: int, batches: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
@@ -298,10 +294,10 @@ class _Run:
             self.watchdog.mark(step, "computing")
             yield kept[-1]
 
-    def _rows_touched(self) -> dict[str, int]:
-        if self.touched is None:
+    def _memory_metrics(self) -> dict[str, float]:
+        if self.memory is None:
             return {}
-        return {"rows_touched": self.touched.take(parallel_state.get_data_parallel_group())}
+        return self.memory.metrics(parallel_state.get_data_parallel_group())
 
     def _validate(self, step: int) -> bool:
         """A validation after a step; False if a request to stop came before its end."""

@@ -17,14 +17,12 @@ from megatron.core.transformer.moe.moe_utils import (
     reduce_aux_losses_tracker_across_ranks,
 )
 from torch import Tensor
+from torch.nn import Module
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.engine.data.batches import split_batch
-from gengram_megatron.engine.model.gengram.ids import KmerIds, RowsTouched
-from gengram_megatron.engine.model.sequence import context_pieces, take
-from gengram_megatron.tokenizer import EOD
+from gengram_megatron.engine.model.sequence import of_this_rank
 
 
 @dataclass(frozen=True)
@@ -96,19 +94,17 @@ def forward_backward(
     config: Config,
     layout: Layout,
     forward_only: bool,
-    touched: RowsTouched | None = None,
 ) -> Tensor | None:
     """Run a global batch; returns the sum of the losses of this data-parallel rank's samples and
     the number of scored tokens, [2] float64, on the last pipeline stage, and None elsewhere.
 
     batches: microbatches [b, L + 1] of this data-parallel rank. Every rank of a pipeline, tensor
     and context group reads the same ones: token ids must reach all layers with memory.
-    touched: marks the table rows that the microbatches look up.
     """
     schedule = get_forward_backward_func()
     with torch.set_grad_enabled(not forward_only):  # which the schedules leave as it is
         reports = schedule(
-            forward_step_func=partial(forward_step, config=config, touched=touched),
+            forward_step_func=forward_step,
             # One iterator a chunk: each walks the microbatches on its own.
             data_iterator=_iterators(batches, layout),
             model=chunks if len(chunks) > 1 else chunks[0],
@@ -120,34 +116,12 @@ def forward_backward(
     return torch.stack([r["loss"] for r in reports]).sum(0) if reports else None
 
 
-def forward_step(batches: Iterator[Tensor], model, config: Config, touched: RowsTouched | None):
+def forward_step(batches: Iterator[Tensor], model: Module):
     """megatron-core's forward_step_func: the output, and the function that makes it a loss."""
     tokens = next(batches).to(torch.cuda.current_device(), non_blocking=True)
-    inputs, labels, loss_mask = split_batch(tokens)
-    gengram, kmers = config.model.gengram, None
-    if gengram.enabled:
-        kmers = KmerIds.of(
-            inputs,
-            kmer_tables(gengram),
-            gengram.token_ids,
-            eod=EOD if gengram.reset_at_document else None,
-        )
-        if touched is not None:
-            touched.mark(kmers)
-    pieces = context_pieces(
-        inputs.shape[1],
-        parallel_state.get_context_parallel_world_size(),
-        parallel_state.get_context_parallel_rank(),
-    )
-    position_ids = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    output = model(
-        input_ids=take(inputs, pieces, 1),
-        position_ids=take(position_ids, pieces, 1),
-        attention_mask=None,
-        labels=take(labels, pieces, 1),
-        extra_block_kwargs={"attention_bias": kmers},
-    )
-    return output, partial(loss, mask=take(loss_mask, pieces, 1), scored=loss_mask.sum())
+    inputs, labels, mask = split_batch(tokens)
+    output = model(inputs, labels)
+    return output, partial(loss, mask=of_this_rank(mask), scored=mask.sum())
 
 
 def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

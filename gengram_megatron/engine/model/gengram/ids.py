@@ -134,28 +134,45 @@ def _shift(x: Tensor, places: int, fill) -> Tensor:
     return torch.cat([torch.full_like(x[:, :places], fill), x[:, :-places]], dim=1)
 
 
-class RowsTouched:
-    """Marks the rows that a step's microbatches look up, over all data-parallel ranks.
+class GengramInputs:
+    """Makes the k-mers of each microbatch, and counts the table rows that a step looks up.
 
-    Ids depend on tokens only, so the count is the same in every layer with memory.
+    Row numbers depend on the tokens alone, so the count is the same in every layer with memory.
+
+    Args:
+        tables: of a layer.
+        token_ids: the ids of A C G T N.
+        eod: the id that ends a document, where memory must stop there.
     """
 
-    def __init__(self, tables: tuple[KmerTable, ...]):
-        device = torch.cuda.current_device()
-        # One place more than rows: k-mers that are not valid have the id one past the last row.
-        self._marks = [
-            torch.zeros(table.rows + 1, dtype=torch.uint8, device=device) for table in tables
-        ]
+    def __init__(self, tables: tuple[KmerTable, ...], token_ids: list[int], eod: int | None):
+        self._tables, self._token_ids, self._eod = tables, token_ids, eod
+        self._touched: list[Tensor] = []
 
-    def mark(self, kmers: KmerIds) -> None:
-        """Count a microbatch in."""
-        for marks, ids in zip(self._marks, kmers.ids):
-            marks[ids.flatten()] = 1
+    def __call__(self, tokens: Tensor, training: bool) -> KmerIds:
+        """tokens: [b, s]. What a model that is trained looks up is counted."""
+        kmers = KmerIds.of(tokens, self._tables, self._token_ids, self._eod)
+        if training:
+            for marks, ids in zip(self._marks(), kmers.ids):
+                marks[ids.flatten()] = 1
+        return kmers
 
-    def take(self, data_group) -> int:
-        """Rows of all tables that were marked on any rank of the group, and begin anew."""
-        together = torch.cat([marks[:-1] for marks in self._marks])
+    def metrics(self, data_group: dist.ProcessGroup) -> dict[str, float]:
+        """rows_touched: the rows of all tables that were looked up since the last call, on any
+        rank of the group. Called by all of its ranks."""
+        together = torch.cat([marks[:-1] for marks in self._marks()])
         dist.all_reduce(together, op=dist.ReduceOp.MAX, group=data_group)
-        for marks in self._marks:
+        for marks in self._marks():
             marks.zero_()
-        return int(together.sum(dtype=torch.int64))
+        return {"rows_touched": int(together.sum(dtype=torch.int64))}
+
+    def _marks(self) -> list[Tensor]:
+        """For each table [rows + 1] uint8, 1 where a row was looked up; k-mers that are not valid
+        have the id one past the last row."""
+        if not self._touched:
+            device = torch.cuda.current_device()
+            self._touched = [
+                torch.zeros(table.rows + 1, dtype=torch.uint8, device=device)
+                for table in self._tables
+            ]
+        return self._touched

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,10 +17,11 @@ from gengram_megatron.engine.model.gengram.projected import ProjectedTables
 from gengram_megatron.engine.model.gengram.projection import KeyValueProjection
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.gengram.tables import Tables
+from gengram_megatron.engine.model.memory import MemoryModule
 from gengram_megatron.engine.model.sequence import Piece, context_pieces, sequence_pieces
 
 
-class GengramMemory(MegatronModule):
+class GengramMemory(MemoryModule):
     """Algorithm 1 of the paper, on this rank's part of the sequence and of the tables."""
 
     def __init__(self, config, gengram: GengramShape, pg_collection):
@@ -45,8 +45,9 @@ class GengramMemory(MegatronModule):
             return NormOutput(config)
         return ConvolutionOutput(config, shape, self.tp_group, self.cp_group)
 
-    def forward(self, hidden: Tensor, kmers: KmerIds) -> Tensor:
+    def forward(self, hidden: Tensor, inputs: KmerIds) -> Tensor:
         """hidden: [s_local, b, h]; returns what the layer adds to it, in the same shape."""
+        kmers = inputs
         pieces = context_pieces(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
         own = pieces
         if self.config.sequence_parallel:
@@ -81,7 +82,12 @@ class GengramMemory(MegatronModule):
         key, value = key_value.chunk(2, dim=-1)
         return self.output(self.gate(hidden, key) * value, pieces, kmers)
 
+    def describe(self) -> str:
+        """Whether features or tables are projected."""
+        way = "features projected" if self.projected is None else "tables projected once a step"
+        return f"Gengram, {way}"
+
     def finish_gradients(self) -> None:
-        """Of tables and projection, after a step's last microbatch."""
+        """Gradients of tables and projection from those of the projected tables."""
         if self.projected is not None:
             self.projected.finish_gradients()
