@@ -18,6 +18,7 @@ import platform
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -61,17 +62,12 @@ def run_data(folders: list[Path], workers: int, microbatches: int) -> RunData:
 def waits(data: RunData, steps: int, step_seconds: float) -> Iterator[tuple[float, float]]:
     """Seconds that each step waits, and of them those that this thread computed: on a machine
     that others use too, the rest is also theirs. [steps, 2]"""
-    microbatches = data.config.train.global_batch_size
-    batches = data.training(check_layout(data.config, 1), 0, consumed=0)
-    for _ in range(steps):
-        waited = computed = 0.0
-        for _ in range(microbatches):
-            began, began_computing = time.perf_counter(), time.thread_time()
-            next(batches)
-            waited += time.perf_counter() - began
-            computed += time.thread_time() - began_computing
-            time.sleep(step_seconds / microbatches)
-        yield waited, computed
+    with closing(data.training(check_layout(data.config, 1), 0, consumed=0)) as stream:
+        for _ in range(steps):
+            began_computing = time.thread_time()
+            next(stream)
+            yield stream.pop_seconds_waited(), time.thread_time() - began_computing
+            time.sleep(step_seconds)
 
 
 def measure_waits(

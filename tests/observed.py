@@ -144,7 +144,7 @@ def _compute(chunks: list, config: Config, layout: Layout, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     shape = (layout.num_microbatches, config.train.micro_batch_size, config.model.seq_length + 1)
     batch = torch.tensor(BASE_IDS)[torch.randint(5, shape, generator=generator)]
-    total, count = forward_backward(chunks, iter(batch), config, layout, forward_only=False)
+    total, count = forward_backward(chunks, batch, config, layout, forward_only=False)
     return float(total / count)
 
 

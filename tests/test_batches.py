@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gengram_megatron.engine.data.batches import microbatches, split_batch
+from gengram_megatron.engine.data.batches import BatchStream, split_batch
 from gengram_megatron.engine.data.order import SampleOrder
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import EOD
@@ -47,8 +46,8 @@ def samples_of(microbatch: torch.Tensor) -> list[int]:
 
 def read(order, steps, *, consumed=0, total=None, batch=8, micro=1, ranks=1, workers=0):
     """The sample numbers of each step: a list of microbatches for each rank."""
-    loaders = [
-        microbatches(
+    streams = [
+        BatchStream(
             Numbered(),
             order,
             consumed=consumed,
@@ -61,11 +60,14 @@ def read(order, steps, *, consumed=0, total=None, batch=8, micro=1, ranks=1, wor
         )
         for rank in range(ranks)
     ]
-    count = batch // (micro * ranks)
-    return [
-        [[samples_of(microbatch) for microbatch in islice(loader, count)] for loader in loaders]
-        for _ in range(steps)
-    ]
+    try:
+        return [
+            [[samples_of(microbatch) for microbatch in next(stream)] for stream in streams]
+            for _ in range(steps)
+        ]
+    finally:
+        for stream in streams:
+            stream.close()
 
 
 def flat(step) -> list[int]:
@@ -157,8 +159,8 @@ def test_processes_that_cannot_be_started_are_told(monkeypatch):
 
 
 def test_a_microbatch_is_a_small_tensor_of_bytes():
-    (microbatch,) = islice(
-        microbatches(
+    (microbatch,) = next(
+        BatchStream(
             Numbered(),
             InSequence(),
             consumed=4,
@@ -168,8 +170,7 @@ def test_a_microbatch_is_a_small_tensor_of_bytes():
             data_rank=0,
             data_size=1,
             workers=0,
-        ),
-        1,
+        )
     )
     assert microbatch.dtype == torch.uint8 and microbatch.shape == (4, 3)
     assert samples_of(microbatch) == [4, 5, 6, 7]
@@ -180,7 +181,7 @@ def test_the_last_step_is_filled_up_with_rows_that_count_nothing(ranks):
     """19 samples in batches of 8: each counts once, and all ranks get as many microbatches."""
     seen, masked = [], 0
     for rank in range(ranks):
-        loader = microbatches(
+        stream = BatchStream(
             Numbered(),
             InSequence(),
             consumed=0,
@@ -191,7 +192,7 @@ def test_the_last_step_is_filled_up_with_rows_that_count_nothing(ranks):
             data_size=ranks,
             workers=0,
         )
-        rows = list(loader)
+        rows = [microbatch for step in stream for microbatch in step]
         assert len(rows) == 3 * 8 // (2 * ranks)
         for row in torch.cat(rows):
             if (row == EOD).all():
@@ -226,15 +227,18 @@ def test_an_error_in_a_reading_process_ends_the_training_process():
     """With its traceback, which must not keep the processes alive that this one waits for."""
     program = """
 from tests.test_batches import Numbered, InSequence
-from gengram_megatron.engine.data.batches import microbatches
+from contextlib import closing
+from gengram_megatron.engine.data.batches import BatchStream
 class Failing(Numbered):
     def __getitem__(self, index):
         if index > 20:
             raise OSError(5, "the disk failed")
         return super().__getitem__(index)
 sizes = dict(global_batch_size=8, micro_batch_size=1, data_rank=0, data_size=1)
-for _ in microbatches(Failing(), InSequence(), consumed=0, total=None, workers=1, **sizes):
-    pass
+stream = BatchStream(Failing(), InSequence(), consumed=0, total=None, workers=1, **sizes)
+with closing(stream):
+    for _ in stream:
+        pass
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

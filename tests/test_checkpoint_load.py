@@ -112,7 +112,7 @@ def loss_of_weights(config: Config, checkpoint: Path) -> float:
         first = part.global_offset[: part.prepend_axis_num]
         part.data.data.copy_(whole[part.key][(*first, *place)])
     batches = RunData(config).training(layout, 0, 0)
-    report = forward_backward(chunks, batches, config, layout, forward_only=True)
+    report = forward_backward(chunks, next(batches), config, layout, forward_only=True)
     loss = agree(report).loss
     end_processes()
     return loss

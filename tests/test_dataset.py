@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from gengram_megatron.data_set import CHECKED, check, identity, not_checked_yet
-from gengram_megatron.engine.data.batches import microbatches
+from gengram_megatron.engine.data.batches import BatchStream
 from gengram_megatron.engine.data.dataset import FragmentDataset
 from gengram_megatron.engine.data.order import SampleOrder
 from gengram_megatron.engine.training import nodes
@@ -57,7 +58,7 @@ def test_it_travels_to_other_processes(folder, fragments):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_epoch_of_microbatches_holds_every_fragment_once(folder, fragments, workers):
     dataset = FragmentDataset(folder, "train", LENGTH)
-    loader = microbatches(
+    stream = BatchStream(
         dataset,
         SampleOrder(len(dataset), seed=5),
         consumed=0,
@@ -68,7 +69,9 @@ def test_an_epoch_of_microbatches_holds_every_fragment_once(folder, fragments, w
         data_size=1,
         workers=workers,
     )
-    rows = np.concatenate([microbatch.numpy() for microbatch in islice(loader, 10)])
+    with closing(stream):
+        steps = [step.flatten(0, 1).numpy() for step in islice(stream, 5)]
+    rows = np.concatenate(steps)
     assert sorted(map(bytes, rows[:, :-1])) == sorted(map(bytes, fragments[:30]))
 
 

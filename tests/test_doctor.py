@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gengram_megatron.commands.doctor import examine
-from gengram_megatron.commands.doctor.examine import NoAnswer, ask
+from gengram_megatron.commands.doctor.ask import NoAnswer, ask
 from gengram_megatron.commands.doctor.fit import memory_problems, room_problems, sample
 from gengram_megatron.config.layout import Projection, check_layout, with_memory
 from gengram_megatron.config.load import load_config
@@ -153,7 +153,7 @@ def test_a_process_that_talks_nonsense_gives_no_answer(tmp_path, monkeypatch, sa
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     with pytest.raises(NoAnswer, match="its last line is no JSON"):
-        ask("devices")
+        ask("machine", "devices")
 
 
 def test_a_tool_that_hangs_is_not_waited_for(tmp_path, monkeypatch):

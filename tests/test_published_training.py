@@ -185,7 +185,7 @@ def train_as_runs_do(layout, config: Config) -> tuple[list[float], list[float]]:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         total, scored = forward_backward(
-            chunks, iter([tokens]), config, layout, forward_only=False
+            chunks, [tokens], config, layout, forward_only=False
         ).tolist()
         losses.append(total / scored)
         norms.append(optimizer.step_if(lambda norm: True))

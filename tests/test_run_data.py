@@ -2,7 +2,7 @@
 
 import json
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +63,14 @@ def layout(config: Config, ranks: int) -> Layout:
 def steps(data: RunData, ranks: int, consumed: int, count: int) -> list[list[bytes]]:
     """The fragments of each step in the order of their positions, put together from all ranks."""
     config = data.config
-    loaders = [data.training(layout(config, ranks), rank, consumed) for rank in range(ranks)]
-    per_step = BATCH // (ranks * config.train.micro_batch_size)
+    streams = [data.training(layout(config, ranks), rank, consumed) for rank in range(ranks)]
     read = []
     for _ in range(count):
-        dealt = zip(*(islice(loader, per_step) for loader in loaders), strict=True)
+        dealt = zip(*map(next, streams), strict=True)
         rows = [row for together in dealt for microbatch in together for row in microbatch]
         read.append([bytes(row.numpy()) for row in rows])
+    for stream in streams:
+        stream.close()
     return read
 
 
@@ -128,7 +129,9 @@ def test_each_validation_scores_the_samples_of_each_set_once(folder, ranks, limi
     rows = {name: [] for name in expected}
     for rank in range(ranks):
         for part in data.validations(layout(data.config, ranks), rank):
-            microbatches = list(part.batches)
+            steps = list(part.batches)
+            assert len(steps) == part.steps
+            microbatches = [microbatch for step in steps for microbatch in step]
             assert len(microbatches) == part.steps * BATCH // ranks
             rows[part.name] += [bytes(row.numpy()) for batch in microbatches for row in batch]
     for name, count in expected.items():

@@ -1,34 +1,41 @@
-"""The share of a step that waits for samples."""
+"""How long a step has waited for its samples."""
 
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from gengram_megatron.engine.platform import cpu
-from gengram_megatron.engine.training.waiting import Waiting
+from gengram_megatron.engine.data.batches import BatchStream
+from gengram_megatron.engine.platform import prepare
+from gengram_megatron.engine.training.step import slowest_rank
+from tests.test_batches import InSequence, Numbered
 
-READING = (0.02, 0.1)  # seconds a microbatch, of each rank
+READING = (0.02, 0.1)  # seconds a sample, of each rank
 
 
-def slow_reader(seconds: float):
-    while True:
-        time.sleep(seconds)
-        yield torch.zeros(1)
+class Slow(Numbered):
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def __getitem__(self, index):
+        time.sleep(self._seconds)
+        return super().__getitem__(index)
 
 
 def measure(rank: int, folder: str) -> None:
-    """Three microbatches, with work in between that is no waiting; then none."""
-    if not torch.cuda.is_available():
-        cpu.stand_in_for_cuda()
+    """Three samples, with work in between that is no waiting; then none."""
+    prepare()
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    waiting = Waiting(slow_reader(READING[rank]))
+    sizes = {"global_batch_size": 2, "micro_batch_size": 1, "data_rank": rank, "data_size": 2}
+    stream = BatchStream(
+        Slow(READING[rank]), InSequence(), consumed=0, total=None, workers=0, **sizes
+    )
     for _ in range(3):
-        next(waiting)
+        next(stream)
         time.sleep(0.5)
-    (Path(folder) / str(rank)).write_text(f"{waiting.take()} {waiting.take()}")
+    waited = [slowest_rank(stream.pop_seconds_waited()) for _ in range(2)]
+    (Path(folder) / str(rank)).write_text(" ".join(map(str, waited)))
     dist.destroy_process_group()
 
 

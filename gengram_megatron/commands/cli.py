@@ -4,32 +4,22 @@ torch and megatron-core are imported only by the commands that compute, so that 
 and mistakes are shown at once.
 """
 
-import shlex
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gengram_megatron import __version__
 from gengram_megatron.commands import checkpoint
+from gengram_megatron.commands.config import config
 from gengram_megatron.commands.doctor.command import doctor
 from gengram_megatron.commands.init import init
 from gengram_megatron.commands.launch import launch
-from gengram_megatron.commands.plan import plan, smallest_world
+from gengram_megatron.commands.plan import plan
 from gengram_megatron.commands.sweep import sweep
-from gengram_megatron.config.command_line import HELP_OPTIONS, ConfigFile, Overrides, print_keys
-from gengram_megatron.config.layout import (
-    Layout,
-    check_layout,
-    is_first_on_its_node,
-    world_size_from_environment,
-)
-from gengram_megatron.config.load import dump_config, load_config
-from gengram_megatron.config.schema import Config
-from gengram_megatron.data_set import check_data_sets_exist
-from gengram_megatron.errors import RankError, UserError, run_program
-from gengram_megatron.signals import StopSignals
+from gengram_megatron.commands.train import train
+from gengram_megatron.config.command_line import HELP_OPTIONS
+from gengram_megatron.errors import run_program
 
 app = typer.Typer(
     name="gengram",
@@ -68,124 +58,5 @@ def _gengram(
     pass
 
 
-@app.command()
-def train(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train a model, or go on with its training.
-
-    CONFIG is a YAML file with the sections run, model, parallel, data, optimizer, train,
-    checkpoint, logging and launch. Its key `base:` names files that it builds on; what stands in the
-    file itself wins over them. `gengram config --keys` lists every key and what it may be.
-
-    Words of the form key=value win over the file. Keys are written with dots, values as in
-    YAML:
-
-    \b
-      gengram train configs/smoke/one_gpu.yaml optimizer.lr=3e-4
-      gengram train configs/smoke/one_gpu.yaml 'model.gengram.layers=[2,3]'
-      gengram train configs/smoke/one_gpu.yaml model.gengram.window=null
-
-    Paths: what the commands of gengram and gengram-data write (run.dir, data.path,
-    checkpoint.load) is relative to the current folder, also when a run reads it; what you wrote or
-    downloaded (base, data.tokenizer) is relative to the file that names it.
-
-    A layout of several processes takes rank and world size from torchrun or srun:
-
-    \b
-      torchrun --nproc-per-node 4 -m gengram_megatron train configs/smoke/cpu.yaml
-
-    The world size must be a multiple of parallel.tensor * pipeline * context; the rest is
-    data parallelism.
-
-    A run resumes by itself: the same command on the same run.dir goes on from the newest good
-    checkpoint there. For a fresh run give another folder, such as run.dir=runs/second.
-
-    On SIGTERM or SIGUSR1, as batch systems send before a time limit, and on Ctrl-C, it ends the
-    step, saves a checkpoint and exits with code 75: the same command goes on from there. A second
-    Ctrl-C ends it at once.
-
-    \b
-    Exit codes: 0 done; 2 a mistake in config, data or files; 3 a loss or gradient that is not
-    finite (train.on_nan); 70 a rank hung (train.watchdog_seconds); 75 saved, start it again.
-    """
-    try:
-        loaded = load_config(config, overrides or [], Config)
-        layout = _layout_here(loaded, config, overrides or [])
-        if layout.world_size == 1:  # several ranks tell each other, once they have met
-            check_data_sets_exist(loaded, config)
-        # Before the slow imports, in which a signal would otherwise end the process in a traceback.
-        with StopSignals(announce=not context.obj and is_first_on_its_node()) as signals:
-            from gengram_megatron.engine.training.run import train as run_training
-
-            code = run_training(loaded, layout, signals)
-    except UserError as error:
-        if context.obj or is_first_on_its_node() or isinstance(error, RankError):
-            raise
-        raise typer.Exit(error.exit_code) from None
-    if code:
-        raise typer.Exit(code)
-
-
-def _layout_here(loaded: Config, file: Path, overrides: list[str]) -> Layout:
-    """The layout on the processes that are there; where a process on its own is too few, the error
-    holds the command that starts enough."""
-    world_size, _ = world_size_from_environment()
-    try:
-        return check_layout(loaded, world_size)
-    except UserError as error:
-        least, asked = smallest_world(loaded), loaded.launch.processes or 1
-        wanted = least if asked % least else asked
-        if world_size > 1 or wanted == 1 or loaded.launch.nodes > 1:
-            raise
-        check_layout(loaded, wanted)  # says what is wrong beside the number of processes
-        command = shlex.join(["gengram", "launch", str(file), "--nproc", str(wanted), *overrides])
-        raise UserError(f"{error}\nthis command starts {wanted}: {command}") from None
-
-
-@app.command()
-def config(
-    config: Annotated[
-        str | None,
-        typer.Argument(metavar="CONFIG", help="The YAML file of a run.", show_default=False),
-    ] = None,
-    overrides: Overrides = None,
-    keys: Annotated[
-        bool,
-        typer.Option(
-            "--keys",
-            help="List every key, what it may be, its default and its meaning; or those that are "
-            "named in place of CONFIG.",
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="--keys for programs.")] = False,
-    nproc: Annotated[
-        int | None,
-        typer.Option(min=1, help="Also check that the run works on so many processes."),
-    ] = None,
-) -> None:
-    """Print the whole config of a run, or what its keys mean.
-
-    Files, words and defaults are put together. What is printed is itself a config file that gives
-    the same run.
-
-    \b
-      gengram config configs/smoke/cpu.yaml optimizer.lr=3e-4
-      gengram config configs/smoke/cpu.yaml --nproc 4
-      gengram config --keys
-      gengram config --keys optimizer.lr model.gengram
-    """
-    if keys:
-        print_keys(Config, [*filter(None, [config]), *(overrides or [])], as_json)
-        return
-    if config is None:
-        raise UserError("gengram config prints a CONFIG; name its file, or ask for --keys")
-    loaded = load_config(Path(config), overrides or [], Config)
-    if nproc is not None:
-        check_layout(loaded, nproc)
-    print(dump_config(loaded), end="")
-
-
-app.command()(init)
-app.command()(doctor)
-app.command()(launch)
-app.command()(plan)
-app.command()(sweep)
+for command in (train, config, init, doctor, launch, plan, sweep):
+    app.command()(command)

@@ -71,7 +71,7 @@ def run(name: str, mode: str, out: Path) -> None:
     data_rank = parallel_state.get_data_parallel_rank()
     micro = tokens.split(config.train.micro_batch_size)
     report = forward_backward(
-        chunks, iter(micro[data_rank :: layout.data]), config, layout, forward_only=False
+        chunks, micro[data_rank :: layout.data], config, layout, forward_only=False
     )
     full, once = gradients(chunks)
     result = {"loss": agree(report).loss, "gradients": full, "held_once": once}

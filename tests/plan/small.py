@@ -51,5 +51,5 @@ def step(chunks, optimizer, config: Config, layout: Layout) -> None:
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    forward_backward(chunks, iter(batches), config, layout, forward_only=False)
+    forward_backward(chunks, batches, config, layout, forward_only=False)
     optimizer.step()

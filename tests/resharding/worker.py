@@ -54,7 +54,7 @@ class TinyRun:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             report = forward_backward(
-                self.chunks, batches, self.config, self.layout, forward_only=False
+                self.chunks, next(batches), self.config, self.layout, forward_only=False
             )
             lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
             self.optimizer.step_if(lambda _: True)

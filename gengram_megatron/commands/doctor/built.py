@@ -26,7 +26,7 @@ def parts(config: Config) -> dict[str, str | None]:
     chunks, optimizer = build_engine(config, layout, build_model(config, layout))
     bases = torch.tensor(config.model.gengram.token_ids[:4]).repeat(config.model.seq_length)
     batch = bases[None, : config.model.seq_length + 1]
-    forward_backward(chunks, iter([batch]), config, layout, forward_only=False)
+    forward_backward(chunks, [batch], config, layout, forward_only=False)
     optimizer.step_if(lambda norm: True)
     found = report.parts(chunks, optimizer)
     end_processes()

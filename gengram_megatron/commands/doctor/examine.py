@@ -1,25 +1,17 @@
-"""All that the doctor finds out, as `gengram doctor --json` prints it.
+"""All that the doctor finds out, as `gengram doctor --json` prints it."""
 
-What could fail or hang is asked of processes of their own. Versions are those of the installed
-packages' own descriptions, so that nothing has to be imported.
-"""
-
-import json
 import os
-import platform
-import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
-from gengram_megatron.commands.doctor import disk, fit
+from gengram_megatron.commands.doctor import fit
+from gengram_megatron.commands.doctor.ask import NoAnswer, ask, ask_together, software
 from gengram_megatron.commands.doctor.fit import advice, explained, sample
 from gengram_megatron.config.layout import Layout, check_layout
 from gengram_megatron.config.problems.engine import gpu_problems
@@ -27,110 +19,14 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.gpus import nvidia_gpus
 from gengram_megatron.launch.job import processes_of_a_node
+from gengram_megatron.runs.folder import make_folder
 from gengram_megatron.runs.store import estimated_size
-
-SECONDS = 300
-"""A process that takes longer is ended. On a busy machine the import of torch alone takes a
-minute."""
-LAUNCHER = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS",
-)  # fmt: skip
-"""Variables that would make a process a rank of a run."""
-
-
-class NoAnswer(Exception):
-    """Why a process gave none: its exception in one line, its signal, its time, or what it said."""
-
-
-def ask(module: str, *words: str, given: str = "") -> dict:
-    """What a module of this package prints as JSON in its last line.
-
-    given: what it reads from its standard input.
-    """
-    said = _run("-m", f"{__package__}.{module}", *words, given=given)
-    last = (said.splitlines() or [""])[-1]
-    try:
-        return json.loads(last)
-    except ValueError:
-        raise NoAnswer(f"its last line is no JSON: {last[:80]!r}") from None
-
-
-def ask_together(module: str, each: list[list[str]]) -> list[dict]:
-    """The answers of processes that run at the same time, one for each list of words."""
-    with ThreadPoolExecutor(len(each)) as threads:
-        return list(threads.map(lambda words: ask(module, *words), each))
-
-
-def try_import(package: str) -> str | None:
-    """Why a package cannot be imported; None: it can."""
-    try:
-        _run("-c", f"import {package}")
-    except NoAnswer as reason:
-        return str(reason)
-    return None
-
-
-def _run(*words: str, given: str = "") -> str:
-    """Its standard output."""
-    clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    try:
-        done = subprocess.run(
-            [sys.executable, *words],
-            input=given,
-            env=clean,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise NoAnswer(f"no answer within {SECONDS} seconds") from None
-    if done.returncode < 0:
-        raise NoAnswer(f"killed by {signal.Signals(-done.returncode).name}")
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-1] if lines else f"exit code {done.returncode}"
-        raise NoAnswer(re.sub(r"^\[rank\d+\]: ", "", last))  # torch's, once it has a rank
-    return done.stdout
-
-
-NEEDED = ("torch", "megatron-core")
-OPTIONAL = {
-    "transformer-engine": "transformer_engine.pytorch",
-    "apex": "apex",
-    "deepspeed": "deepspeed",
-    "flash-attn": "flash_attn",
-    "triton": "triton",
-}
-"""Their names for pip, and what is imported of each."""
-
-
-def software(try_imports: bool) -> dict[str, dict]:
-    """Version of each package (None: not installed), and why it cannot be imported (None: it can,
-    or was not tried)."""
-    found = {"python": {"version": platform.python_version(), "error": None}}
-    for name in NEEDED:
-        found[name] = {"version": _version(name), "error": None}
-    for name, package in OPTIONAL.items():
-        there = _version(name)
-        if there is None and find_spec(package.split(".")[0]):
-            there = "unknown"  # put on the path without being installed
-        found[name] = {"version": there, "error": None}
-        if there and try_imports:
-            found[name]["error"] = try_import(package)
-    return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
 
 LINKS_SECONDS = 60
 """For nvidia-smi, which never answers where a driver hangs."""
+BLOCK = 8 << 20
+BLOCKS = 32
+"""256 MiB: more than the buffers of disks, and soon written."""
 
 
 QUICK = [
@@ -173,15 +69,15 @@ class _Examination:
         self.found["advice"] = list(advice(self.found, config))
         self.found["problems"] = self.problems
 
-    def _ask(self, module: str, problem: str, given: str = "") -> dict | None:
+    def _ask(self, module: str, *words: str, problem: str, given: str = "") -> dict | None:
         """The answer of a process; if there is none, that is a problem."""
         try:
-            return ask(module, given=given)
+            return ask(module, *words, given=given)
         except NoAnswer as reason:
             self.problems.append(f"{problem}: {reason}")
 
     def _devices_of_torch(self) -> dict | None:
-        found = self._ask("devices", problem="torch does not work here")
+        found = self._ask("machine", "devices", problem="torch does not work here")
         return found and {**found, "listed_by": "torch"}
 
     def _layout(self) -> Layout | None:
@@ -243,9 +139,9 @@ class _Examination:
         """The run's folder; without a config, the current one."""
         folder = Path(self.config.run.dir if self.config else ".").absolute()
         try:
-            with disk.made(folder):
-                free = disk.room(folder)
-                speed = disk.speed(folder) if speeds else None
+            with _made(folder):
+                free = _free_bytes(folder)
+                speed = _speed_of_disk(folder) if speeds else None
         except UserError as error:
             self.problems.append(str(error))
             return None
@@ -263,7 +159,7 @@ class _Examination:
             return None
         several = layout is None or layout.world_size > 1
         return {
-            "matrix_product": self._ask("product", problem="torch cannot multiply here"),
+            "matrix_product": self._ask("machine", "product", problem="torch cannot multiply here"),
             "all_reduce": self._all_reduce(several),
         }
 
@@ -272,14 +168,16 @@ class _Examination:
         with tempfile.TemporaryDirectory() as folder:
             meeting = str(Path(folder) / "meeting")
             try:
-                return ask_together("all_reduce", [[str(rank), "2", meeting] for rank in (0, 1)])[0]
+                return ask_together(
+                    "machine", [["all_reduce", str(rank), "2", meeting] for rank in (0, 1)]
+                )[0]
             except NoAnswer as reason:
                 if needed:
                     self.problems.append(f"two processes cannot add up numbers: {reason}")
 
 
 def _listed_devices() -> dict:
-    """What devices.py prints, as far as it is known without torch."""
+    """What machine.py says of devices, as far as it is known without torch."""
     return {
         "cuda": None,
         "nccl": None,
@@ -300,3 +198,55 @@ def _links() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder, for as long as it is looked at; what was not there before goes again.
+
+    Raises UserError where it cannot be made or written to.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        make_folder(folder)
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # never made, or a run has begun to use it
+                path.rmdir()
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free bytes."""
+    return shutil.disk_usage(folder).free
+
+
+def _speed_of_disk(folder: Path) -> dict:
+    """Bytes a second, written to the disk itself and read back. Raises UserError if there is too
+    little room.
+
+    What was written is dropped from memory before it is read, where the system allows it; network
+    file systems may still answer from theirs.
+    """
+    if _free_bytes(folder) < 2 * BLOCKS * BLOCK:
+        raise UserError(f"{folder} has too little room to measure the speed of its file system")
+    block = os.urandom(BLOCK)  # neither compressible nor all the same
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", buffering=0) as file:
+        began = time.perf_counter()
+        for _ in range(BLOCKS):
+            file.write(block)
+        os.fsync(file.fileno())
+        written = time.perf_counter() - began
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        began = time.perf_counter()
+        while file.read(BLOCK):
+            pass
+        read = time.perf_counter() - began
+    size = BLOCKS * BLOCK
+    return {
+        "bytes": size,
+        "written_bytes_per_second": size / written,
+        "read_bytes_per_second": size / read,
+    }

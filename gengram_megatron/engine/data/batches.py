@@ -4,6 +4,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,26 +23,17 @@ STEPS_AHEAD = 2
 """Steps that each reading process is ahead of the training process."""
 
 
-def microbatches(
-    dataset: Sequence[np.ndarray],
-    order: Order,
-    *,
-    consumed: int,
-    total: int | None,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_rank: int,
-    data_size: int,
-    workers: int,
-) -> Iterator[torch.Tensor]:
-    """The microbatches that one data-parallel rank trains on, step after step.
+class BatchStream:
+    """The samples of one data-parallel rank, step after step: an iterator of tokens
+    [microbatches, micro_batch_size, seq_length + 1], uint8, on the CPU (pinned where there is CUDA).
 
     A step takes the next `global_batch_size` positions of the run, in every layout; they are dealt
     out in rows of `micro_batch_size`, to the ranks in turn, then to the next microbatch. So a run
     goes on where it was cut, on any layout, by passing the samples it has consumed.
 
     The processes that read ahead hand over a rank's whole step at once, STEPS_AHEAD of them each:
-    a hand-over costs the training process about a millisecond, however little is in it.
+    a hand-over costs the training process about a millisecond, however little is in it. They start
+    with the first step and must be ended by `close`.
 
     Args:
         dataset: uint8 arrays of seq_length + 1 tokens.
@@ -54,37 +46,64 @@ def microbatches(
         micro_batch_size: samples a microbatch of one rank.
         data_rank, data_size: this rank's place among the data-parallel ranks, and their number.
         workers: background processes that read ahead; 0: read here.
-
-    Yields:
-        Tokens [micro_batch_size, seq_length + 1], uint8, on the CPU (pinned where there is CUDA).
     """
-    if global_batch_size % (micro_batch_size * data_size):
-        raise ValueError(
-            f"a global batch of {global_batch_size} cannot be dealt out to {data_size} ranks in "
-            f"microbatches of {micro_batch_size}"
+
+    def __init__(
+        self,
+        dataset: Sequence[np.ndarray],
+        order: Order,
+        *,
+        consumed: int,
+        total: int | None,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        workers: int,
+    ):
+        if global_batch_size % (micro_batch_size * data_size):
+            raise ValueError(
+                f"a global batch of {global_batch_size} cannot be dealt out to {data_size} ranks "
+                f"in microbatches of {micro_batch_size}"
+            )
+        offsets = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)
+        self._loader = DataLoader(
+            _Reader(dataset, order, total),
+            batch_sampler=_positions(consumed, total, global_batch_size, offsets[:, data_rank]),
+            collate_fn=_as_is,
+            num_workers=workers,
+            prefetch_factor=STEPS_AHEAD if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            # Without one of its own the loader draws from torch's global generator, and the random
+            # numbers of a resumed run would no longer be those of one that was never cut.
+            generator=torch.Generator(),
+            worker_init_fn=ignore_stop_signals,
         )
-    offsets = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)[:, data_rank]
-    loader = DataLoader(
-        _Reader(dataset, order, total),
-        batch_sampler=_positions(consumed, total, global_batch_size, offsets),
-        collate_fn=_as_is,
-        num_workers=workers,
-        prefetch_factor=STEPS_AHEAD if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        # Without one of its own the loader draws from torch's global generator, and the random
-        # numbers of a resumed run would no longer be those of one that was never cut.
-        generator=torch.Generator(),
-        worker_init_fn=ignore_stop_signals,
-    )
-    steps = _started(loader, workers)
-    try:
-        for step in steps:
-            yield from torch.as_tensor(step.tokens)
-    finally:
-        if workers:
-            # An error's traceback keeps the iterator, and it its processes, which ignore the signal
-            # that Python ends them with: the process would never exit. There is no public way.
-            steps._shutdown_workers()
+        self._steps: Iterator[_StepTokens] | None = None
+        self._seconds_waited = 0.0
+
+    def __iter__(self) -> "BatchStream":
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        began = time.perf_counter()
+        if self._steps is None:
+            self._steps = _started(self._loader)
+        step = torch.as_tensor(next(self._steps).tokens)
+        self._seconds_waited += time.perf_counter() - began
+        return step
+
+    def pop_seconds_waited(self) -> float:
+        """Seconds that this rank has waited for samples since the last call."""
+        seconds, self._seconds_waited = self._seconds_waited, 0.0
+        return seconds
+
+    def close(self) -> None:
+        """End the processes that read ahead. An error's traceback keeps the iterator, and it its
+        processes, which ignore the signal that Python ends forgotten ones with: this process would
+        never exit. There is no public way."""
+        if self._steps is not None and self._loader.num_workers:
+            self._steps._shutdown_workers()
 
 
 def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -105,8 +124,9 @@ def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return inputs, labels, (labels != EOD).float()
 
 
-def _started(loader: DataLoader, workers: int) -> "Iterator[_StepTokens]":
+def _started(loader: DataLoader) -> "Iterator[_StepTokens]":
     """The steps of a loader whose processes have started, or UserError."""
+    workers = loader.num_workers
     try:
         # As many as the loader makes: one that cannot be made leaves the loader half made, and
         # its end prints a traceback.

@@ -7,14 +7,13 @@ from itertools import combinations
 from math import ceil
 from pathlib import Path
 
-from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from gengram_megatron.config.keys import dotted
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import BlendPart, Config
 from gengram_megatron.data_set import DataFile
-from gengram_megatron.engine.data.batches import microbatches
+from gengram_megatron.engine.data.batches import BatchStream
 from gengram_megatron.engine.data.dataset import FragmentDataset
 from gengram_megatron.engine.data.order import BlendOrder, SampleOrder
 from gengram_megatron.errors import UserError
@@ -38,11 +37,11 @@ class BuiltSet:
 
 @dataclass(frozen=True)
 class Validation:
-    """What is to be scored of one set: so many steps of microbatches."""
+    """What is to be scored of one set, in so many steps."""
 
     name: str
     steps: int
-    batches: Iterator[Tensor]
+    batches: BatchStream
 
 
 class RunData:
@@ -83,9 +82,9 @@ class RunData:
                 )
         return lines
 
-    def training(self, layout: Layout, data_rank: int, consumed: int) -> Iterator[Tensor]:
-        """Microbatches from the sample at place `consumed` of the run on, without end."""
-        return microbatches(
+    def training(self, layout: Layout, data_rank: int, consumed: int) -> BatchStream:
+        """The steps from the sample at place `consumed` of the run on, without end. To be closed."""
+        return BatchStream(
             ConcatDataset([one.train for one in self.sets]),
             self._order,
             consumed=consumed,
@@ -98,7 +97,7 @@ class RunData:
         """One validation, set by set."""
         for one in self.sets:
             samples = self._validation_samples(one)
-            batches = microbatches(
+            batches = BatchStream(
                 one.validation,
                 SampleOrder(len(one.validation), VALIDATION_SEED),
                 consumed=0,

@@ -100,12 +100,15 @@ def unwrapped(chunks: list[nn.Module]) -> list[nn.Module]:
 
 @contextmanager
 def frozen(parameters: list[nn.Parameter]):
-    """While what is made from a module's parameters is to leave these out."""
+    """Excludes parameters from what is made in this block from those that need gradients: megatron-
+    core's DistributedDataParallel and its optimizer."""
     for parameter in parameters:
         parameter.requires_grad = False
-    yield
-    for parameter in parameters:
-        parameter.requires_grad = True
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad = True
 
 
 def row_table_groups(over: str) -> ProcessGroupCollection:

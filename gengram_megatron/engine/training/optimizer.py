@@ -15,6 +15,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from gengram_megatron.config.layout import Layout
@@ -26,23 +27,24 @@ from gengram_megatron.engine.model.memory import MemoryModule
 class Optimizer(ChainedOptimizer):
     """megatron-core's, which asks before it changes a weight."""
 
+    @torch.no_grad()
     def step_if(self, accept: Callable[[float], bool]) -> float:
         """A step, if `accept` agrees to the gradients' norm (before clipping), which is returned."""
-        self._accept = accept
-        self.step()
-        del self._accept
-        return self._norm
+        self.prepare_grads()
+        norm = self.get_grad_norm() or 0.0
+        if accept(norm):
+            self._clip(norm)
+            self.step_with_ready_grads()
+        return norm
 
-    def _accept(self, norm: float) -> bool:
-        """Of a plain step."""
-        return True
-
-    def get_grad_norm(self) -> float:
-        self._norm = super().get_grad_norm() or 0.0
-        return self._norm
-
-    def step_with_ready_grads(self) -> bool:
-        return self._accept(self._norm) and super().step_with_ready_grads()
+    def _clip(self, norm: float) -> None:
+        """What ChainedOptimizer.step does between the norm and the step (megatron-core 0.16.1)."""
+        for optimizer in self.chained_optimizers:
+            if getattr(optimizer, "is_stub_optimizer", False):  # of a rank without weights
+                continue
+            parameters = optimizer.get_parameters()
+            if parameters and optimizer.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)
 
 
 def adam_settings(config: Config) -> tuple[OptimizerConfig, dict[ParamKey, ParamGroupOverride]]:

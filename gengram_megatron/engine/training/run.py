@@ -17,7 +17,7 @@ from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.checkpoint.state import Beginning, TrainingState
 from gengram_megatron.engine.checkpoint.stored import read_common
-from gengram_megatron.engine.data.batches import reporting_dead_workers
+from gengram_megatron.engine.data.batches import BatchStream, reporting_dead_workers
 from gengram_megatron.engine.data.run_data import RunData
 from gengram_megatron.engine.model.build import build_model
 from gengram_megatron.engine.model.initialize import parts
@@ -38,8 +38,8 @@ from gengram_megatron.engine.training.step import (
     any_rank,
     balance_losses,
     forward_backward,
+    slowest_rank,
 )
-from gengram_megatron.engine.training.waiting import Waiting
 from gengram_megatron.engine.training.watchdog import Watchdog
 from gengram_megatron.errors import NotFinite
 from gengram_megatron.runs.folder import (
@@ -90,7 +90,7 @@ class _Step:
     grad_norm: float
     lr: float
     others: dict[str, float]
-    microbatches: list[Tensor]
+    microbatches: Tensor
 
 
 class _Run:
@@ -134,8 +134,9 @@ class _Run:
                 self._say(line)
             if left_to_validate and not self._validate(start):
                 return self._stopped(start)
-            batches = stack.enter_context(closing(self._batches_from(start)))
-            code = self._train_from(start, Waiting(batches))
+            consumed = start * self.config.train.global_batch_size
+            batches = self.data.training(self.layout, self.data_rank, consumed)
+            code = self._train_from(start, stack.enter_context(closing(batches)))
             if self.first_rank:
                 self.progress.end()
                 self._warn(self.uniform.at_end() if code == 0 else None)
@@ -158,12 +159,6 @@ class _Run:
         heeded = [line for line in changed if not line.startswith(ONLY_AT_THE_START)]
         return [f"{line} since step {start}" for line in heeded]
 
-    def _batches_from(self, start: int) -> Iterator[Tensor]:
-        """Microbatches after a step. To close it ends the processes that read: they ignore the
-        signal that Python ends forgotten ones with."""
-        consumed = start * self.config.train.global_batch_size
-        yield from self.data.training(self.layout, self.data_rank, consumed)
-
     def _left_to_validate(self, start: int) -> bool:
         """Whether the job before this one was asked to stop in a step that ends in a validation."""
         due = start > 0 and _due(start, self.config.train.validation_interval, self._last_step())
@@ -171,7 +166,7 @@ class _Run:
         dist.broadcast_object_list(left)
         return left[0]
 
-    def _train_from(self, start: int, batches: Waiting) -> int:
+    def _train_from(self, start: int, batches: BatchStream) -> int:
         settings, last = self.config, self._last_step()
         if start < last and any_rank(self.signals.received):  # while modules or weights were loaded
             return self._stopped(start)
@@ -182,7 +177,8 @@ class _Run:
             if self.first_rank and step == start + 1:
                 self.log.open()
                 write_config(self.folder, self.config, start, self.earlier_config)
-            self._report(step, result, seconds, batches.take() / seconds)
+            waited = slowest_rank(batches.pop_seconds_waited())
+            self._report(step, result, seconds, waited / seconds)
             if not result.agreed.finite:
                 self._not_finite(step, result)
             self._warn(self.state.poll(result.agreed.writing))
@@ -227,7 +223,7 @@ class _Run:
             self._warn(f"{found}; the batch is left out (train.on_nan is skip)")
             return
         self._warn(self.state.wait())
-        cause = diagnose(self.chunks, lambda: self._compute(iter(result.microbatches)))
+        cause = diagnose(self.chunks, lambda: self._compute(step, result.microbatches))
         newest = self.state.store.newest()
         again = f"goes on from {newest.name}" if newest else "begins anew, as nothing was saved yet"
         advice = "lower optimizer.lr, or set train.on_nan to skip"
@@ -238,9 +234,10 @@ class _Run:
     def _last_step(self) -> int:
         return min(self.layout.steps, self.config.train.stop_at or self.layout.steps)
 
-    def _step(self, step: int, batches: Iterator[Tensor]) -> _Step:
-        microbatches = []
-        report = self._compute(self._marked(step, batches, microbatches))
+    def _step(self, step: int, batches: BatchStream) -> _Step:
+        self.watchdog.mark(step, "reading data")
+        microbatches = next(batches)
+        report = self._compute(step, microbatches)
         lr = self._lr()
 
         def accept(grad_norm: float) -> bool:
@@ -272,27 +269,25 @@ class _Run:
             microbatches=microbatches,
         )
 
-    def _compute(self, batches: Iterator[Tensor]) -> Tensor | None:
-        """The gradients of a batch, and what forward_backward says of it."""
+    def _compute(self, step: int, microbatches: Tensor) -> Tensor | None:
+        """The gradients of a step's microbatches, and what forward_backward says of them."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return forward_backward(
             self.chunks,
-            batches,
+            self._marked(step, microbatches),
             self.config,
             self.layout,
             forward_only=False,
         )
 
-    def _marked(self, step: int, batches: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
-        """The microbatches of a step, kept, with a mark for the watchdog at each."""
-        for _ in range(self.layout.num_microbatches):
-            self.watchdog.mark(step, "reading data")
-            kept.append(next(batches))
+    def _marked(self, step: int, microbatches: Tensor) -> Iterator[Tensor]:
+        """The microbatches, with a mark for the watchdog at each, as a step of many takes long."""
+        for microbatch in microbatches:
             self.watchdog.mark(step, "computing")
-            yield kept[-1]
+            yield microbatch
 
     def _memory_metrics(self) -> dict[str, float]:
         if self.memory is None:
@@ -313,7 +308,7 @@ class _Run:
                 done += 1
                 reports.append(
                     forward_backward(
-                        self.chunks, part.batches, self.config, self.layout, forward_only=True
+                        self.chunks, next(part.batches), self.config, self.layout, forward_only=True
                     )
                 )
                 if any_rank(self.signals.received):

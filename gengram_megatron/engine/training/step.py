@@ -3,7 +3,7 @@ ranks must know of it and do alike, in one all-reduce.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,6 +61,13 @@ def agree(
     )
 
 
+def slowest_rank(seconds: float) -> float:
+    """The longest time of all ranks, which all others wait for in turn. Called by all ranks."""
+    longest = torch.tensor(seconds, dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return longest.item()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether a flag is set on any rank. Called by all ranks."""
     flags = torch.tensor(flag, dtype=torch.int32, device=torch.cuda.current_device())
@@ -90,7 +97,7 @@ def balance_losses(num_layers: int, num_microbatches: int) -> dict[str, float]:
 
 def forward_backward(
     chunks: list,
-    batches: Iterator[Tensor],
+    microbatches: Iterable[Tensor],
     config: Config,
     layout: Layout,
     forward_only: bool,
@@ -98,15 +105,15 @@ def forward_backward(
     """Run a global batch; returns the sum of the losses of this data-parallel rank's samples and
     the number of scored tokens, [2] float64, on the last pipeline stage, and None elsewhere.
 
-    batches: microbatches [b, L + 1] of this data-parallel rank. Every rank of a pipeline, tensor
-    and context group reads the same ones: token ids must reach all layers with memory.
+    microbatches: tokens [b, s + 1] of this data-parallel rank, of one step. Every rank of a pipeline,
+    tensor and context group reads the same ones: token ids must reach all layers with memory.
     """
     schedule = get_forward_backward_func()
     with torch.set_grad_enabled(not forward_only):  # which the schedules leave as it is
         reports = schedule(
             forward_step_func=forward_step,
             # One iterator a chunk: each walks the microbatches on its own.
-            data_iterator=_iterators(batches, layout),
+            data_iterator=_iterators(microbatches, layout),
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=layout.num_microbatches,
             seq_length=config.model.seq_length,
@@ -138,8 +145,9 @@ def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, di
     return total / scored.clamp(min=1), {"loss": report}
 
 
-def _iterators(batches: Iterator[Tensor], layout: Layout):
+def _iterators(microbatches: Iterable[Tensor], layout: Layout) -> Iterator | list[Iterator]:
+    """As megatron-core's schedules want them: one, or one a virtual pipeline stage."""
     if layout.virtual_pipeline is None:
-        return batches
-    own = [next(batches) for _ in range(layout.num_microbatches)]
-    return [iter(own) for _ in range(layout.virtual_pipeline)]
+        return iter(microbatches)
+    kept = list(microbatches)
+    return [iter(kept) for _ in range(layout.virtual_pipeline)]

@@ -119,7 +119,6 @@ class ZeroOptimizer:
     def __init__(self, engine):
         self.engine, self.zero = engine, KINDS[type(engine.optimizer).__name__](engine.optimizer)
         self.adam = engine.optimizer.optimizer
-        self.zero.ask(self._refused)
         # As torch's Adam makes them in its first step.
         for tensor in self.zero.flat:
             moments = {name: torch.zeros_like(tensor, requires_grad=False) for name in MOMENTS}
@@ -146,15 +145,17 @@ class ZeroOptimizer:
 
     def step_if(self, accept: Callable[[float], bool]) -> float:
         """A step, if `accept` agrees to the gradients' norm (before clipping), which is returned."""
-        self._accept = accept
-        self.engine.step()
-        del self._accept
-        return self._norm
+        norm = math.nan
 
-    def _refused(self) -> bool:
-        norm = float(self.zero.norm())
-        self._norm = norm if norm >= 0 else math.nan
-        return not self._accept(self._norm)
+        def refused() -> bool:
+            nonlocal norm
+            found = float(self.zero.norm())
+            norm = found if found >= 0 else math.nan
+            return not accept(norm)
+
+        self.zero.refuse_if(refused)
+        self.engine.step()
+        return norm
 
     def describe(self) -> str:
         """For people, read off what was built."""

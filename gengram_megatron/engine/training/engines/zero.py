@@ -28,8 +28,9 @@ class ZeroOneAndTwo:
         """Of the gradients of all ranks; negative if it is not finite."""
         return self.zero.scaled_global_norm()
 
-    def ask(self, refused: Callable[[], bool]) -> None:
-        """Have each step be left out that is refused, as one whose gradients overflowed."""
+    def refuse_if(self, refused: Callable[[], bool]) -> None:
+        """Have the next step ask whether it is refused, and then be left out, as one whose gradients
+        overflowed."""
 
         def check(**_) -> None:
             self.zero.overflow = refused()
@@ -50,7 +51,7 @@ class ZeroOneInBf16(ZeroOneAndTwo):
         norm = utils.get_global_norm_of_tensors(gradients, mpu=mpu)
         return utils.get_norm_with_moe_layers(norm, mpu=mpu, expert_tensors=of_experts)
 
-    def ask(self, refused: Callable[[], bool]) -> None:
+    def refuse_if(self, refused: Callable[[], bool]) -> None:
         def gradients(for_clipping: bool = False):
             if not for_clipping and refused():
                 return [torch.tensor(math.nan, device=torch.cuda.current_device())], {}
@@ -71,7 +72,7 @@ class ZeroThree(ZeroOneAndTwo):
     def norm(self) -> Tensor:
         return _utils().combine_grad_norm_groups(self.zero._get_norm_groups())
 
-    def ask(self, refused: Callable[[], bool]) -> None:
+    def refuse_if(self, refused: Callable[[], bool]) -> None:
         def check(**_) -> None:
             self.zero.overflow = refused()
 
