@@ -150,7 +150,7 @@ def measure_order() -> dict:
     tracemalloc.stop()
     positions, began, rounds = np.arange(10**7, 10**7 + 1024), time.perf_counter(), 50
     for _ in range(rounds):
-        order.take(positions)
+        order.samples_at(positions)
     return {
         "samples": 3 * SAMPLES,
         "bytes": held,

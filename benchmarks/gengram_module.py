@@ -39,8 +39,8 @@ from gengram_megatron.engine.model.gengram.ids import KmerIds
 from gengram_megatron.engine.model.gengram.memory import GengramMemory
 from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled
 from gengram_megatron.engine.model.gengram.shape import GengramShape
-from gengram_megatron.engine.model.initialize import InitialLaw, marker
-from gengram_megatron.engine.model.sequence import Piece
+from gengram_megatron.engine.model.initialize import InitialLaw, init_tag
+from gengram_megatron.engine.model.sequence import TokenRange
 from gengram_megatron.engine.processes import end_processes, start_processes
 from gengram_megatron.tokenizer import BASE_IDS
 
@@ -105,7 +105,7 @@ def our_module(hidden: int, dtype: torch.dtype, project: str) -> GengramMemory:
         num_attention_heads=1,
         layernorm_epsilon=EPSILON,
         params_dtype=dtype,
-        init_method=marker(InitialLaw(std=0.02)),
+        init_method=init_tag(InitialLaw(std=0.02)),
     )
     shape = GengramShape(
         PLACEMENTS, DIM, WINDOW, KERNEL, init="scaled", init_std=0.02, project=project
@@ -241,7 +241,7 @@ def errors(
 ) -> dict[str, dict[str, float]]:
     """Of each module's pooled features, and of its keys and values, against float64."""
     ids = KmerIds(tuple(x[:, :LONGEST_EXACT] for x in ids.ids), TABLES)
-    pieces = [Piece(0, ids.seq_length)]
+    pieces = [TokenRange(0, ids.seq_length)]
     exact = copy.deepcopy(weights).double()
     right = exact.pooled(ids)
     right_kv = torch.cat([exact.key(right), exact.value(right)], dim=-1)

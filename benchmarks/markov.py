@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from gengram_megatron.data_set import read_manifest
-from gengram_megatron.errors import EXIT_CODE, UserError, tell
+from gengram_megatron.errors import EXIT_CODE, UserError, print_message
 from gengram_megatron.runs.plot import write_markov_levels
 from gengram_megatron.tokenizer import BASE_IDS
 
@@ -110,7 +110,7 @@ def main() -> None:
         scores = markov_nats(arguments.folder, arguments.orders)
         keep(arguments.folder, scores)
     except UserError as error:
-        tell(error)
+        print_message(error)
         sys.exit(EXIT_CODE)
     for order, nats in scores.items():
         print(f"order {order}: {nats:.4f} nats a base, {nats / math.log(2):.4f} bits a base")

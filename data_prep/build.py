@@ -23,8 +23,8 @@ from data_prep.progress import Phase, Report
 from data_prep.schema import DataConfig
 from data_prep.sources import Input, inputs
 from data_prep.survey import Survey, changed, survey
-from data_prep.work import Work, work_on
-from data_prep.workers import Advance, Followed, Workers
+from data_prep.work import BuildDirectory, work_on
+from data_prep.workers import Advance, IncrementalSha256, Workers
 from data_prep.write import (
     INDEX_BYTES,
     ORIGIN,
@@ -115,7 +115,7 @@ def _facts(source: Input, advance: Advance) -> dict[str, Any]:
 def _survey(
     sources: list[Input],
     config: DataConfig,
-    work: Work,
+    work: BuildDirectory,
     workers: Workers,
     report: Report,
     say: Say,
@@ -142,7 +142,7 @@ def _survey(
 
 
 def _look_over(
-    source: Input, advance: Advance, config: DataConfig, work: Work, settings: Any
+    source: Input, advance: Advance, config: DataConfig, work: BuildDirectory, settings: Any
 ) -> None:
     """Survey a source and keep what is found. It is not returned, as a worker that is killed while
     it sends more than the few bytes of one write leaves the first process waiting for the rest."""
@@ -213,7 +213,7 @@ def _write(
     surveys: dict[str, Survey],
     fates: dict[str, np.ndarray],
     config: DataConfig,
-    work: Work,
+    work: BuildDirectory,
     workers: Workers,
     report: Report,
     say: Say,
@@ -251,18 +251,18 @@ def _write(
 @contextmanager
 def _following(
     parts: list[Part], counts: dict[str, int], folder: Path, tokens: int
-) -> Iterator[list[Followed]]:
+) -> Iterator[list[IncrementalSha256]]:
     """The files with the documents of the splits, each of so many tokens."""
     with ExitStack() as stack:
         files = []
         for split, count in counts.items():
             firsts = [*(part.first[split] for part in parts), count]
             ends = [first * tokens for first in firsts[1:]]
-            files.append(stack.enter_context(Followed(tokens_path(folder, split), ends)))
+            files.append(stack.enter_context(IncrementalSha256(tokens_path(folder, split), ends)))
         yield files
 
 
-def _tell(files: list[Followed], part: Part) -> None:
+def _tell(files: list[IncrementalSha256], part: Part) -> None:
     """Say that a part is written."""
     for file in files:
         file.written(part.number)

@@ -25,7 +25,7 @@ LOWER_CASE = np.uint8(0x20)
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenRange:
     """The bases of a record from `start` on, counted from 0, as token ids."""
 
     name: str  # of the record: the first word of its header
@@ -44,7 +44,7 @@ class Counted:
     ids: np.ndarray | None  # their token ids, where they are not all A, C, G and T
 
 
-def read_pieces(path: Path, multiple: int, file: Hashed | None = None) -> Iterator[Piece]:
+def read_pieces(path: Path, multiple: int, file: Hashed | None = None) -> Iterator[TokenRange]:
     """All bases of a file in small pieces, so that no record need fit in memory.
 
     The pieces of a record follow each other, and but for its last one each has a multiple of
@@ -139,7 +139,7 @@ class _Pieces:
         self._waiting: list[np.ndarray] = []
         self._count = 0  # how many wait
 
-    def add(self, ids: np.ndarray) -> Iterator[Piece]:
+    def add(self, ids: np.ndarray) -> Iterator[TokenRange]:
         """The pieces that these further bases complete: one of those that wait and the first new
         ones, which have to be copied together, and one of all the others."""
         missing = -self._count % self._multiple
@@ -152,7 +152,7 @@ class _Pieces:
             yield self._piece(ids[:whole])
         self._wait_for(ids[whole:])
 
-    def rest(self) -> Iterator[Piece]:
+    def rest(self) -> Iterator[TokenRange]:
         """The piece of all that wait, if any do."""
         if self._count:
             waiting, self._waiting, self._count = self._waiting, [], 0
@@ -163,8 +163,8 @@ class _Pieces:
             self._waiting.append(ids)
             self._count += len(ids)
 
-    def _piece(self, ids: np.ndarray) -> Piece:
-        piece = Piece(self._record.name, self._record.header, self._start, ids)
+    def _piece(self, ids: np.ndarray) -> TokenRange:
+        piece = TokenRange(self._record.name, self._record.header, self._start, ids)
         self._start += len(ids)
         return piece
 

@@ -27,7 +27,7 @@ from gengram_megatron.files import Locked, flush, lock, replacing
 LOCK = "lock"
 
 
-class Work:
+class BuildDirectory:
     """The folder of a build that is under way; see `work_on`."""
 
     def __init__(self, output: Path):
@@ -102,12 +102,12 @@ class Work:
 
 
 @contextmanager
-def work_on(output: Path) -> Iterator[Work]:
+def work_on(output: Path) -> Iterator[BuildDirectory]:
     """The folder of the build of `output`, for this process alone.
 
     After an error it stays for the next start if a source has been surveyed, else it goes.
     """
-    work = Work(output)
+    work = BuildDirectory(output)
     try:
         with _locked(work.folder, output):
             work.restore()

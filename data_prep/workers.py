@@ -64,7 +64,7 @@ AT_A_TIME = 1 << 20
 """Bytes that are read and hashed at a time."""
 
 
-class Followed:
+class IncrementalSha256:
     """A file whose parts are written in any order, by any process, and hashed meanwhile.
 
     SHA-256 goes through a file from its beginning, on one core, so at the end all others would
@@ -86,7 +86,7 @@ class Followed:
         """How many bytes have been gone through."""
         return self._file.tell()
 
-    def __enter__(self) -> "Followed":
+    def __enter__(self) -> "IncrementalSha256":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,7 +110,7 @@ class Followed:
         is told meanwhile how many more bytes were gone through, from byte `told` on."""
         size = self.path.stat().st_size
 
-        def tell() -> None:
+        def print_message() -> None:
             nonlocal told
             hashed = self.hashed
             advance(hashed - told)
@@ -118,7 +118,7 @@ class Followed:
 
         with interrupts_held_back():
             rest = self._thread.submit(self._hash_to, size)
-        for future in as_finished([rest], tell):
+        for future in as_finished([rest], print_message):
             future.result()
         return {"bytes": size, "sha256": self._digest.hexdigest()}
 

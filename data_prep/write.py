@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 
 from data_prep import fragment
-from data_prep.fasta import Piece, read_pieces
+from data_prep.fasta import TokenRange, read_pieces
 from data_prep.fragment import Fate
 from data_prep.schema import DataConfig
 from data_prep.sources import Input
@@ -199,7 +199,7 @@ def write_part(part: Part, advance: Advance, folder: Path, config: DataConfig) -
 
 def _fragments(
     part: Part, config: DataConfig
-) -> Iterator[tuple[int, Piece, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[int, TokenRange, np.ndarray, np.ndarray]]:
     """The pieces of a source, each with the number of its record, and of its whole fragments the
     fates and whether they are turned, both [fragments]."""
     source, survey, length = part.source, part.survey, config.seq_length

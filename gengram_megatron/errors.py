@@ -54,7 +54,7 @@ class RankError(UserError):
     rank shows it, also where otherwise the first rank of each machine speaks for all."""
 
 
-def tell(problem: object) -> None:
+def print_message(problem: object) -> None:
     """Show on stderr what went wrong."""
     with suppress(OSError):  # stderr is full or closed: there is nobody to tell
         for line in str(problem).splitlines():
@@ -79,7 +79,7 @@ def run_program(program: Callable[[], object]) -> None:
         if isinstance(failure, BrokenPipeError):
             code = READER_GONE
         else:
-            tell(f"the output could not be written: {_reason(failure)}")
+            print_message(f"the output could not be written: {_reason(failure)}")
             code = code or EXIT_CODE
     sys.exit(code)
 
@@ -92,13 +92,13 @@ def _run(program: Callable[[], object]) -> int | str | None:
         # typer and rich exit with 1 where a reader is gone, rich with stdout replaced by then.
         return READER_GONE if isinstance(end.__context__, BrokenPipeError) else end.code
     except UserError as error:
-        tell(error)
+        print_message(error)
         return error.exit_code
     except OSError as error:
         if (sentence := explain(error)) is None:
             raise
         if not _stdout_fails():  # else that is what failed, and run_program says so
-            tell(sentence)
+            print_message(sentence)
         return EXIT_CODE
     return 0
 

@@ -79,20 +79,20 @@ def built(config: Config) -> list[tuple[str, tuple, Tensor]]:
     """This rank's initial weights: name; its first element in the whole, and the shape of that; the
     weight."""
     from gengram_megatron.engine.model.build import build_model
-    from gengram_megatron.engine.model.initialize import parts
+    from gengram_megatron.engine.model.initialize import sharded_parameters
 
     [chunk] = build_model(config, check_layout(config, 2))
     return [
         (piece.key, (piece.global_offset, piece.global_shape), piece.data.detach().clone())
-        for piece, _, _ in parts(chunk)
+        for piece, _, _ in sharded_parameters(chunk)
     ]
 
 
 @torch.no_grad()
 def _pieces(chunk) -> Iterator[tuple[str, tuple, Tensor, Tensor]]:
-    from gengram_megatron.engine.model.initialize import parts
+    from gengram_megatron.engine.model.initialize import sharded_parameters
 
-    for piece, parameter, first in parts(chunk):
+    for piece, parameter, first in sharded_parameters(chunk):
         gradient = parameter.main_grad.flatten()[first : first + piece.data.numel()]
         place = piece.global_slice(), piece.global_shape
         yield piece.key, place, piece.data, gradient.view(piece.local_shape)

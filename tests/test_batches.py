@@ -36,7 +36,7 @@ class Numbered:
 class InSequence:
     """An order in which position i is sample i."""
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
+    def samples_at(self, positions: np.ndarray) -> np.ndarray:
         return positions
 
 
@@ -85,7 +85,7 @@ def flat(step) -> list[int]:
 def test_a_step_holds_the_same_samples_in_every_layout(micro, ranks, accumulation, consumed):
     batch, order = micro * ranks * accumulation, SampleOrder(1000, 7)
     steps = read(order, 3, consumed=consumed, batch=batch, micro=micro, ranks=ranks)
-    expected = order.take(consumed + np.arange(3 * batch)).tolist()
+    expected = order.samples_at(consumed + np.arange(3 * batch)).tolist()
     assert [sample for step in steps for sample in flat(step)] == expected
 
 

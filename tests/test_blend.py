@@ -25,7 +25,7 @@ weights = st.lists(
 
 def sets_of(order: BlendOrder, sizes: list[int], positions: np.ndarray) -> np.ndarray:
     """Which set has the sample at each position."""
-    return np.searchsorted(np.cumsum(sizes), order.take(positions), side="right")
+    return np.searchsorted(np.cumsum(sizes), order.samples_at(positions), side="right")
 
 
 @given(weights, st.lists(st.integers(1, 40), min_size=6, max_size=6), st.integers(0, 2**70))
@@ -36,7 +36,7 @@ def test_each_set_is_read_in_its_own_order_from_its_first_sample_on(shares, size
     order = BlendOrder(sizes, shares, seed)
     own = [SampleOrder(size, seed + i * int(GOLDEN_RATIO)) for i, size in enumerate(sizes)]
     had = [0] * len(sizes)
-    for sample in order.take(np.arange(300)).tolist():
+    for sample in order.samples_at(np.arange(300)).tolist():
         number = 0
         while sample >= sizes[number]:
             sample -= sizes[number]
@@ -71,21 +71,21 @@ def test_shares_are_exact_where_they_can_be():
 def test_a_sample_does_not_depend_on_what_it_is_asked_with(shares, start, count):
     order = BlendOrder([1000] * len(shares), shares, 3)
     positions = np.arange(start, start + count)
-    taken = order.take(positions)
-    assert taken.tolist() == [int(order.take(np.array(position))) for position in positions]
-    assert np.array_equal(order.take(positions[::-1].reshape(-1, 1))[:, 0], taken[::-1])
+    taken = order.samples_at(positions)
+    assert taken.tolist() == [int(order.samples_at(np.array(position))) for position in positions]
+    assert np.array_equal(order.samples_at(positions[::-1].reshape(-1, 1))[:, 0], taken[::-1])
 
 
 def test_a_blend_of_one_set_is_that_set():
     positions = np.arange(500)
-    alone = SampleOrder(77, 1234).take(positions)
-    assert np.array_equal(BlendOrder([77], [Fraction(3)], 1234).take(positions), alone)
+    alone = SampleOrder(77, 1234).samples_at(positions)
+    assert np.array_equal(BlendOrder([77], [Fraction(3)], 1234).samples_at(positions), alone)
 
 
 def test_only_the_ratio_of_weights_counts():
     positions = np.arange(1000)
     one, other = (
-        BlendOrder([50, 60, 70], [factor * share for share in SHARES], 9).take(positions)
+        BlendOrder([50, 60, 70], [factor * share for share in SHARES], 9).samples_at(positions)
         for factor in (1, Fraction(10, 3))
     )
     assert np.array_equal(one, other)
@@ -96,11 +96,11 @@ def test_seeds_differ_in_the_places_of_a_set_and_in_its_samples():
     orders = [BlendOrder(sizes, [Fraction(1)] * 2, seed) for seed in (1, 2)]
     sets = [sets_of(order, sizes, positions) for order in orders]
     assert 800 < (sets[0] == sets[1]).sum() < 1200
-    assert (orders[0].take(positions) == orders[1].take(positions)).sum() < 10
+    assert (orders[0].samples_at(positions) == orders[1].samples_at(positions)).sum() < 10
 
 
 def test_sets_of_one_size_have_orders_of_their_own():
-    samples = BlendOrder([1000, 1000], [Fraction(1)] * 2, 5).take(np.arange(2000))
+    samples = BlendOrder([1000, 1000], [Fraction(1)] * 2, 5).samples_at(np.arange(2000))
     first, second = samples[samples < 1000], samples[samples >= 1000] - 1000
     assert len(first) == len(second) == 1000 and (first == second).sum() < 10
 
@@ -118,7 +118,7 @@ def test_no_rank_reads_one_set_only(ranks):
 def test_golden_values():
     """A change here is a change of every blend's order: old runs could not be resumed."""
     order = BlendOrder([SET_TWO, 1000, 10], SHARES, 1234)
-    assert order.take(np.arange(8)).tolist() == GOLDEN_START
+    assert order.samples_at(np.arange(8)).tolist() == GOLDEN_START
 
 
 def test_a_blend_of_seventy_five_million_samples_costs_nothing_to_hold():
@@ -128,7 +128,7 @@ def test_a_blend_of_seventy_five_million_samples_costs_nothing_to_hold():
     held = tracemalloc.get_traced_memory()[0]
     began = time.perf_counter()
     for _ in range(20):
-        order.take(positions)
+        order.samples_at(positions)
     seconds = (time.perf_counter() - began) / 20
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

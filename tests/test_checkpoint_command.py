@@ -161,7 +161,7 @@ def without_schedule(checkpoint: Path) -> None:
 
 def test_weights_alone_are_not_taken_after_half_a_load(trained, tmp_path, one_process) -> None:
     """What was loaded of the optimizer would stay, as weights alone do not overwrite it."""
-    from gengram_megatron.engine.checkpoint.state import Beginning, TrainingState
+    from gengram_megatron.engine.checkpoint.state import ResumePoint, TrainingState
 
     folder = tmp_path / "run" / "checkpoints"
     newest = folder / "step_00000003"
@@ -183,7 +183,7 @@ def test_weights_alone_are_not_taken_after_half_a_load(trained, tmp_path, one_pr
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000000", newest.name]
     newest.rename(tmp_path / newest.name)
     state = TrainingState(config, one_process, *build(config, one_process), [])
-    assert state.load_newest() == Beginning(0)
+    assert state.load_newest() == ResumePoint(0)
 
 
 def test_another_runs_checkpoint_is_not_set_aside(trained, tmp_path, one_process) -> None:

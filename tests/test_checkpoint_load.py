@@ -96,14 +96,14 @@ def loss_of_weights(config: Config, checkpoint: Path) -> float:
     layout = check_layout(config, 1)
     start_processes(layout, config.run.seed, 0)
     from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
-    from gengram_megatron.engine.model.initialize import parts
+    from gengram_megatron.engine.model.initialize import sharded_parameters
     from gengram_megatron.engine.training.optimizer import build_optimizer
-    from gengram_megatron.engine.training.step import agree, forward_backward
+    from gengram_megatron.engine.training.step import forward_backward, reduce_step_status
 
     chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
     build_optimizer(config, chunks)
     described = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    for part, _, _ in parts(chunks[0].module):
+    for part, _, _ in sharded_parameters(chunks[0].module):
         whole = {part.key: torch.empty(described[part.key].size)}
         dcp.load(whole, checkpoint_id=checkpoint, no_dist=True)
         place = tuple(
@@ -113,7 +113,7 @@ def loss_of_weights(config: Config, checkpoint: Path) -> float:
         part.data.data.copy_(whole[part.key][(*first, *place)])
     batches = RunData(config).training(layout, 0, 0)
     report = forward_backward(chunks, next(batches), config, layout, forward_only=True)
-    loss = agree(report).loss
+    loss = reduce_step_status(report).loss
     end_processes()
     return loss
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep import workers as followed
 from data_prep.manifest import file_facts
-from data_prep.workers import Followed
+from data_prep.workers import IncrementalSha256
 
 
 @settings(deadline=None)  # the machine may be busy
@@ -26,7 +26,7 @@ def test_the_order_of_the_parts_does_not_matter(tmp_path_factory, sizes, order, 
     text = bytes(order.randrange(256) for _ in range(ends[-1]))
     parts = list(enumerate(zip([0, *ends], ends)))
     order.shuffle(parts)
-    with pytest.MonkeyPatch.context() as patch, Followed(path, ends) as found:
+    with pytest.MonkeyPatch.context() as patch, IncrementalSha256(path, ends) as found:
         patch.setattr(followed, "AT_A_TIME", at_a_time)
         for number, (start, end) in parts:
             with path.open("r+b") as file:
@@ -41,7 +41,7 @@ def test_the_order_of_the_parts_does_not_matter(tmp_path_factory, sizes, order, 
 def test_what_is_complete_is_hashed_before_the_rest_is_there(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"one" + bytes(6))
-    with Followed(path, [3, 6, 9]) as found:
+    with IncrementalSha256(path, [3, 6, 9]) as found:
         found.written(0)
         found.written(2)
         while found.hashed < 3:
@@ -56,6 +56,6 @@ def test_an_error_does_not_wait_for_the_rest(tmp_path):
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # would take minutes
-    with pytest.raises(KeyboardInterrupt), Followed(path, [1 << 40]) as found:
+    with pytest.raises(KeyboardInterrupt), IncrementalSha256(path, [1 << 40]) as found:
         found.written(0)
         raise KeyboardInterrupt

@@ -63,7 +63,7 @@ def make_memory(
     from gengram_megatron.config.tables import Placement, direct_table
     from gengram_megatron.engine.model.gengram.memory import GengramMemory
     from gengram_megatron.engine.model.gengram.shape import GengramShape
-    from gengram_megatron.engine.model.initialize import InitialLaw, marker
+    from gengram_megatron.engine.model.initialize import InitialLaw, init_tag
 
     config = TransformerConfig(
         num_layers=1,
@@ -71,7 +71,7 @@ def make_memory(
         num_attention_heads=1,
         layernorm_epsilon=1e-5,
         params_dtype=dtype,
-        init_method=marker(InitialLaw(std=1.0)),
+        init_method=init_tag(InitialLaw(std=1.0)),
     )
     shape = GengramShape(
         tuple(Placement(direct_table(k, DIM), None, "") for k in kmer_sizes),
@@ -371,10 +371,12 @@ def features_of(tables, weights: list[torch.Tensor], text) -> torch.Tensor:
     """The pooled features of the package, [s, b, number of k * d]."""
     from gengram_megatron.engine.model.gengram.ids import KmerIds
     from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled
-    from gengram_megatron.engine.model.sequence import Piece
+    from gengram_megatron.engine.model.sequence import TokenRange
 
     kmers = KmerIds.of(torch.tensor(text), tables, ALPHABET)
-    return pooled(weights, list(kmers.ids), tables, Pooling(21), [Piece(0, len(text[0]))], None)
+    return pooled(
+        weights, list(kmers.ids), tables, Pooling(21), [TokenRange(0, len(text[0]))], None
+    )
 
 
 def random_tables(tables) -> list[torch.Tensor]:

@@ -91,12 +91,12 @@ def error(x: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("source", [random_dna, real_dna], ids=["random", "real"])
 def test_pooled_features_in_bf16_are_as_good_as_rounding(source, length):
     from gengram_megatron.engine.model.gengram.pooling import Pooling, window_mean
-    from gengram_megatron.engine.model.sequence import Piece
+    from gengram_megatron.engine.model.sequence import TokenRange
 
     ids_of_k, ours, prefix, exact = kmer_ids(source(length)), [], [], []
     for k, ids in zip(SIZES, ids_of_k):
         table, span = make_table(k, torch.bfloat16), WINDOW - k + 1
-        ours.append(window_mean(table, ids, k, Pooling(WINDOW), [Piece(0, length)])[:, 0])
+        ours.append(window_mean(table, ids, k, Pooling(WINDOW), [TokenRange(0, length)])[:, 0])
         prefix.append(mean_by_prefix_sums(table, ids, span))
         exact.append(exact_mean(table, ids, span))
         assert ours[-1].dtype == torch.bfloat16
@@ -111,13 +111,13 @@ def test_pooled_features_in_bf16_are_as_good_as_rounding(source, length):
 @pytest.mark.parametrize("k", [1, 6])
 def test_gradients_of_tables_in_bf16_are_as_good_as_rounding(k, length):
     from gengram_megatron.engine.model.gengram.pooling import Pooling, window_mean
-    from gengram_megatron.engine.model.sequence import Piece
+    from gengram_megatron.engine.model.sequence import TokenRange
 
     ids = kmer_ids(random_dna(length))[k - 1]
     table = make_table(k, torch.bfloat16).requires_grad_()
     exact = table.detach().double().requires_grad_()
     weight = torch.randn((length, DIM), generator=torch.Generator().manual_seed(9)).bfloat16()
-    window_mean(table, ids, k, Pooling(WINDOW), [Piece(0, length)])[:, 0].backward(weight)
+    window_mean(table, ids, k, Pooling(WINDOW), [TokenRange(0, length)])[:, 0].backward(weight)
     exact_mean(exact, ids, WINDOW - k + 1).backward(weight.double())
     assert error(table.grad, exact.grad) <= 2 * error(exact.grad.bfloat16(), exact.grad)
 
@@ -147,17 +147,17 @@ def mean_and_gradient(table: Tensor, ids: Tensor, k: int, window, pieces, weight
 def cuts(draw) -> tuple[int, list[list]]:
     """A length, and the pieces of each rank: as context and sequence parallelism cut, or at any
     places at all."""
-    from gengram_megatron.engine.model.sequence import Piece, context_pieces, sequence_pieces
+    from gengram_megatron.engine.model.sequence import TokenRange, context_ranges, sequence_ranges
 
     if draw(st.booleans()):
         length = draw(st.integers(1, 90))
         places = sorted(draw(st.sets(st.integers(1, length), max_size=6)) | {0, length})
-        pieces = [Piece(a, b) for a, b in pairwise(places)]
+        pieces = [TokenRange(a, b) for a, b in pairwise(places)]
         return length, [[piece] for piece in draw(st.permutations(pieces))]
     cp, tp = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     length = 2 * cp * tp * draw(st.integers(1, 8))
     return length, [
-        sequence_pieces(context_pieces(length, cp, i), tp, j) for i in range(cp) for j in range(tp)
+        sequence_ranges(context_ranges(length, cp, i), tp, j) for i in range(cp) for j in range(tp)
     ]
 
 
@@ -165,18 +165,20 @@ def cuts(draw) -> tuple[int, list[list]]:
 @settings(deadline=None, max_examples=150)
 def test_pieces_together_are_the_whole(cut, k, window):
     """Forward, and the gradients of the table summed over the ranks."""
-    from gengram_megatron.engine.model.sequence import Piece, take
+    from gengram_megatron.engine.model.sequence import TokenRange, select_ranges
 
     length, ranks = cut
     tokens = torch.cat([random_dna(length, seed, odd=0.2) for seed in (1, 2)])
     ids, table = kmer_ids(tokens)[k - 1], make_table(k, torch.float64, dim=3)
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn((length, 2, 3), generator=generator, dtype=torch.float64)
-    whole, gradient = mean_and_gradient(table, ids, k, window, [Piece(0, length)], weight)
+    whole, gradient = mean_and_gradient(table, ids, k, window, [TokenRange(0, length)], weight)
     total = torch.zeros_like(table)
     for pieces in ranks:
-        part, own = mean_and_gradient(table, ids, k, window, pieces, take(weight, pieces, 0))
-        torch.testing.assert_close(part, take(whole, pieces, 0), rtol=1e-12, atol=1e-12)
+        part, own = mean_and_gradient(
+            table, ids, k, window, pieces, select_ranges(weight, pieces, 0)
+        )
+        torch.testing.assert_close(part, select_ranges(whole, pieces, 0), rtol=1e-12, atol=1e-12)
         total += own
     torch.testing.assert_close(total, gradient, rtol=1e-12, atol=1e-12)
 
@@ -186,13 +188,13 @@ def test_pieces_together_are_the_whole(cut, k, window):
 def test_a_token_changes_the_features_of_the_window_that_it_starts_and_no_others(place, k, window):
     """So the feature at p depends on tokens p - W + 1 to p only."""
     from gengram_megatron.engine.model.gengram.pooling import Pooling, window_mean
-    from gengram_megatron.engine.model.sequence import Piece
+    from gengram_megatron.engine.model.sequence import TokenRange
 
     tokens, table = random_dna(100, odd=0), make_table(k, torch.float64, dim=3)
     changed = tokens.clone()
     changed[0, place] = BASE_IDS[4]
     before, after = (
-        window_mean(table, kmer_ids(t)[k - 1], k, Pooling(window), [Piece(0, 100)])
+        window_mean(table, kmer_ids(t)[k - 1], k, Pooling(window), [TokenRange(0, 100)])
         for t in (tokens, changed)
     )
     differs = before.ne(after).flatten(1).any(1).nonzero().flatten().tolist()
@@ -203,10 +205,10 @@ def test_a_token_changes_the_features_of_the_window_that_it_starts_and_no_others
 @given(cut=cuts())
 @settings(deadline=None, max_examples=100)
 def test_the_pieces_of_all_ranks_are_the_sequence_each_token_once(cut):
-    from gengram_megatron.engine.model.sequence import take
+    from gengram_megatron.engine.model.sequence import select_ranges
 
     length, ranks = cut
-    held = [take(torch.arange(length), pieces, 0) for pieces in ranks]
+    held = [select_ranges(torch.arange(length), pieces, 0) for pieces in ranks]
     assert sorted(torch.cat(held).tolist()) == list(range(length))
     for pieces, positions in zip(ranks, held):
         assert sum(map(len, pieces)) == len(positions)
@@ -218,12 +220,12 @@ def test_zigzag_is_what_megatron_holds_and_can_be_undone(cp):
     """Rank r holds chunks r and 2 cp - 1 - r; gathered in the ranks' order they come back."""
     from gengram_megatron.engine.model.sequence import (
         chunks_in_sequence_order,
-        context_pieces,
-        take,
+        context_ranges,
+        select_ranges,
     )
 
     sequence = torch.randn(12 * cp, 2, generator=torch.Generator().manual_seed(cp))
-    held = [take(sequence, context_pieces(12 * cp, cp, rank), 0) for rank in range(cp)]
+    held = [select_ranges(sequence, context_ranges(12 * cp, cp, rank), 0) for rank in range(cp)]
     chunks = sequence.chunk(2 * cp)
     for rank, own in enumerate(held):
         assert torch.equal(own, torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]]))
@@ -232,8 +234,8 @@ def test_zigzag_is_what_megatron_holds_and_can_be_undone(cp):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_take_along_either_axis(dim):
-    from gengram_megatron.engine.model.sequence import Piece, take
+    from gengram_megatron.engine.model.sequence import TokenRange, select_ranges
 
     grid = torch.arange(100).view(10, 10)
-    taken = take(grid, [Piece(7, 9), Piece(1, 2)], dim)
+    taken = select_ranges(grid, [TokenRange(7, 9), TokenRange(1, 2)], dim)
     assert torch.equal(taken, grid[[7, 8, 1]] if dim == 0 else grid[:, [7, 8, 1]])

@@ -54,12 +54,12 @@ def noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @pytest.mark.parametrize("length", [8_192, 32_768])
 def test_pooled_features_and_table_gradients_are_as_good_as_rounding(length):
-    from gengram_megatron.engine.model.sequence import Piece
+    from gengram_megatron.engine.model.sequence import TokenRange
 
     for k, ids in zip(SIZES, kmer_ids(random_dna(length).cuda())):
         table = make_table(k, torch.bfloat16).cuda()
         upstream = noise((length, 1, table.shape[1]), 1).bfloat16()
-        ours = mean_and_gradient(table, ids, k, WINDOW, [Piece(0, length)], upstream)
+        ours = mean_and_gradient(table, ids, k, WINDOW, [TokenRange(0, length)], upstream)
         exact_table = leaf(table.double())
         exact = exact_mean(exact_table, ids, WINDOW - k + 1)
         exact.backward(upstream[:, 0].double())
@@ -70,14 +70,15 @@ def test_pooled_features_and_table_gradients_are_as_good_as_rounding(length):
 
 @pytest.mark.parametrize("length", [1_024, 8_192])
 def test_table_gradients_are_deterministic(length):
-    from gengram_megatron.engine.model.sequence import Piece
+    from gengram_megatron.engine.model.sequence import TokenRange
 
     ids_of_k = kmer_ids(torch.cat([random_dna(length, seed) for seed in (1, 2)]).cuda())
     upstream = noise((length, 2, 1024), 1).bfloat16()
     for k, ids in zip(SIZES, ids_of_k):
         table = make_table(k, torch.bfloat16, dim=1024).cuda()
         (_, first), (_, second) = (
-            mean_and_gradient(table, ids, k, WINDOW, [Piece(0, length)], upstream) for _ in range(2)
+            mean_and_gradient(table, ids, k, WINDOW, [TokenRange(0, length)], upstream)
+            for _ in range(2)
         )
         assert torch.equal(first, second)
 

@@ -20,7 +20,7 @@ GOLDEN_LATER = [23300688, 20106862, 3512447, 15658696, 21366122, 21478915]
 
 def epoch(num_samples: int, seed: int = 1, number: int = 0) -> np.ndarray:
     start = number * num_samples
-    return SampleOrder(num_samples, seed).take(np.arange(start, start + num_samples))
+    return SampleOrder(num_samples, seed).samples_at(np.arange(start, start + num_samples))
 
 
 def chi_square_score(counts: np.ndarray) -> float:
@@ -46,16 +46,18 @@ def test_every_small_and_a_large_size_are_bijections():
 def test_take_agrees_with_getitem_and_does_not_depend_on_the_batch(num_samples, start, count):
     order = SampleOrder(num_samples, seed=3)
     positions = np.arange(start, start + count)
-    taken = order.take(positions)
+    taken = order.samples_at(positions)
     assert taken.tolist() == [order[int(position)] for position in positions]
-    assert np.array_equal(order.take(positions[::-1]), taken[::-1])
+    assert np.array_equal(order.samples_at(positions[::-1]), taken[::-1])
 
 
 def test_golden_values():
     """A change here is a change of every run's order: old runs could not be resumed."""
-    assert SampleOrder(10, 0).take(np.arange(20)).tolist() == GOLDEN_TEN
-    assert SampleOrder(SET_TWO, 1234).take(np.arange(6)).tolist() == GOLDEN_START
-    assert SampleOrder(SET_TWO, 1234).take(3 * SET_TWO + np.arange(6)).tolist() == GOLDEN_LATER
+    assert SampleOrder(10, 0).samples_at(np.arange(20)).tolist() == GOLDEN_TEN
+    assert SampleOrder(SET_TWO, 1234).samples_at(np.arange(6)).tolist() == GOLDEN_START
+    assert (
+        SampleOrder(SET_TWO, 1234).samples_at(3 * SET_TWO + np.arange(6)).tolist() == GOLDEN_LATER
+    )
 
 
 @pytest.mark.parametrize("other", [{"seed": 2}, {"number": 1}, {"seed": 2**32 + 1}])
@@ -72,7 +74,7 @@ def test_no_seed_is_another_seed_at_a_later_epoch():
 def test_all_permutations_of_few_samples_come_about_equally_often():
     order, draws = SampleOrder(4, 9), 24_000
     numbers = {permutation: i for i, permutation in enumerate(permutations(range(4)))}
-    epochs = order.take(np.arange(4 * draws)).reshape(draws, 4)
+    epochs = order.samples_at(np.arange(4 * draws)).reshape(draws, 4)
     counts = np.bincount([numbers[tuple(row)] for row in epochs.tolist()], minlength=24)
     assert abs(chi_square_score(counts)) < 5
 
@@ -100,7 +102,7 @@ def test_twenty_five_million_samples_cost_nothing_to_hold():
     began = time.process_time()
     order = SampleOrder(SET_TWO, 1234)
     for _ in range(20):
-        order.take(positions)
+        order.samples_at(positions)
     seconds = (time.process_time() - began) / 20
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -13,8 +13,8 @@ from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
-from gengram_megatron.plan.memory import fullest, of_stage
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.memory import of_stage, peak_rank
+from gengram_megatron.plan.stages import ShardedModel
 from gengram_megatron.plan.suggest import suggest
 from gengram_megatron.plan.time import Speed, stage_flops, step_time
 from tests.plan.configs import ROOT, RUNS, load
@@ -24,9 +24,9 @@ FORMAL = "pretrain_200b_8k/gengram_window_21"
 FORMAL_FILE = RUNS[FORMAL]
 
 
-def split_of(name: str, processes: int, *words: str) -> Split:
+def split_of(name: str, processes: int, *words: str) -> ShardedModel:
     config = load(name, *words)
-    return Split(config, check_layout(config, processes))
+    return ShardedModel(config, check_layout(config, processes))
 
 
 def planned(processes: int, *words: str, gigabytes: float = 80, **speed) -> dict:
@@ -68,14 +68,14 @@ def test_memory_grows_with_what_is_in_flight_and_shrinks_with_splits():
     published = split_of(FORMAL, 256)
     first, last = of_stage(published, 0), of_stage(published, 1)
     assert first.activations > 1.5 * last.activations  # two microbatches, against one
-    full = fullest(split_of(FORMAL, 256, "train.recompute=full"))
-    experts = fullest(split_of(FORMAL, 256, "parallel.expert=8"))
+    full = peak_rank(split_of(FORMAL, 256, "train.recompute=full"))
+    experts = peak_rank(split_of(FORMAL, 256, "parallel.expert=8"))
     assert full.activations < first.activations / 5
     assert experts.weights < first.weights / 4
-    alone = fullest(split_of(FORMAL, 2))
+    alone = peak_rank(split_of(FORMAL, 2))
     # Adam's states of half of the model on one rank: 12 bytes a weight.
     assert alone.optimizer == alone.weights // 2 * 12
-    assert fullest(published).optimizer == pytest.approx(alone.optimizer / 128, rel=0.01)
+    assert peak_rank(published).optimizer == pytest.approx(alone.optimizer / 128, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_words_of_a_suggestion_make_its_layout(words):
     found = suggest(load(FORMAL, *words), 16, 80, Speed())
     for one in [*found[:5], *found[5::40]]:
         split = split_of(FORMAL, 16, *words, *one.words.split())
-        assert (fullest(split), step_time(split, Speed())) == (one.memory, one.time), one.words
+        assert (peak_rank(split), step_time(split, Speed())) == (one.memory, one.time), one.words
 
 
 def test_a_config_that_is_the_best_has_nothing_to_change():

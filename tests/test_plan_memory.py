@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gengram_megatron.plan.memory import of_stage
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.stages import ShardedModel
 from tests.plan.meter import Meter
 from tests.plan.ranks import as_rank
 from tests.plan.small import DENSE, MEMORY, MHA, MLA, SIZES, config_of, step
@@ -80,7 +80,7 @@ def test_peak(case, as_on_a_gpu):
     from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
     from gengram_megatron.engine.training.optimizer import build_optimizer
 
-    split = Split(config, layout)
+    split = ShardedModel(config, layout)
     with as_rank(layout, 0), Meter() as meter:
         chunks = wrap_for_data_parallelism(build_model(config, layout), config, layout)
         planned = of_stage(split, 0)

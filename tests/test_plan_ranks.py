@@ -6,7 +6,7 @@ import pytest
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.weights import count_parameters
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.stages import ShardedModel
 from tests.plan.configs import load
 from tests.plan.ranks import as_rank, build_shapes
 
@@ -59,7 +59,7 @@ def kind_of(name: str, weight) -> str:
     return "experts" if ".experts." in name else "copied"
 
 
-def built(split: Split, rank: int) -> tuple[int, Counter]:
+def built(split: ShardedModel, rank: int) -> tuple[int, Counter]:
     """A rank's stage, and the weights that it builds by kind."""
     from megatron.core import parallel_state
 
@@ -76,7 +76,7 @@ def test_every_rank_holds_what_the_plan_says(case):
     """Of rows, which do not divide, the rank with most; the others have a row a table less."""
     name, processes, words = CASES[case]
     config = load(name, *words, "train.global_batch_size=48")
-    split = Split(config, check_layout(config, processes))
+    split = ShardedModel(config, check_layout(config, processes))
     found = [built(split, rank) for rank in range(processes)]
     for stage in range(split.layout.pipeline):
         ranks = [counts for own, counts in found if own == stage]
@@ -97,7 +97,7 @@ def test_stages_add_up_to_the_model(case):
     name, _, words = CASES[case]
     words = [word for word in words if "tensor" not in word and "hash" not in word]
     config = load(name, *words, "parallel.expert=1", "train.global_batch_size=48")
-    split = Split(config, check_layout(config, config.parallel.pipeline))
+    split = ShardedModel(config, check_layout(config, config.parallel.pipeline))
     total = sum(split.held(stage).total for stage in range(split.layout.pipeline))
     assert total == count_parameters(config).total
     layers = [layer for stage in range(split.layout.pipeline) for layer in split.layers(stage)]

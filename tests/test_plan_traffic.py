@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gengram_megatron.plan.communication import of_stage
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.stages import ShardedModel
 from tests.plan.ranks import as_rank
 from tests.plan.small import DENSE, MEMORY, MHA, config_of, step
 from tests.plan.traffic import Traffic
@@ -40,7 +40,7 @@ def plain_mask(monkeypatch):
     monkeypatch.setattr(attention, "_lower_right_mask", mask)
 
 
-def watched(case: tuple) -> tuple[Split, Traffic]:
+def watched(case: tuple) -> tuple[ShardedModel, Traffic]:
     from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
     from gengram_megatron.engine.training.optimizer import build_optimizer
 
@@ -50,7 +50,7 @@ def watched(case: tuple) -> tuple[Split, Traffic]:
         optimizer = build_optimizer(config, chunks)
         with Traffic() as traffic:
             step(chunks, optimizer, config, layout)
-    return Split(config, layout), traffic
+    return ShardedModel(config, layout), traffic
 
 
 @pytest.mark.parametrize("case", CASES)

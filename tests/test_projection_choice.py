@@ -6,8 +6,8 @@ from gengram_megatron.config.layout import bytes_held, check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
-from gengram_megatron.plan.memory import fullest
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.memory import peak_rank
+from gengram_megatron.plan.stages import ShardedModel
 from gengram_megatron.plan.time import Speed
 from tests.training.tiny import RUN
 
@@ -85,7 +85,7 @@ def test_a_plan_counts_the_buffers_that_there_are(sizes: list[int], window: int 
 
     def buffers(project: str) -> int:
         changed = config_of({**settings, "project": project})
-        return fullest(Split(changed, check_layout(changed, 1))).buffers
+        return peak_rank(ShardedModel(changed, check_layout(changed, 1))).buffers
 
     assert buffers("tables") - buffers("features") == 2 * bytes_held(config)  # two layers
 

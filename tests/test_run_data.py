@@ -111,7 +111,7 @@ def test_one_path_and_a_blend_of_one_are_the_same_run(folder):
     alone = RunData(config(blend(folder, {"human": 3})))
     read = steps(path, 1, consumed=0, count=8)
     assert read == steps(alone, 1, consumed=0, count=8) and path.facts == alone.facts
-    order = SampleOrder(TRAIN["human"], 7).take(np.arange(64))
+    order = SampleOrder(TRAIN["human"], 7).samples_at(np.arange(64))
     assert [*chain(*read)] == [bytes(path.sets[0].train[sample]) for sample in order]
 
 

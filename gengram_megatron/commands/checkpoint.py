@@ -9,7 +9,7 @@ import typer
 from gengram_megatron.config.command_line import Overrides
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
-from gengram_megatron.errors import UserError, tell
+from gengram_megatron.errors import UserError, print_message
 from gengram_megatron.files import check_folder_writable, check_writable, replacing
 from gengram_megatron.runs.store import (
     check_readable,
@@ -262,5 +262,5 @@ def _opened(path: Path):
 
     foreign = open_foreign(path)
     for line in foreign.warnings:
-        tell(f"warning: {line}")
+        print_message(f"warning: {line}")
     return foreign

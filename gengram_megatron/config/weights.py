@@ -91,7 +91,7 @@ def router(model: Model) -> Weights:
     return Weights(whole=model.hidden_size * (model.num_experts or 0))
 
 
-def memory_layers(model: Model) -> list[int]:
+def gengram_layers(model: Model) -> list[int]:
     """Numbers of the layers with memory, from 1."""
     return model.gengram.layers if model.gengram.enabled else []
 
@@ -101,12 +101,12 @@ def tables(model: Model) -> int:
     return sum(table.rows * table.columns for table in kmer_tables(model.gengram))
 
 
-def memory_projection(model: Model) -> Weights:
+def gengram_projection(model: Model) -> Weights:
     """One memory's maps from the pooled features to key and value, without bias."""
     return Weights(cut=2 * model.hidden_size * len(model.gengram.kmer_sizes) * model.gengram.dim)
 
 
-def memory_rest(model: Model) -> Weights:
+def gengram_rest(model: Model) -> Weights:
     """One memory's bias of key and value, its gate, which has two norms, and its convolution or
     norm by the output's form."""
     biases = 2 if model.gengram.projection_bias else 0
@@ -127,10 +127,10 @@ def norm(model: Model) -> Weights:
 def count_parameters(config: Config) -> Parameters:
     """The parameters of the whole model."""
     model = config.model
-    layers, memories = model.num_layers, len(memory_layers(model))
+    layers, memories = model.num_layers, len(gengram_layers(model))
     number, chosen = experts(model)
     all_tables = memories * tables(model)
-    gengram = all_tables + memories * (memory_projection(model) + memory_rest(model)).total
+    gengram = all_tables + memories * (gengram_projection(model) + gengram_rest(model)).total
     layer = attention_projections(model) + attention_norms(model) + router(model) + 2 * norm(model)
     shared = (2 * embedding(model) + layers * layer + norm(model)).total + gengram
     expert = layers * feed_forward(model)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from gengram_megatron.errors import EXIT_CODE, NOT_FINITE, PREFIX, UserError, tell
+from gengram_megatron.errors import EXIT_CODE, NOT_FINITE, PREFIX, UserError, print_message
 from gengram_megatron.launch.job import RANK_MODULE, Job, log_file
 from gengram_megatron.launch.stop import StoppedBeforeRanks, StopRequests
 from gengram_megatron.signals import REQUEUE
@@ -146,7 +146,7 @@ def _explain(error, job: Job, requests: StopRequests) -> int:
     elif isinstance(failure.message, dict):  # as @record wrote it
         why = failure.message["message"]
     size = job.layout.world_size
-    tell(f"rank {rank} of {size} failed first: {why}")
+    print_message(f"rank {rank} of {size} failed first: {why}")
     print(f"its log: {log}", file=sys.stderr)
     return failure.exitcode if failure.exitcode > 0 else 1
 
@@ -188,7 +188,9 @@ def _follow(logs: Path, processes: int, over: Event) -> None:
                 sys.stdout.write(log.read())
                 sys.stdout.flush()
             except OSError as error:  # such as a pipe that nobody reads, or a full disk
-                tell(f"{error.strerror}: the run goes on unseen; its output is in {files[0]}")
+                print_message(
+                    f"{error.strerror}: the run goes on unseen; its output is in {files[0]}"
+                )
                 return
             if last:
                 return

@@ -99,7 +99,7 @@ def _ask(*command: str) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
-OTHERS_MAY_TAKE = 60
+SRUN_WAIT_SECONDS = 60
 """Seconds that the other ranks have to end by themselves once one has ended."""
 
 
@@ -163,7 +163,7 @@ def script(jobs: list[Job], output: Path, at_a_time: int | None = None) -> str:
         runs="\n".join(f"  {quote(str(one.run))}" for one in jobs),
         setup="".join(f"{line}\n" for line in _setup(job)),
         command=_command(jobs),
-        wait=OTHERS_MAY_TAKE,
+        wait=SRUN_WAIT_SECONDS,
         saved=REQUEUE,
         requeue='scontrol requeue "$SLURM_JOB_ID"' if job.config.launch.slurm.requeue else ":",
     )

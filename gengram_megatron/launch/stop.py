@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from gengram_megatron.errors import tell
+from gengram_megatron.errors import print_message
 from gengram_megatron.signals import REQUEUE, STOP_SIGNALS
 
 if TYPE_CHECKING:  # commands that start nothing need not wait for it
@@ -83,7 +83,7 @@ class StopRequests:
         self.received = True
         if self._has_ranks is None:
             if self.at_once:
-                tell("stopped at once; the same command goes on")
+                print_message("stopped at once; the same command goes on")
                 os._exit(REQUEUE)
         elif not self._has_ranks and not _children():
             # The main thread starts the ranks, and it is here: none can be starting right now.

@@ -12,8 +12,8 @@ from gengram_megatron.config.tables import Placement
 from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.plan.communication import most_sent
 from gengram_megatron.plan.flops import forward_flops, training_flops
-from gengram_megatron.plan.memory import fullest
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.memory import peak_rank
+from gengram_megatron.plan.stages import ShardedModel
 from gengram_megatron.plan.suggest import warnings
 from gengram_megatron.plan.time import Speed, seconds_of_run
 
@@ -27,8 +27,8 @@ def plan(
     A table's rows_per_rank and columns_per_rank, and memory, are those of the rank that holds
     most; communication is that of the rank that sends most.
     """
-    split = Split(config, layout, on_gpu)
-    memory, sent = fullest(split), most_sent(split)
+    split = ShardedModel(config, layout, on_gpu)
+    memory, sent = peak_rank(split), most_sent(split)
     tokens_a_step = config.train.global_batch_size * config.model.seq_length
     seconds = seconds_of_run(split, speed)
     return {
@@ -56,7 +56,7 @@ def plan(
     }
 
 
-def _table(place: Placement, split: Split) -> dict:
+def _table(place: Placement, split: ShardedModel) -> dict:
     table = place.table
     return {
         "name": table.name,

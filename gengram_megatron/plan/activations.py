@@ -7,7 +7,7 @@ norms and SwiGLU. Tokens are taken to be spread evenly over the experts.
 from dataclasses import dataclass
 
 from gengram_megatron.config import weights
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.stages import ShardedModel
 
 BYTES = {"bf16": 2, "fp32": 4}
 EXPERTS_AT_WORK = {"bf16": (5, 10), "fp32": (1, 5)}
@@ -30,7 +30,7 @@ class Tokens:
     """Rows that the experts of this rank get."""
 
     @classmethod
-    def of(cls, split: Split) -> "Tokens":
+    def of(cls, split: ShardedModel) -> "Tokens":
         """For a config in its layout."""
         layout, config = split.layout, split.config
         whole = config.train.micro_batch_size * config.model.seq_length
@@ -44,7 +44,7 @@ class Tokens:
 class Activations:
     """Of one microbatch."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: ShardedModel):
         self.split, self.model = split, split.config.model
         self.tokens = Tokens.of(split)
         self.size = BYTES[split.config.train.dtype]
@@ -64,7 +64,7 @@ class Activations:
         norm = self.stream + STATISTICS * self.tokens.shard
         attention = norm + normed + self._attention()
         feed_forward = norm + normed + (self._dense() if self.split.is_dense else self._experts())
-        memory = self._memory() if self.split.has_memory(layer) else 0
+        memory = self._gengram() if self.split.has_gengram(layer) else 0
         return attention + feed_forward + memory
 
     def _attention(self) -> int:
@@ -117,7 +117,7 @@ class Activations:
         inside = model.hidden_size + widths * model.ffn_hidden_size // self.split.feed_forward_ranks
         return self.tokens.shard * routing + self.tokens.routed * inside * self.size
 
-    def _memory(self) -> int:
+    def _gengram(self) -> int:
         """The layer's own input, key and value, and rows that were fetched from other ranks."""
         fetched = 0
         for place in self.split.tables:

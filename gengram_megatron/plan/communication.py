@@ -12,11 +12,11 @@ from gengram_megatron.config import weights
 from gengram_megatron.config.tables import group_sizes
 from gengram_megatron.plan.activations import Activations
 from gengram_megatron.plan.memory import GRADIENT
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.stages import ShardedModel
 
 
 @dataclass(frozen=True)
-class Sent:
+class CommunicationVolume:
     """Bytes a step, of one rank."""
 
     tensor: int
@@ -37,21 +37,21 @@ class Sent:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def most_sent(split: Split) -> Sent:
+def most_sent(split: ShardedModel) -> CommunicationVolume:
     """By a rank of the stage that sends most."""
     return max((of_stage(split, s) for s in range(split.layout.pipeline)), key=lambda s: s.total)
 
 
-def of_stage(split: Split, stage: int) -> Sent:
+def of_stage(split: ShardedModel, stage: int) -> CommunicationVolume:
     """By a rank of a pipeline stage."""
     one = _Microbatch(split)
     times = split.layout.num_microbatches
     layers = split.layers(stage)
-    memories = sum(map(split.has_memory, layers))
+    memories = sum(map(split.has_gengram, layers))
     ends = one.tensor_embedding() if stage == 0 else 0
     ends += one.tensor_logits() if stage == split.layout.pipeline - 1 else 0
-    inside = len(layers) * one.tensor_layer() + memories * one.tensor_memory()
-    return Sent(
+    inside = len(layers) * one.tensor_layer() + memories * one.tensor_gengram()
+    return CommunicationVolume(
         tensor=times * (inside + ends),
         pipeline=times * one.pipeline(stage),
         data=_data(split, stage),
@@ -65,7 +65,7 @@ def _ring(size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks
 
 
-def _data(split: Split, stage: int) -> int:
+def _data(split: ShardedModel, stage: int) -> int:
     held, copies = split.held(stage), split.copies
     weight = Activations(split).size
     a_weight = GRADIENT + (weight if split.config.optimizer.distributed else GRADIENT)
@@ -80,7 +80,7 @@ def _data(split: Split, stage: int) -> int:
 class _Microbatch:
     """What one microbatch makes a rank send, forward and backward."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: ShardedModel):
         self.split, self.layout, self.model = split, split.layout, split.config.model
         activations = Activations(split)
         self.tokens, self.size = activations.tokens, activations.size
@@ -107,7 +107,7 @@ class _Microbatch:
         rows = self.tokens.routed * self.model.hidden_size * self.size
         return attention + (2 * self.forwards + 2) * _ring(rows, self.layout.expert_tensor)
 
-    def tensor_memory(self) -> int:
+    def tensor_gengram(self) -> int:
         """Key and value, scattered forward and gathered backward."""
         forward, backward = (1, 1) if self.layout.sequence else (2, 0)
         return (forward * self.forwards + backward) * 2 * self._hidden()

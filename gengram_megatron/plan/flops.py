@@ -46,7 +46,7 @@ class ForwardFlops:
 def forward_flops(config: Config) -> ForwardFlops:
     """A token's, by part."""
     model = config.model
-    layers, memories = model.num_layers, len(weights.memory_layers(model))
+    layers, memories = model.num_layers, len(weights.gengram_layers(model))
     _, chosen = weights.experts(model)
     heads_width = model.num_attention_heads * sum(weights.head_widths(model))
     return ForwardFlops(
@@ -55,7 +55,7 @@ def forward_flops(config: Config) -> ForwardFlops:
         attention_scores=layers * model.seq_length * heads_width,
         router=layers * 2 * weights.router(model).total,
         feed_forward=layers * chosen * 2 * weights.feed_forward(model),
-        gengram=memories * 2 * weights.memory_projection(model).total,
+        gengram=memories * 2 * weights.gengram_projection(model).total,
         logits=2 * weights.embedding(model).total,
     )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gengram_megatron.config.layout import bytes_held
 from gengram_megatron.config.schema import DeepSpeed
 from gengram_megatron.plan.activations import BYTES, Activations
-from gengram_megatron.plan.stages import Held, Split
+from gengram_megatron.plan.stages import RankParameters, ShardedModel
 
 GRADIENT = 4  # bytes a weight; they add up in float32
 MOMENTS = {"bf16": 12, "fp32": 8}
@@ -49,12 +49,12 @@ class Memory:
         )
 
 
-def fullest(split: Split) -> Memory:
+def peak_rank(split: ShardedModel) -> Memory:
     """Of the rank that needs most."""
     return max((of_stage(split, s) for s in range(split.layout.pipeline)), key=lambda m: m.total)
 
 
-def of_stage(split: Split, stage: int) -> Memory:
+def of_stage(split: ShardedModel, stage: int) -> Memory:
     """Of a rank of a pipeline stage."""
     held, precision = split.held(stage), split.config.train.dtype
     activations = Activations(split)
@@ -82,13 +82,13 @@ def of_stage(split: Split, stage: int) -> Memory:
     )
 
 
-def _cut(split: Split, held: Held, zero_stage: int) -> int:
+def _cut(split: ShardedModel, held: RankParameters, zero_stage: int) -> int:
     """What is left on a rank of the weights that it holds, where those that hold the same ones
     share them from a stage of ZeRO on."""
     return _shared(split, held) if split.zero_stage >= zero_stage else held.total
 
 
-def _shared(split: Split, held: Held) -> int:
+def _shared(split: ShardedModel, held: RankParameters) -> int:
     """A rank's part of its weights where all that hold the same ones have as much of them."""
     return (
         -(-held.copied // split.copies)
@@ -97,7 +97,7 @@ def _shared(split: Split, held: Held) -> int:
     )
 
 
-def _states(split: Split, stage: int) -> int:
+def _states(split: ShardedModel, stage: int) -> int:
     """Bytes of Adam's states on a rank of a stage."""
     held, size = split.held(stage), MOMENTS[split.config.train.dtype]
     if not split.config.optimizer.distributed:
@@ -105,13 +105,13 @@ def _states(split: Split, stage: int) -> int:
     return size * _shared(split, held)
 
 
-def _projected(split: Split, stage: int) -> int:
+def _projected(split: ShardedModel, stage: int) -> int:
     if split.projection is None or split.projection.of == "features":
         return 0
-    return sum(map(split.has_memory, split.layers(stage))) * bytes_held(split.config)
+    return sum(map(split.has_gengram, split.layers(stage))) * bytes_held(split.config)
 
 
-def _working(split: Split, stage: int, activations: Activations) -> int:
+def _working(split: ShardedModel, stage: int, activations: Activations) -> int:
     """What the backward pass of one layer holds for a moment: a fully recomputed layer's own
     activations, gradients of activations, and that of a weight before it is added up."""
     layers = split.layers(stage)
@@ -121,14 +121,14 @@ def _working(split: Split, stage: int, activations: Activations) -> int:
     return again + activations.at_work() + _largest_gradient(split) * activations.size
 
 
-def _largest_gradient(split: Split) -> int:
+def _largest_gradient(split: ShardedModel) -> int:
     """Elements of the largest matrix of a layer: gate and up of its experts."""
     model = split.config.model
     width = 2 * model.ffn_hidden_size // split.feed_forward_ranks
     return split.experts_a_rank * width * model.hidden_size
 
 
-def in_flight(split: Split, stage: int) -> list[int]:
+def in_flight(split: ShardedModel, stage: int) -> list[int]:
     """The forward passes of which a rank keeps activations at once, each as the number of its
     model chunk, in megatron-core's schedules."""
     layout = split.layout

@@ -10,7 +10,7 @@ from gengram_megatron.config.tables import Placement, group_sizes
 
 
 @dataclass(frozen=True)
-class Held:
+class RankParameters:
     """Weights of one rank, by which ranks have copies of them. Of ranks that hold different
     numbers of a table's rows, the one with most counts."""
 
@@ -27,7 +27,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardedModel:
     """A config and its layout, as the parts of a plan ask about them."""
 
     config: Config
@@ -58,8 +58,8 @@ class Split:
         """Of all model chunks of a pipeline rank."""
         return [layer for chunk in self.stages[stage] for layer in chunk]
 
-    def has_memory(self, layer: int) -> bool:
-        return layer in weights.memory_layers(self.config.model)
+    def has_gengram(self, layer: int) -> bool:
+        return layer in weights.gengram_layers(self.config.model)
 
     @property
     def copies(self) -> int:
@@ -101,18 +101,18 @@ class Split:
         ranks = group_sizes(self.config, self.layout.world_size)[place.over] if place.over else 1
         return -(-place.table.rows // ranks)
 
-    def held(self, stage: int) -> Held:
+    def held(self, stage: int) -> RankParameters:
         """Weights of a rank of a pipeline stage."""
         model, tensor = self.config.model, self.layout.tensor
         layers = self.layers(stage)
-        memories = sum(map(self.has_memory, layers))
+        memories = sum(map(self.has_gengram, layers))
         rest = len(layers) * (
             weights.attention_projections(model)
             + weights.attention_norms(model)
             + weights.router(model)
             + 2 * weights.norm(model)
         )
-        rest += memories * (weights.memory_projection(model) + weights.memory_rest(model))
+        rest += memories * (weights.gengram_projection(model) + weights.gengram_rest(model))
         if stage == 0:
             rest += weights.embedding(model)
         if stage == self.layout.pipeline - 1:
@@ -121,7 +121,7 @@ class Split:
             len(layers) * weights.feed_forward(model) * self.experts_a_rank
         ) // self.feed_forward_ranks
         by_columns, by_rows = self.table_weights_held()
-        return Held(
+        return RankParameters(
             copied=rest.held(tensor)
             + memories * by_columns
             + (feed_forward if self.is_dense else 0),

@@ -13,8 +13,8 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tree import inline_yaml
 from gengram_megatron.errors import UserError
-from gengram_megatron.plan.memory import Memory, fullest
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.memory import Memory, peak_rank
+from gengram_megatron.plan.stages import ShardedModel
 from gengram_megatron.plan.time import GPUS_A_NODE, Speed, StepTime, stage_flops, step_time
 
 GB = 1e9
@@ -22,7 +22,7 @@ LARGEST_IDLE = 0.15
 LARGEST_UNEVENNESS = 1.1
 
 
-def warnings(split: Split, memory: Memory, gigabytes: float) -> Iterator[str]:
+def warnings(split: ShardedModel, memory: Memory, gigabytes: float) -> Iterator[str]:
     """Sentences; none: nothing to say. gigabytes: of one GPU."""
     if memory.total > gigabytes * GB:
         yield (
@@ -43,7 +43,7 @@ def warnings(split: Split, memory: Memory, gigabytes: float) -> Iterator[str]:
         )
 
 
-def _pipeline(split: Split) -> Iterator[str]:
+def _pipeline(split: ShardedModel) -> Iterator[str]:
     layout = split.layout
     microbatches, stages = layout.num_microbatches, layout.pipeline
     if microbatches < stages:
@@ -123,8 +123,8 @@ def suggest(config: Config, gpus: int, gigabytes: float, speed: Speed) -> list[S
 
 
 def _judge(config: Config, settings: dict, gpus: int, speed: Speed) -> Suggestion:
-    split = Split(config, check_layout(config, gpus))
-    return Suggestion(settings, fullest(split), step_time(split, speed))
+    split = ShardedModel(config, check_layout(config, gpus))
+    return Suggestion(settings, peak_rank(split), step_time(split, speed))
 
 
 def _layouts(config: Config, gpus: int) -> Iterator[tuple[dict, Config]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from gengram_megatron.config import weights
 from gengram_megatron.plan import communication
 from gengram_megatron.plan.flops import forward_flops, training_flops
-from gengram_megatron.plan.stages import Split
+from gengram_megatron.plan.stages import ShardedModel
 
 UTILISATION = 0.4
 GPU_TFLOPS = 989.0
@@ -31,7 +31,7 @@ class Speed:
         return self.utilisation * self.tflops * 1e12
 
 
-def seconds_of_run(split: Split, speed: Speed) -> float:
+def seconds_of_run(split: ShardedModel, speed: Speed) -> float:
     """At that utilisation of all GPUs over the whole run: it covers everything that keeps them
     from computing."""
     tokens = split.layout.samples * split.config.model.seq_length
@@ -53,7 +53,7 @@ class StepTime:
         return self.arithmetic + self.bubble + self.communication
 
 
-def step_time(split: Split, speed: Speed) -> StepTime:
+def step_time(split: ShardedModel, speed: Speed) -> StepTime:
     """Of a layout, to compare it with others; the utilisation is that of arithmetic alone."""
     layout = split.layout
     flops = max(stage_flops(split, stage) for stage in range(layout.pipeline))
@@ -62,14 +62,14 @@ def step_time(split: Split, speed: Speed) -> StepTime:
     return StepTime(arithmetic, arithmetic * idle, _communication_time(split))
 
 
-def stage_flops(split: Split, stage: int) -> float:
+def stage_flops(split: ShardedModel, stage: int) -> float:
     """Of one rank of a stage in a step."""
     config, layout = split.config, split.layout
     forward, layers = forward_flops(config), split.layers(stage)
     per_layer = (forward.total - forward.gengram - forward.logits) / config.model.num_layers
-    memories = len(weights.memory_layers(config.model))
+    memories = len(weights.gengram_layers(config.model))
     per_memory = forward.gengram / memories if memories else 0
-    inside = len(layers) * per_layer + sum(map(split.has_memory, layers)) * per_memory
+    inside = len(layers) * per_layer + sum(map(split.has_gengram, layers)) * per_memory
     ends = forward.logits if stage == layout.pipeline - 1 else 0
     passes = {"none": 3, "selective": 3, "full": 4}[config.train.recompute]
     tokens = config.train.global_batch_size * config.model.seq_length
@@ -77,7 +77,7 @@ def stage_flops(split: Split, stage: int) -> float:
     return (passes * inside + 3 * ends) * tokens / ranks
 
 
-def _communication_time(split: Split) -> float:
+def _communication_time(split: ShardedModel) -> float:
     """Seconds a step. Ranks are numbered as megatron-core does: tensor, context, data, pipeline;
     experts are dealt out to neighbours."""
     sent, layout = communication.most_sent(split), split.layout

@@ -23,7 +23,7 @@ from gengram_megatron.files import flush, replacing
 FILE = "metrics.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
 KINDS = ("train", "validation")
-SKIPS = 10
+MAX_CONSECUTIVE_SKIPS = 10
 """With train.on_nan skip: so many batches that are left out in a row end the run."""
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 

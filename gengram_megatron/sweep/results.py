@@ -16,7 +16,7 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tree import describe, flattened, inline_yaml
 from gengram_megatron.errors import UserError
 from gengram_megatron.files import replacing
-from gengram_megatron.runs.metrics import FILE, SKIPS, read_metrics
+from gengram_megatron.runs.metrics import FILE, MAX_CONSECUTIVE_SKIPS, read_metrics
 from gengram_megatron.runs.store import CheckpointStore, read_facts
 from gengram_megatron.sweep.runs import SweepRun
 
@@ -125,7 +125,7 @@ def _failed(metrics: list[dict], config: Config) -> bool:
     """Whether the last steps are such as end a run: one that is not finite, or with train.on_nan
     skip so many in a row."""
     steps = [entry for entry in metrics if entry["kind"] == "train"]
-    needed = SKIPS if config.train.on_nan == "skip" else 1
+    needed = MAX_CONSECUTIVE_SKIPS if config.train.on_nan == "skip" else 1
     return len(steps) >= needed and not any(map(_finite, steps[-needed:]))
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from gengram_megatron.config.layout import check_layout, world_size_from_environment
 from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
-from gengram_megatron.engine.model.initialize import parts
+from gengram_megatron.engine.model.initialize import sharded_parameters
 from gengram_megatron.engine.processes import end_processes, start_processes
 from gengram_megatron.engine.training.optimizer import build_optimizer
-from gengram_megatron.engine.training.step import agree, forward_backward
+from gengram_megatron.engine.training.step import forward_backward, reduce_step_status
 from tests.layouts.cases import config_of
 
 EOD, BASES = 12, torch.tensor([8, 5, 6, 7, 9], dtype=torch.uint8)
@@ -36,7 +36,7 @@ def gradients(chunks) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     another rank's: those that a checkpoint is written from."""
     own = []
     for chunk in chunks:
-        for part, parameter, start in parts(chunk.module):
+        for part, parameter, start in sharded_parameters(chunk.module):
             grad = parameter.main_grad.flatten()[start : start + part.data.numel()]
             first = part.replica_id in (0, (0, 0, 0))
             grad = grad.view(part.local_shape)
@@ -74,7 +74,7 @@ def run(name: str, mode: str, out: Path) -> None:
         chunks, micro[data_rank :: layout.data], config, layout, forward_only=False
     )
     full, once = gradients(chunks)
-    result = {"loss": agree(report).loss, "gradients": full, "held_once": once}
+    result = {"loss": reduce_step_status(report).loss, "gradients": full, "held_once": once}
     if rank == 0:
         torch.save(result, out / f"{mode}_{name}.pt")
     end_processes()

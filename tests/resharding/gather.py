@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from gengram_megatron.engine.model.initialize import parts
+from gengram_megatron.engine.model.initialize import sharded_parameters
 
 STATES = ("exp_avg", "exp_avg_sq")
 
@@ -42,7 +42,7 @@ def full_tensors(chunks: list, optimizer) -> dict[tuple[str, str], Tensor]:
 def _pieces(module) -> Iterator[tuple]:
     """Of each piece of a global tensor: name, shape, the places of its elements in the flattened
     whole, the parameter that holds it, and its first element there."""
-    for part, parameter, start in parts(module):
+    for part, parameter, start in sharded_parameters(module):
         shape = torch.Size(part.global_shape)
         leading = part.prepend_axis_num  # axes of which the piece has one index, experts say
         first, offsets = part.global_offset[:leading], part.global_offset[leading:]

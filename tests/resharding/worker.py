@@ -45,7 +45,7 @@ class TinyRun:
         """Loss and learning rate of so many steps."""
         from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-        from gengram_megatron.engine.training.step import agree, forward_backward
+        from gengram_megatron.engine.training.step import forward_backward, reduce_step_status
 
         batch, done = self.config.train.global_batch_size, []
         batches = self.data.training(self.layout, self.data_rank, start * batch)
@@ -59,7 +59,7 @@ class TinyRun:
             lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
             self.optimizer.step_if(lambda _: True)
             self.schedule.step(batch)
-            done.append((agree(report).loss, lr))
+            done.append((reduce_step_status(report).loss, lr))
         return done
 
     def holds(self) -> dict:

@@ -31,7 +31,7 @@ from gengram_megatron.engine.checkpoint.restore import (
     without_extra_states,
 )
 from gengram_megatron.engine.model.data_parallel import unwrapped
-from gengram_megatron.engine.model.initialize import parts
+from gengram_megatron.engine.model.initialize import sharded_parameters
 
 Pieces = list[tuple[ShardedTensor, int]]
 """What a weight has of global tensors: each piece, and its first element in the weight."""
@@ -41,7 +41,7 @@ def pieces_of(chunks: list[nn.Module]) -> dict[nn.Parameter, Pieces]:
     """Of each weight of a rank's model chunks, without the data."""
     found = {}
     for chunk in chunks:
-        for piece, weight, start in parts(chunk):
+        for piece, weight, start in sharded_parameters(chunk):
             assert piece.data.is_contiguous(), f"{piece.key}: its elements are not one range"
             found.setdefault(weight, []).append((piece.without_data(), start))
     return found

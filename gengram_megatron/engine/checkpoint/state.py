@@ -66,7 +66,7 @@ class TrainingState:
         self._stall = 0.0
         self._partly_loaded = False
 
-    def save(self, step: int, must: bool = False) -> str | None:
+    def save(self, step: int, required: bool = False) -> str | None:
         """Write a checkpoint; with checkpoint.asynchronous only the copy is waited for.
 
         A checkpoint that could not be written is told in the sentence that this, poll or wait
@@ -79,15 +79,15 @@ class TrainingState:
             partial = self._on_first_rank(
                 lambda: self.store.begin(step, estimated_size(self.config))
             )
-            self._save = self._start(step, partial, must)
+            self._save = self._start(step, partial, required)
         except UserError as error:
-            failure = self._note_failure(str(error), must)
+            failure = self._note_failure(str(error), required)
         if self._save and not self.config.checkpoint.asynchronous:
             failure = self._settle_last()
         self._stall += time.perf_counter() - began
         return failure
 
-    def _start(self, step: int, partial: Path, must: bool) -> "_Save":
+    def _start(self, step: int, partial: Path, required: bool) -> "_Save":
         writer = Writer()
         request = dist_checkpointing.save(
             self._state(step),
@@ -107,7 +107,7 @@ class TrainingState:
             tables=self._tables(),
             data=self.data,
         )
-        return _Save(writer, partial, facts, must)
+        return _Save(writer, partial, facts, required)
 
     @property
     def writing(self) -> bool:
@@ -144,7 +144,7 @@ class TrainingState:
             save.writer.abandon()
             free = shutil.disk_usage(self.store.folder).free
             cause = f"step {save.facts.step}: {_cause(error)}; {free:,} bytes are free"
-            return self._note_failure(cause, save.must)
+            return self._note_failure(cause, save.required)
         self._failed = 0
         return None
 
@@ -173,10 +173,10 @@ class TrainingState:
             )
         self.store.finish(save.partial, save.facts, checksums)
 
-    def _note_failure(self, cause: str, must: bool) -> str:
+    def _note_failure(self, cause: str, required: bool) -> str:
         self._failed += 1
         sentence = f"no checkpoint was written: {cause}"
-        if must or self._failed > 1:
+        if required or self._failed > 1:
             raise UserError(sentence)
         return f"{sentence}; training goes on, and the next one is tried"
 
@@ -217,19 +217,19 @@ class TrainingState:
         self._on_first_rank(rename)
         return f"damaged, and set aside: {', '.join(damaged.values())}; going on from {path.name}"
 
-    def load_newest(self) -> "Beginning":
+    def load_newest(self) -> "ResumePoint":
         """Go on from the newest checkpoint of the run's folder that can be loaded; without any,
         start from the weights of checkpoint.load, if it is given."""
         checkpoints = self._on_first_rank(self.store.checkpoints)
         path, step, unusable = self._load_newest_usable(checkpoints, self._resume)
         if path is not None:
-            return Beginning(step, self._set_aside(unusable, path) if unusable else None)
+            return ResumePoint(step, self._set_aside(unusable, path) if unusable else None)
         if unusable:
             raise UserError(
                 f"all checkpoints of {self.store.folder} are damaged: "
                 f"{', '.join(unusable.values())}; bring one back, or start in another run.dir"
             )
-        return Beginning() if self.config.checkpoint.load is None else self._start_from_another()
+        return ResumePoint() if self.config.checkpoint.load is None else self._start_from_another()
 
     def _resume(self, path: Path) -> int:
         """All of a checkpoint; returns its step."""
@@ -277,14 +277,14 @@ class TrainingState:
         on_all_ranks(lambda: self.contents.start_from_weights(path))
         return 0
 
-    def _start_from_another(self) -> "Beginning":
+    def _start_from_another(self) -> "ResumePoint":
         """A new run with weights of another run's checkpoint in the place of drawn ones."""
         candidates = self._on_first_rank(lambda: origins(self.config))
         path, _, unusable = self._load_newest_usable(candidates, self._take_weights)
         warning = f"checkpoint.load: damaged, {', '.join(unusable.values())}" if unusable else None
         if path is None:
             raise UserError(warning)
-        return Beginning(0, warning, origin=path)
+        return ResumePoint(0, warning, origin=path)
 
     def _take_weights(self, path: Path) -> int:
         """The weights of another run's checkpoint."""
@@ -359,7 +359,7 @@ class TrainingState:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ResumePoint:
     """Where a run begins: after which step, what is wrong with newer checkpoints, and the
     checkpoint of another run whose weights it has."""
 
@@ -375,7 +375,7 @@ class _Save:
     writer: Writer
     partial: Path
     facts: Facts
-    must: bool
+    required: bool
 
 
 def _cause(error: Exception) -> str:

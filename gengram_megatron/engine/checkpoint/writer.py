@@ -24,7 +24,7 @@ from gengram_megatron.signals import ignore_stop_signals
 LOOK_SECONDS = 0.05
 
 
-class Answers:
+class MemfdQueue:
     """What a writer tells the process that forked it: pickles in a file in memory.
 
     It takes the place of megatron-core's queue (with put and get_nowait), which lives in a process
@@ -57,7 +57,7 @@ class Writer:
     """
 
     def __init__(self):
-        self._answers = Answers()
+        self._answers = MemfdQueue()
         filesystem_async._results_queue = self._answers  # read while the save is planned
         self._process = None
 
@@ -110,7 +110,7 @@ class Writer:
             self._process.join()
 
 
-def _write(write: partial, files: list[Path], answers: Answers, trainer: int) -> None:
+def _write(write: partial, files: list[Path], answers: MemfdQueue, trainer: int) -> None:
     """What the process does: write, then read back for the checksums."""
     gc.disable()
     ignore_stop_signals()  # the trainer heeds them, and waits for what is written here

@@ -211,7 +211,7 @@ class _Reader:
         there = np.full(positions.shape, True) if self._total is None else positions < self._total
         rows = step.tokens.reshape(positions.size, -1)
         rows[:] = EOD
-        for row, sample in zip(np.flatnonzero(there), self._order.take(positions[there])):
+        for row, sample in zip(np.flatnonzero(there), self._order.samples_at(positions[there])):
             rows[row] = self._dataset[sample]
         return step
 

@@ -28,7 +28,7 @@ GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 class Order(Protocol):
     """Which sample of a data set stands at each position of a run."""
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
+    def samples_at(self, positions: np.ndarray) -> np.ndarray:
         """Sample numbers, int64, of the same shape as `positions`."""
         ...
 
@@ -53,9 +53,9 @@ class SampleOrder:
 
     def __getitem__(self, position: int) -> int:
         """The sample at one position."""
-        return int(self.take(np.array([position]))[0])
+        return int(self.samples_at(np.array([position]))[0])
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
+    def samples_at(self, positions: np.ndarray) -> np.ndarray:
         """Sample numbers in [0, num_samples), int64, of the same shape as `positions`."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, places = np.divmod(positions.ravel(), self.num_samples)
@@ -112,14 +112,14 @@ class BlendOrder:
         self._weights = list(weights)
         self._key = mix_bits(np.array([seed % 2**64], dtype=np.uint64))
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
+    def samples_at(self, positions: np.ndarray) -> np.ndarray:
         """Sample numbers in [0, sum(sizes)), int64, of the same shape as `positions`."""
         positions = np.asarray(positions, dtype=np.int64)
         sets, places = self._deal(positions.ravel(), 0, len(self._orders))
         samples = np.empty_like(places)
         for number, order in enumerate(self._orders):
             own = sets == number
-            samples[own] = self._offsets[number] + order.take(places[own])
+            samples[own] = self._offsets[number] + order.samples_at(places[own])
         return samples.reshape(positions.shape)
 
     def counts(self, total: int) -> list[int]:

@@ -32,7 +32,7 @@ from gengram_megatron.engine.exchange.names import (
 )
 from gengram_megatron.engine.exchange.settings import Difference, refuse
 from gengram_megatron.engine.exchange.weights import OTHER_MODEL, Weight
-from gengram_megatron.errors import UserError, tell
+from gengram_megatron.errors import UserError, print_message
 from gengram_megatron.runs.store import (
     FACTS,
     FORMAT,
@@ -128,7 +128,7 @@ def import_foreign(foreign: Foreign, config: Config) -> Path:
     weights = {weight.key: weight for weight in foreign.weights(config.model)}
     _check_names(foreign, config.model, list(weights.values()))
     if unused := sorted(foreign.unused(config.model)):
-        tell(
+        print_message(
             f"warning: {len(unused)} tensors of memory are left out, as model.gengram.layers is "
             f"{config.model.gengram.layers}: {unused[0]} and so on"
         )
@@ -181,12 +181,12 @@ def _tell_of_conversion(there: set[torch.dtype], here: torch.dtype) -> None:
         return
     names = " and ".join(sorted(str(one).removeprefix("torch.") for one in there))
     if here == torch.bfloat16:  # float16 has more digits, too
-        tell(
+        print_message(
             f"warning: weights that are {names} there are rounded to bfloat16, because "
             "train.precision keeps them so here"
         )
     else:
-        tell(
+        print_message(
             f"warning: weights that are {names} there are kept in float32, because "
             "train.precision is fp32; they gain no digits by it"
         )

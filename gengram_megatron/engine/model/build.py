@@ -19,7 +19,7 @@ from gengram_megatron.engine.model.gengram.ids import GengramInputs
 from gengram_megatron.engine.model.gengram.memory import GengramMemory
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.gpt import GengramGPT
-from gengram_megatron.engine.model.initialize import InitialLaw, initialize, mark_again, marker
+from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, initialize, retag
 from gengram_megatron.engine.model.memory import Memory
 from gengram_megatron.engine.model.specs import block_spec
 from gengram_megatron.tokenizer import EOD
@@ -52,7 +52,7 @@ def build_model(config: Config, layout: Layout) -> list[GengramGPT]:
             vp_stage=vp_stage,
         )
         if config.model.implementation == "transformer_engine":
-            mark_again(chunk, transformer)
+            retag(chunk, transformer)
         chunks.append(chunk)
     initialize(chunks, config.run.seed)
     return chunks
@@ -135,8 +135,8 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method": marker(InitialLaw(std=model.init_std)),
-        "output_layer_init_method": marker(InitialLaw(std=output_std)),
+        "init_method": init_tag(InitialLaw(std=model.init_std)),
+        "output_layer_init_method": init_tag(InitialLaw(std=output_std)),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": bf16,

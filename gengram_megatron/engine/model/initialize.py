@@ -64,16 +64,16 @@ class InitialLaw:
         return torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1) * self.bound
 
 
-def mark(parameter: nn.Parameter, law: InitialLaw) -> None:
+def tag_init(parameter: nn.Parameter, law: InitialLaw) -> None:
     """Note the law of a parameter's initial values."""
     parameter.initial_law = law
 
 
-def marker(law: InitialLaw) -> Callable[[nn.Parameter], nn.Parameter]:
+def init_tag(law: InitialLaw) -> Callable[[nn.Parameter], nn.Parameter]:
     """An init method for megatron-core's config that marks instead of drawing."""
 
     def init_method(parameter: nn.Parameter) -> nn.Parameter:
-        mark(parameter, law)
+        tag_init(parameter, law)
         return parameter
 
     return init_method
@@ -85,7 +85,7 @@ def torch_default(fan_in: int) -> InitialLaw:
     return InitialLaw(bound=fan_in**-0.5)
 
 
-def mark_again(chunk: nn.Module, config) -> None:
+def retag(chunk: nn.Module, config) -> None:
     """Transformer Engine makes new parameters of those that were marked when its layers were built,
     in the same memory and without the marks.
 
@@ -95,7 +95,7 @@ def mark_again(chunk: nn.Module, config) -> None:
         if hasattr(parameter, "initial_law"):
             continue
         if parameter.dim() == 1:  # of a norm
-            mark(parameter, InitialLaw(constant=1.0))
+            tag_init(parameter, InitialLaw(constant=1.0))
         elif ".linear_proj." in name or ".linear_fc2." in name:
             config.output_layer_init_method(parameter)
         else:
@@ -106,7 +106,7 @@ def mark_again(chunk: nn.Module, config) -> None:
 def initialize(chunks: list[nn.Module], seed: int) -> None:
     """Draw the initial weights of a rank's model chunks, in place."""
     for chunk in chunks:
-        for part, parameter, _ in parts(chunk):
+        for part, parameter, _ in sharded_parameters(chunk):
             if not hasattr(parameter, "initial_law"):
                 raise AssertionError(f"{part.key} was built without marking its initial law")
             law = parameter.initial_law
@@ -116,7 +116,7 @@ def initialize(chunks: list[nn.Module], seed: int) -> None:
                 part.data.copy_(_own_part(part, law, seed))
 
 
-def parts(chunk: nn.Module) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:
+def sharded_parameters(chunk: nn.Module) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:
     """What a rank holds of the model: each piece of a global tensor, the parameter that it lies
     in, and its first element there. A parameter is one piece, or two where SwiGLU's gate and up
     are cut separately."""

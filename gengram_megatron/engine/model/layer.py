@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from gengram_megatron.engine.model.initialize import InitialLaw, marker, whole_weight
+from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, whole_weight
 
 
 class RMSNorm(nn.Module):
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = whole_weight(hidden_size, config, marker(InitialLaw(constant=1.0)))
+        self.weight = whole_weight(hidden_size, config, init_tag(InitialLaw(constant=1.0)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]; returns the same shape and dtype."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenRange:
     """A run of neighbouring tokens that one rank holds: positions [start, stop) of the sequence."""
 
     start: int
@@ -27,17 +27,18 @@ class Piece:
         return self.stop - self.start
 
 
-def context_pieces(seq_length: int, cp_size: int, cp_rank: int) -> list[Piece]:
+def context_ranges(seq_length: int, cp_size: int, cp_rank: int) -> list[TokenRange]:
     """The runs that a context-parallel rank holds, in the order in which it holds them."""
     if cp_size == 1:
-        return [Piece(0, seq_length)]
+        return [TokenRange(0, seq_length)]
     chunk = seq_length // (2 * cp_size)
     return [
-        Piece(index * chunk, (index + 1) * chunk) for index in (cp_rank, 2 * cp_size - 1 - cp_rank)
+        TokenRange(index * chunk, (index + 1) * chunk)
+        for index in (cp_rank, 2 * cp_size - 1 - cp_rank)
     ]
 
 
-def sequence_pieces(pieces: list[Piece], tp_size: int, tp_rank: int) -> list[Piece]:
+def sequence_ranges(pieces: list[TokenRange], tp_size: int, tp_rank: int) -> list[TokenRange]:
     """The part of `pieces` that tensor-parallel rank tp_rank holds under sequence parallelism."""
     length = sum(map(len, pieces)) // tp_size
     first, last = tp_rank * length, (tp_rank + 1) * length
@@ -45,12 +46,12 @@ def sequence_pieces(pieces: list[Piece], tp_size: int, tp_rank: int) -> list[Pie
     for piece in pieces:
         low, high = max(first - offset, 0), min(last - offset, len(piece))
         if low < high:
-            own.append(Piece(piece.start + low, piece.start + high))
+            own.append(TokenRange(piece.start + low, piece.start + high))
         offset += len(piece)
     return own
 
 
-def take(sequence: Tensor, pieces: list[Piece], dim: int) -> Tensor:
+def select_ranges(sequence: Tensor, pieces: list[TokenRange], dim: int) -> Tensor:
     """The tokens of `pieces`, one behind the other along axis `dim` of a whole sequence."""
     if len(pieces) == 1:
         return sequence.narrow(dim, pieces[0].start, len(pieces[0]))
@@ -61,7 +62,7 @@ def of_this_rank(sequences: Tensor) -> Tensor:
     """The tokens that this context-parallel rank holds, along axis 1 of whole sequences [b, s]."""
     size = parallel_state.get_context_parallel_world_size()
     rank = parallel_state.get_context_parallel_rank()
-    return take(sequences, context_pieces(sequences.shape[1], size, rank), 1)
+    return select_ranges(sequences, context_ranges(sequences.shape[1], size, rank), 1)
 
 
 def chunks_in_sequence_order(gathered: Tensor, cp_size: int) -> Tensor:
@@ -85,7 +86,7 @@ class Halo:
             self.group = cp_group
         self._index: dict = {}
 
-    def __call__(self, x: Tensor, pieces: list[Piece], seq_length: int) -> list[Tensor]:
+    def __call__(self, x: Tensor, pieces: list[TokenRange], seq_length: int) -> list[Tensor]:
         """x: [s_local, b, h], the rows of `pieces`; returns a [reach, b, h] for each piece,
         zero where it lies before the sequence. Gradients flow back to the rows' owners."""
         nothing = x.new_zeros((self.reach, *x.shape[1:]))
@@ -97,12 +98,12 @@ class Halo:
         )
         return list(torch.cat([offered, nothing[:1]])[index].split(self.reach))
 
-    def _plan(self, pieces: tuple[Piece, ...], seq_length: int, device) -> tuple[int, Tensor]:
+    def _plan(self, pieces: tuple[TokenRange, ...], seq_length: int, device) -> tuple[int, Tensor]:
         """Pieces a rank at most, and for each row of the halos its row in what is offered; made
         once, as building it on the host would stall a GPU."""
         if (pieces, seq_length) not in self._index:
             owners = [
-                sequence_pieces(context_pieces(seq_length, self.cp_size, cp), self.tp_size, tp)
+                sequence_ranges(context_ranges(seq_length, self.cp_size, cp), self.tp_size, tp)
                 for cp in range(self.cp_size)
                 for tp in range(self.tp_size)
             ]
@@ -116,7 +117,7 @@ class Halo:
             self._index[pieces, seq_length] = slots, torch.tensor(rows, device=device)
         return self._index[pieces, seq_length]
 
-    def _tails(self, x: Tensor, pieces: list[Piece], slots: int) -> Tensor:
+    def _tails(self, x: Tensor, pieces: list[TokenRange], slots: int) -> Tensor:
         """[slots * reach, b, h]: the last rows of each piece, zeros above short ones."""
         tails = []
         for part in x.split([len(piece) for piece in pieces]):
@@ -125,7 +126,7 @@ class Halo:
         tails.append(x.new_zeros(((slots - len(pieces)) * self.reach, *x.shape[1:])))
         return torch.cat(tails)
 
-    def _places(self, owners: list[list[Piece]], slots: int) -> dict[int, int]:
+    def _places(self, owners: list[list[TokenRange]], slots: int) -> dict[int, int]:
         """Position in the sequence -> row of what all ranks offer together."""
         places = {}
         for rank, pieces in enumerate(owners):

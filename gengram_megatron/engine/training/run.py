@@ -15,12 +15,12 @@ from torch import Tensor
 
 from gengram_megatron.config.layout import Layout, world_size_from_environment
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.checkpoint.state import Beginning, TrainingState
+from gengram_megatron.engine.checkpoint.state import ResumePoint, TrainingState
 from gengram_megatron.engine.checkpoint.stored import read_common
 from gengram_megatron.engine.data.batches import BatchStream, reporting_dead_workers
 from gengram_megatron.engine.data.run_data import RunData
 from gengram_megatron.engine.model.build import build_model
-from gengram_megatron.engine.model.initialize import parts
+from gengram_megatron.engine.model.initialize import sharded_parameters
 from gengram_megatron.engine.processes import (
     check_gpu,
     check_shared_memory,
@@ -33,11 +33,11 @@ from gengram_megatron.engine.training.nodes import check_nodes, telling_all_node
 from gengram_megatron.engine.training.optimizer import build_schedule
 from gengram_megatron.engine.training.report import GpuUse, implementations
 from gengram_megatron.engine.training.step import (
-    Agreement,
-    agree,
+    StepStatus,
     any_rank,
     balance_losses,
     forward_backward,
+    reduce_step_status,
     slowest_rank,
 )
 from gengram_megatron.engine.training.watchdog import Watchdog
@@ -49,7 +49,7 @@ from gengram_megatron.runs.folder import (
     remove_if_unused,
     write_config,
 )
-from gengram_megatron.runs.metrics import SKIPS, RunLog, UniformCheck
+from gengram_megatron.runs.metrics import MAX_CONSECUTIVE_SKIPS, RunLog, UniformCheck
 from gengram_megatron.runs.progress import Progress
 from gengram_megatron.signals import REQUEUE, StopSignals
 
@@ -86,10 +86,10 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
 class _Step:
     """What one step says of itself."""
 
-    agreed: "Agreement"
+    status: StepStatus
     grad_norm: float
     lr: float
-    others: dict[str, float]
+    extra_metrics: dict[str, float]
     microbatches: Tensor
 
 
@@ -129,7 +129,7 @@ class _Run:
             for line in self.data.statement(self.layout.samples):
                 self._say(line)
             left_to_validate = self._left_to_validate(start)
-            self._say(self._place(beginning, left_to_validate))
+            self._say(self._start_message(beginning, left_to_validate))
             for line in self._changed_keys(start):
                 self._say(line)
             if left_to_validate and not self._validate(start):
@@ -179,31 +179,31 @@ class _Run:
                 write_config(self.folder, self.config, start, self.earlier_config)
             waited = slowest_rank(batches.pop_seconds_waited())
             self._report(step, result, seconds, waited / seconds)
-            if not result.agreed.finite:
+            if not result.status.finite:
                 self._not_finite(step, result)
-            self._warn(self.state.poll(result.agreed.writing))
+            self._warn(self.state.poll(result.status.writing))
             # The time left after a request to stop may be short: a validation that is due, or has
             # begun, is left to the job that goes on.
             due = _due(step, settings.train.validation_interval, last)
-            if result.agreed.stop or (due and not self._validate(step)):
+            if result.status.stop or (due and not self._validate(step)):
                 self._save_to_stop(step)
                 return self._stopped(step)
             # After the validation: a run cut between the two would not repeat it.
             at_end = last if settings.checkpoint.at_end else None
             if _due(step, settings.checkpoint.interval, at_end):
-                self._save(step, must=step == at_end)
+                self._save(step, required=step == at_end)
         self._warn(self.state.wait())
         return 0
 
-    def _save(self, step: int, must: bool) -> None:
+    def _save(self, step: int, required: bool) -> None:
         if not self.trained:  # Adam has no states yet that could be saved
             self._warn("no batch has changed a weight yet, so there is nothing to save")
             return
         self.watchdog.mark(step, "saving a checkpoint")
-        self._warn(self.state.save(step, must))
+        self._warn(self.state.save(step, required))
 
     def _save_to_stop(self, step: int) -> None:
-        self._save(step, must=True)
+        self._save(step, required=True)
         self.state.wait()
 
     def _stopped(self, step: int) -> int:
@@ -219,7 +219,7 @@ class _Run:
         """The policy for a loss or gradient that is not finite; no weight has changed."""
         found = f"step {step}: loss {result.agreed.loss}, gradient norm {result.grad_norm}"
         self.skipped_in_a_row += 1
-        if self.config.train.on_nan == "skip" and self.skipped_in_a_row < SKIPS:
+        if self.config.train.on_nan == "skip" and self.skipped_in_a_row < MAX_CONSECUTIVE_SKIPS:
             self._warn(f"{found}; the batch is left out (train.on_nan is skip)")
             return
         self._warn(self.state.wait())
@@ -228,7 +228,7 @@ class _Run:
         again = f"goes on from {newest.name}" if newest else "begins anew, as nothing was saved yet"
         advice = "lower optimizer.lr, or set train.on_nan to skip"
         if self.config.train.on_nan == "skip":
-            advice = f"{SKIPS} batches in a row were not finite; lower optimizer.lr"
+            advice = f"{MAX_CONSECUTIVE_SKIPS} batches in a row were not finite; lower optimizer.lr"
         raise NotFinite(f"{found}: {cause}. The same command {again}; {advice}")
 
     def _last_step(self) -> int:
@@ -241,30 +241,30 @@ class _Run:
         lr = self._lr()
 
         def accept(grad_norm: float) -> bool:
-            nonlocal agreed
-            agreed = agree(
+            nonlocal status
+            status = reduce_step_status(
                 report,
                 grad_norm=grad_norm,
                 stop=self.signals.received,
                 writing=self.state.writing,
             )
-            return agreed.finite
+            return status.finite
 
-        agreed = None
+        status = None
         grad_norm = self.optimizer.step_if(accept)
-        if agreed.finite:
+        if status.finite:
             # A batch that was left out does not advance the schedule, as in Megatron-LM.
             self.schedule.step(self.config.train.global_batch_size)
             self.trained, self.skipped_in_a_row = True, 0
         skips = self.config.train.on_nan == "skip"
         return _Step(
-            agreed=agreed,
+            status=status,
             grad_norm=grad_norm,
             lr=lr,
-            others={
+            extra_metrics={
                 **balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
                 **self._memory_metrics(),
-                **({"skipped": int(not agreed.finite)} if skips else {}),
+                **({"skipped": int(not status.finite)} if skips else {}),
             },
             microbatches=microbatches,
         )
@@ -314,7 +314,7 @@ class _Run:
                 if any_rank(self.signals.received):
                     return False
             report = None if reports[0] is None else torch.stack(reports).sum(0)
-            losses[part.name] = agree(report).loss
+            losses[part.name] = reduce_step_status(report).loss
         if self.first_rank:
             loss, of_sets = self.data.in_all(losses), losses if len(losses) > 1 else {}
             named = {f"loss/{name}": nats for name, nats in of_sets.items()}
@@ -329,7 +329,7 @@ class _Run:
             return
         shown = {
             "step": step,
-            "loss": result.agreed.loss,
+            "loss": result.status.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens_per_second": tokens / seconds,
@@ -338,11 +338,11 @@ class _Run:
             **gpu_use,
         }
         self.progress.step(**shown)
-        others = dict(result.others)
+        extra_metrics = dict(result.extra_metrics)
         if stall := self.state.take_stall():
-            others["save_stall"] = stall
-        self.log.train(**shown, **self._place_in_data(step), **others)
-        self._warn(self.uniform.after_step(step, result.agreed.loss))
+            extra_metrics["save_stall"] = stall
+        self.log.train(**shown, **self._place_in_data(step), **extra_metrics)
+        self._warn(self.uniform.after_step(step, result.status.loss))
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
         self.log = stack.enter_context(RunLog(self.folder, self.config, start))
@@ -355,7 +355,7 @@ class _Run:
             )
         )
 
-    def _place(self, beginning: "Beginning", left_to_validate: bool) -> str:
+    def _start_message(self, beginning: ResumePoint, left_to_validate: bool) -> str:
         load = self.config.checkpoint.load
         start, steps, last = beginning.step, self.layout.steps, self._last_step()
         if start >= last:
@@ -420,7 +420,7 @@ def _count_parameters(models: list) -> int:
     own = sum(
         part.data.numel()
         for model in models
-        for part, _, _ in parts(model)
+        for part, _, _ in sharded_parameters(model)
         if part.replica_id in (0, (0, 0, 0))
     )
     total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())

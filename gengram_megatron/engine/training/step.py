@@ -26,7 +26,7 @@ from gengram_megatron.engine.model.sequence import of_this_rank
 
 
 @dataclass(frozen=True)
-class Agreement:
+class StepStatus:
     """The same on every rank."""
 
     loss: float
@@ -39,9 +39,9 @@ class Agreement:
     """A rank still writes its part of a checkpoint."""
 
 
-def agree(
+def reduce_step_status(
     report: Tensor | None, *, grad_norm: float = 0.0, stop: bool = False, writing: bool = False
-) -> Agreement:
+) -> StepStatus:
     """Sum up what every rank knows of its step.
 
     report: what forward_backward returned.
@@ -53,7 +53,7 @@ def agree(
     own[2:] = torch.tensor([not math.isfinite(grad_norm), stop, writing])
     dist.all_reduce(own)
     total, tokens, infinite, stops, writers = own.tolist()
-    return Agreement(
+    return StepStatus(
         loss=total / tokens,
         finite=infinite == 0 and math.isfinite(total),
         stop=stops > 0,

@@ -18,7 +18,7 @@ from gengram_megatron.engine.model.gengram.projection import KeyValueProjection
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.gengram.tables import Tables
 from gengram_megatron.engine.model.memory import MemoryModule
-from gengram_megatron.engine.model.sequence import Piece, context_pieces, sequence_pieces
+from gengram_megatron.engine.model.sequence import TokenRange, context_ranges, sequence_ranges
 
 
 class GengramMemory(MemoryModule):
@@ -48,10 +48,10 @@ class GengramMemory(MemoryModule):
     def forward(self, hidden: Tensor, inputs: KmerIds) -> Tensor:
         """hidden: [s_local, b, h]; returns what the layer adds to it, in the same shape."""
         kmers = inputs
-        pieces = context_pieces(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
+        pieces = context_ranges(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
         own = pieces
         if self.config.sequence_parallel:
-            own = sequence_pieces(pieces, self.tp_group.size(), self.tp_group.rank())
+            own = sequence_ranges(pieces, self.tp_group.size(), self.tp_group.rank())
         if self.projected is not None:
             # So cheap to look up that not even keys and values are kept for the backward pass.
             return checkpoint(self._from_tables, hidden, own, kmers, use_reentrant=False)
@@ -59,7 +59,7 @@ class GengramMemory(MemoryModule):
         # From here on all is cheap to compute again, and would keep a dozen tensors.
         return checkpoint(self._gate_and_output, hidden, key_value, own, kmers, use_reentrant=False)
 
-    def _from_features(self, kmers: KmerIds, pieces: list[Piece]) -> Tensor:
+    def _from_features(self, kmers: KmerIds, pieces: list[TokenRange]) -> Tensor:
         """[s_local, b, 2 h]: rows looked up, pooled, and projected."""
         rows, ids = self.tables(kmers, pieces)
         pool = partial(
@@ -72,12 +72,12 @@ class GengramMemory(MemoryModule):
         )
         return self.projection(pool, rows)
 
-    def _from_tables(self, hidden: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
+    def _from_tables(self, hidden: Tensor, pieces: list[TokenRange], kmers: KmerIds) -> Tensor:
         key_value = self.projected.key_value(kmers, pieces)
         return self._gate_and_output(hidden, key_value, pieces, kmers)
 
     def _gate_and_output(
-        self, hidden: Tensor, key_value: Tensor, pieces: list[Piece], kmers: KmerIds
+        self, hidden: Tensor, key_value: Tensor, pieces: list[TokenRange], kmers: KmerIds
     ) -> Tensor:
         key, value = key_value.chunk(2, dim=-1)
         return self.output(self.gate(hidden, key) * value, pieces, kmers)

@@ -21,7 +21,7 @@ from gengram_megatron.engine.model.gengram.ids import KmerIds
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.initialize import whole_weight
 from gengram_megatron.engine.model.layer import RMSNorm
-from gengram_megatron.engine.model.sequence import Halo, Piece
+from gengram_megatron.engine.model.sequence import Halo, TokenRange
 
 
 class Gate(nn.Module):
@@ -51,7 +51,7 @@ def signed_sqrt(x: Tensor) -> Tensor:
 class PlainOutput(nn.Module):
     """o, as it is."""
 
-    def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
+    def forward(self, gated: Tensor, pieces: list[TokenRange], kmers: KmerIds) -> Tensor:
         """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
         return gated
 
@@ -63,7 +63,7 @@ class NormOutput(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
+    def forward(self, gated: Tensor, pieces: list[TokenRange], kmers: KmerIds) -> Tensor:
         """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
         return F.silu(self.norm(gated))
 
@@ -80,7 +80,7 @@ class ConvolutionOutput(nn.Module):
         init_method = gengram.init_method(config, fan_in=self.kernel)
         self.weight = whole_weight((self.kernel, config.hidden_size), config, init_method)
 
-    def forward(self, gated: Tensor, pieces: list[Piece], kmers: KmerIds) -> Tensor:
+    def forward(self, gated: Tensor, pieces: list[TokenRange], kmers: KmerIds) -> Tensor:
         """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
         halos = self.halo(gated, pieces, kmers.seq_length)
         parts = gated.split([len(piece) for piece in pieces])
@@ -90,7 +90,7 @@ class ConvolutionOutput(nn.Module):
         ]
         return gated + F.silu(torch.cat(convolved))
 
-    def _documents(self, piece: Piece, documents: Tensor | None) -> Tensor | None:
+    def _documents(self, piece: TokenRange, documents: Tensor | None) -> Tensor | None:
         """[reach + s, b, 1] of a piece and its left context; None: taps may cross documents."""
         if documents is None:
             return None

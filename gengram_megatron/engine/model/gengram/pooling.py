@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gengram_megatron.config.tables import KmerTable
-from gengram_megatron.engine.model.sequence import Piece
+from gengram_megatron.engine.model.sequence import TokenRange
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def pooled(
     ids: list[Tensor],
     tables: tuple[KmerTable, ...],
     pooling: Pooling,
-    pieces: list[Piece],
+    pieces: list[TokenRange],
     documents: Tensor | None,
 ) -> Tensor:
     """The pooled features, k after k: [s_local, b, number of k * d / tp]. The heads of one k are
@@ -142,7 +142,7 @@ def window_mean(
     ids: Tensor,
     k: int,
     pooling: Pooling,
-    pieces: list[Piece],
+    pieces: list[TokenRange],
     documents: Tensor | None = None,
 ) -> Tensor:
     """Mean of the rows of a table of k-mers over each position's window.
@@ -193,18 +193,20 @@ class _WindowMean(torch.autograd.Function):
         return table_grad[: ctx.rows].to(ctx.dtype), None, None, None, None, None
 
 
-def blocks(pieces: list[Piece], on_gpu: bool) -> list[Piece]:
+def blocks(pieces: list[TokenRange], on_gpu: bool) -> list[TokenRange]:
     """The pieces, on a CPU cut so that the sums over a block stay in its cache."""
     if on_gpu:
         return pieces
     return [
-        Piece(start, min(start + CPU_BLOCK, piece.stop))
+        TokenRange(start, min(start + CPU_BLOCK, piece.stop))
         for piece in pieces
         for start in range(piece.start, piece.stop, CPU_BLOCK)
     ]
 
 
-def _windows_of(ctx, ids: Tensor, documents: Tensor | None, piece: Piece) -> tuple[Tensor, Windows]:
+def _windows_of(
+    ctx, ids: Tensor, documents: Tensor | None, piece: TokenRange
+) -> tuple[Tensor, Windows]:
     """ids [s, b] of a piece and of the span - 1 tokens left of it, and the windows over them."""
     span = ctx.pooling.span(ctx.k)
     here = slice(max(piece.start - span + 1, 0), piece.stop)

@@ -34,7 +34,7 @@ from gengram_megatron.engine.model.gengram.pooling import Pooling, blocks, slidi
 from gengram_megatron.engine.model.gengram.projection import KeyValueProjection
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.gengram.tables import Tables
-from gengram_megatron.engine.model.sequence import Piece
+from gengram_megatron.engine.model.sequence import TokenRange
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class ProjectedTables:
         self.folded = self.grad = None
         self.versions: list[int] = []
 
-    def key_value(self, kmers: KmerIds, pieces: list[Piece]) -> Tensor:
+    def key_value(self, kmers: KmerIds, pieces: list[TokenRange]) -> Tensor:
         """[s_local, b, 2 h]: keys and values of this rank's `pieces`, in the weights' dtype."""
         self.refresh()
         sequences = [
@@ -226,7 +226,7 @@ class _LookUp(torch.autograd.Function):
         return None, None, None, None, None
 
 
-def _full_windows(rows: FoldedRows, folded: Tensor, ids: Tensor, piece: Piece) -> Tensor:
+def _full_windows(rows: FoldedRows, folded: Tensor, ids: Tensor, piece: TokenRange) -> Tensor:
     """[len(piece), 2 h], right where the window is full. ids: [K, s]."""
     span = rows.pooling.span(rows.longest)
     longest, edge = _addresses(rows, ids, piece, span)
@@ -236,7 +236,7 @@ def _full_windows(rows: FoldedRows, folded: Tensor, ids: Tensor, piece: Piece) -
 
 
 def _spread_full_windows(
-    rows: FoldedRows, into: Tensor, grad: Tensor, ids: Tensor, piece: Piece
+    rows: FoldedRows, into: Tensor, grad: Tensor, ids: Tensor, piece: TokenRange
 ) -> None:
     """The adjoint of `_full_windows`; grad: [len(piece), 2 h], zero where a window is short."""
     span = rows.pooling.span(rows.longest)
@@ -248,7 +248,7 @@ def _spread_full_windows(
 
 
 def _addresses(
-    rows: FoldedRows, ids: Tensor, piece: Piece, span: int
+    rows: FoldedRows, ids: Tensor, piece: TokenRange, span: int
 ) -> tuple[Tensor, Tensor | None]:
     """Rows of the longest k-mers that end in the piece's windows, and for each position that of
     the window's edge. Where a window is short, any row."""
@@ -261,7 +261,7 @@ def _addresses(
     return longest, edge + rows.edge.start
 
 
-def _short(rows: FoldedRows, ids: Tensor, piece: Piece) -> Tensor:
+def _short(rows: FoldedRows, ids: Tensor, piece: TokenRange) -> Tensor:
     """The positions of a piece whose window reaches before the sequence, or holds a token outside
     the alphabet, such as EOD."""
     length = rows.longest if rows.pooling.window is None else rows.pooling.window

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.initialize import (
     InitialLaw,
-    marker,
+    init_tag,
     split_weight,
     whole_weight,
 )
@@ -47,7 +47,7 @@ class KeyValueProjection(nn.Module):
         self.bias = None
         if gengram.projection_bias:
             published = gengram.init == "published"
-            of_bias = init_method if published else marker(InitialLaw(constant=0.0))
+            of_bias = init_method if published else init_tag(InitialLaw(constant=0.0))
             self.bias = whole_weight((2 * config.hidden_size,), config, of_bias)
 
     def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from gengram_megatron.config.tables import KmerTable, Placement
 from gengram_megatron.engine.model.gengram.pooling import Pooling
-from gengram_megatron.engine.model.initialize import marker, torch_default
+from gengram_megatron.engine.model.initialize import init_tag, torch_default
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GengramShape:
         """Of a weight besides the tables and norms, with so many inputs to each output: torch's
         own where `init` is published, else megatron-core's config's."""
         if self.init == "published":
-            return marker(torch_default(fan_in))
+            return init_tag(torch_default(fan_in))
         return config.init_method
 
     @property

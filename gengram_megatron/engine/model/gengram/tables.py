@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from gengram_megatron.config.tables import Placement
 from gengram_megatron.engine.model.gengram.ids import KmerIds
 from gengram_megatron.engine.model.gengram.shape import GengramShape
-from gengram_megatron.engine.model.initialize import InitialLaw, marker, split_weight
-from gengram_megatron.engine.model.sequence import Piece
+from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, split_weight
+from gengram_megatron.engine.model.sequence import TokenRange
 
 
 def first_row(rows: int, rank: int, size: int) -> int:
@@ -38,13 +38,13 @@ class RowPlan:
     places[t]: which of the rows held here are given, rank after rank. group: whose ranks they are.
     """
 
-    wanted: list[list[int]]
-    given: list[list[int]]
-    places: list[Tensor]
+    recv_counts: list[list[int]]
+    send_counts: list[list[int]]
+    local_rows: list[Tensor]
     group: dist.ProcessGroup
 
     @classmethod
-    def agree(cls, addresses: list[Tensor], rows: list[int], group) -> "RowPlan":
+    def negotiate(cls, addresses: list[Tensor], rows: list[int], group) -> "RowPlan":
         """addresses[t]: the distinct rows of table t that are needed here, rising; rows[t]: of the
         whole table. All ranks of the group call it together."""
         size, rank = group.size(), group.rank()
@@ -52,18 +52,18 @@ class RowPlan:
             torch.tensor([first_row(n, r, size) for r in range(1, size)], device=a.device)
             for n, a in zip(rows, addresses)
         ]
-        wanted = torch.stack(
+        recv_counts = torch.stack(
             [
                 torch.bucketize(a, border, right=True).bincount(minlength=size)
                 for a, border in zip(addresses, borders)
             ]
         )
-        given = torch.empty_like(wanted.t().contiguous())
-        dist.all_to_all_single(given, wanted.t().contiguous(), group=group)
-        wanted, given = wanted.tolist(), given.t().tolist()
-        asked = exchange(addresses, wanted, given, group)
-        places = [a - first_row(n, rank, size) for n, a in zip(rows, asked)]
-        return cls(wanted, given, places, group)
+        send_counts = torch.empty_like(recv_counts.t().contiguous())
+        dist.all_to_all_single(send_counts, recv_counts.t().contiguous(), group=group)
+        recv_counts, send_counts = recv_counts.tolist(), send_counts.t().tolist()
+        asked = exchange(addresses, recv_counts, send_counts, group)
+        local_rows = [a - first_row(n, rank, size) for n, a in zip(rows, asked)]
+        return cls(recv_counts, send_counts, local_rows, group)
 
 
 class FetchRows(torch.autograd.Function):
@@ -77,23 +77,23 @@ class FetchRows(torch.autograd.Function):
     def forward(ctx, plan: RowPlan, columns: list[int] | None, *shards: Tensor):
         ctx.plan, ctx.columns = plan, columns
         ctx.shapes = [shard.shape for shard in shards]
-        found = [shard[places] for shard, places in zip(shards, plan.places)]
+        found = [shard[local_rows] for shard, local_rows in zip(shards, plan.local_rows)]
         if columns is not None:
-            found = [_own_columns(x, g, w) for x, g, w in zip(found, plan.given, columns)]
-        return tuple(exchange(found, plan.given, plan.wanted, plan.group))
+            found = [_own_columns(x, g, w) for x, g, w in zip(found, plan.send_counts, columns)]
+        return tuple(exchange(found, plan.send_counts, plan.recv_counts, plan.group))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         plan = ctx.plan
-        received = exchange(list(grads), plan.wanted, plan.given, plan.group)
+        received = exchange(list(grads), plan.recv_counts, plan.send_counts, plan.group)
         shards = []
-        for t, (grad, places, shape) in enumerate(zip(received, plan.places, ctx.shapes)):
+        for t, (grad, local_rows, shape) in enumerate(zip(received, plan.local_rows, ctx.shapes)):
             if ctx.columns is not None:
-                grad = _all_columns(grad, plan.given[t], shape[1])
+                grad = _all_columns(grad, plan.send_counts[t], shape[1])
             wide = torch.promote_types(grad.dtype, torch.float32)
             # Adds what several ranks send for one row, in the same order every time.
             total = torch.ops.aten.embedding_dense_backward(
-                grad.to(wide), places, shape[0], -1, False
+                grad.to(wide), local_rows, shape[0], -1, False
             )
             shards.append(total.to(grad.dtype))
         return None, None, *shards
@@ -161,16 +161,18 @@ class Tables(nn.Module):
             {place.table.name: self._parameter(config, place) for place in gengram.placements}
         )
 
-    def forward(self, kmers: KmerIds, pieces: list[Piece]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self, kmers: KmerIds, pieces: list[TokenRange]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The rows that the windows of `pieces` need, [n, columns / tp] a table, and the place of
         each k-mer's row among them, [b, s] a table; not valid: n."""
         rows = [self.weights(place.table.name) for place in self.shape.placements]
         ids = list(kmers.ids)
         remote = [i for i, place in enumerate(self.shape.placements) if place.over]
         if remote:
-            plan, places = self._plan(kmers, pieces, remote)
+            plan, local_rows = self._plan(kmers, pieces, remote)
             fetched = FetchRows.apply(plan, self._columns(remote), *[rows[i] for i in remote])
-            for i, found, place in zip(remote, fetched, places):
+            for i, found, place in zip(remote, fetched, local_rows):
                 # Where nothing is valid: a row of zeros for ids to point at. It hangs on what was
                 # fetched, as the backward pass is for all ranks to do together.
                 rows[i] = found if len(found) else F.pad(found, (0, 0, 0, 1))
@@ -178,30 +180,30 @@ class Tables(nn.Module):
         return rows, ids
 
     def _plan(
-        self, kmers: KmerIds, pieces: list[Piece], remote: list[int]
+        self, kmers: KmerIds, pieces: list[TokenRange], remote: list[int]
     ) -> tuple[RowPlan, list[Tensor]]:
         """Made by the first layer that a microbatch meets, kept for the others."""
         if not kmers.plans:
-            addresses, places = [], []
+            addresses, local_rows = [], []
             for i in remote:
                 table = self.shape.placements[i].table
-                wanted, place = _distinct(
+                recv_counts, place = _distinct(
                     kmers.ids[i], table.rows, self.shape.pooling.span(table.k), pieces
                 )
-                addresses.append(wanted)
-                places.append(place)
+                addresses.append(recv_counts)
+                local_rows.append(place)
             rows = [self.shape.placements[i].table.rows for i in remote]
             group = self._rows_group(self.shape.placements[remote[0]])
-            kmers.plans.append((RowPlan.agree(addresses, rows, group), places))
+            kmers.plans.append((RowPlan.negotiate(addresses, rows, group), local_rows))
         return kmers.plans[0]
 
     def _columns(self, remote: list[int]) -> list[int] | None:
         """Columns that each rank of a tensor-parallel group wants; in other groups all want those
         that are held."""
-        places = [self.shape.placements[i] for i in remote]
-        if places[0].over != "tensor":
+        local_rows = [self.shape.placements[i] for i in remote]
+        if local_rows[0].over != "tensor":
             return None
-        return [place.table.columns // self.groups.tp.size() for place in places]
+        return [place.table.columns // self.groups.tp.size() for place in local_rows]
 
     def _rows_group(self, place: Placement):
         of = {"tensor": self.groups.tp, "expert": self.groups.ep, "data": self.groups.dp_cp}
@@ -221,7 +223,7 @@ class Tables(nn.Module):
 
     def _parameter(self, config, place: Placement) -> nn.Parameter:
         axis = 0 if place.over == "tensor" else 1
-        drawn = marker(InitialLaw(std=self.shape.init_std))
+        drawn = init_tag(InitialLaw(std=self.shape.init_std))
         table = split_weight(self._local(place)[0], axis, config, drawn)
         table.is_gengram_table = True  # may have its own learning rate and weight decay
         # Data-parallel ranks hold different rows: their gradients are not to be added up
@@ -254,14 +256,14 @@ class Tables(nn.Module):
         return (self.groups.expt_dp if place.over == "expert" else self.groups.dp_cp).rank()
 
 
-def _distinct(ids: Tensor, rows: int, span: int, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+def _distinct(ids: Tensor, rows: int, span: int, pieces: list[TokenRange]) -> tuple[Tensor, Tensor]:
     """The rows, rising and each once, that the windows of `pieces` look up, and for each k-mer its
     place among them; one past the last: not valid, or in no such window. ids: [b, s]."""
     needed = [slice(max(piece.start - span + 1, 0), piece.stop) for piece in pieces]
     here = torch.cat([ids[:, where] for where in needed], dim=1)
     found, inverse = torch.unique(here, return_inverse=True)
     valid = int((found < rows).sum())
-    places = torch.full_like(ids, valid)
+    local_rows = torch.full_like(ids, valid)
     for where, part in zip(needed, inverse.split([w.stop - w.start for w in needed], dim=1)):
-        places[:, where] = part.to(ids.dtype)
-    return found[:valid].long(), places
+        local_rows[:, where] = part.to(ids.dtype)
+    return found[:valid].long(), local_rows

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.checkpoint.restore import MOMENTS
-from gengram_megatron.engine.model.initialize import parts
+from gengram_megatron.engine.model.initialize import sharded_parameters
 from gengram_megatron.engine.training.engines.zero import KINDS
 from gengram_megatron.engine.training.optimizer import adam_settings
 from gengram_megatron.errors import UserError
@@ -72,7 +72,10 @@ def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimiz
     pipelines."""
     (model,) = models
     # Before ZeRO lays the weights out anew.
-    pieces = [(piece.without_data(), parameter, start) for piece, parameter, start in parts(model)]
+    pieces = [
+        (piece.without_data(), parameter, start)
+        for piece, parameter, start in sharded_parameters(model)
+    ]
     _sum_over_tensor_parallel_ranks(model)
     module = Float16Module(model.config, model) if config.train.dtype == "bf16" else model
     with _quiet():
