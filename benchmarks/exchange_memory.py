@@ -43,6 +43,7 @@ from gengram_megatron.engine.exchange.export import export
 from gengram_megatron.engine.exchange.importing import import_model
 from gengram_megatron.engine.exchange.names import huggingface_weights, megatron_weights
 from gengram_megatron.engine.exchange.weights import Part, Weight
+from gengram_megatron.runs import store
 from gengram_megatron.runs.store import FORMAT, CheckpointStore, Facts, read_checksums
 
 RANKS = 2
@@ -98,7 +99,9 @@ def write_distributed(folder: Path, config: Config) -> Path:
             tensors[name] = replace(weight, shape=joined), None
         else:
             tensors |= {part.name: (weight, part) for part in weight.parts}
-    return write(folder, config, tensors)
+    written = write(folder, config, tensors)
+    (written / store.FACTS).unlink()  # by which it would be known as one of ours
+    return written
 
 
 def write(folder: Path, config: Config, tensors: dict[str, tuple[Weight, Part | None]]) -> Path:
