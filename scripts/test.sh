@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Environment, install, style, and all tests. Words are passed on to pytest: test.sh -k layouts
+# Environment, install, style, and tests: what a change usually breaks, in about ten minutes on two
+# cores; with --all everything. Words are passed on to pytest: test.sh -k layouts
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 

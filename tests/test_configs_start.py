@@ -7,6 +7,7 @@ import pytest
 from gengram_megatron.commands.plan import smallest_world
 from gengram_megatron.config.weights import count_parameters
 from tests.plan.configs import RUNS, load
+from tests.selection import quick_or_thorough, selected
 from tests.training.launch import run_jobs
 from tests.training.tiny import entries, write_few
 
@@ -43,14 +44,18 @@ def smaller(name: str) -> list[str]:
     return words
 
 
+FAMILIES = {name.split("/")[0]: name for name in RUNS}  # of each folder of configs one run
+NAMES = quick_or_thorough(RUNS, FAMILIES.values())
+
+
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
+def started(tmp_path_factory, request):
     """The folder of all runs, and what each rank said of each."""
     folder = tmp_path_factory.mktemp("starts")
     write_few(folder / "few")
     jobs = {1: {}, 2: {}}
-    for name, path in RUNS.items():
-        words = smaller(name)
+    for name in selected(request, "name"):
+        words, path = smaller(name), RUNS[name]
         place = [f"data.path={folder / 'few'}", f"run.dir={folder / 'runs' / name}"]
         job = name.replace("/", "__")
         jobs[smallest_world(load(name, *words))][job] = ["train", str(path), *words, *place]
@@ -62,7 +67,7 @@ def started(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_first_step(name, started):
     folder, said = started
     ranks = said[name.replace("/", "__")]

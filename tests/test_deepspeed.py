@@ -16,7 +16,7 @@ from tests.training.launch import Ended, gengram
 from tests.training.tiny import DENSE, build_data, entries, losses, numbers, write_config
 
 # All runs are made in the fixture, which counts as part of the first test.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(2400)]
 
 # Two microbatches a step and rank, gradients that are clipped, rates that change, and settings of
 # their own for the tables.

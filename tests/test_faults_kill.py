@@ -40,7 +40,7 @@ def test_kill_in_the_middle_of_a_save(lab: Lab) -> None:
     assert not [*folder.glob("*.partial")]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.thorough)])
 def test_kills_at_random_moments(lab: Lab, kills: int) -> None:
     """One run is killed and started again, over and over; when it ends, another one begins."""
     draw, run, done = random.Random(kills), 0, 0

@@ -7,25 +7,36 @@ import torch
 
 from tests.layouts.cases import ALONE, CASES
 from tests.layouts.launch import launch
+from tests.selection import quick_or_thorough, selected
 
 # All cases run in the fixture, which counts as part of the first test.
 pytestmark = pytest.mark.timeout(2400)
 
 
+# Each kind of parallelism once, each way of splitting tables, and recomputation.
+QUICK = (
+    "tp2_sp", "tp2_dense_full", "pp2", "pp2_vpp3_full", "pp2_uneven_no_memory", "ep2", "dp2", "cp2",
+    "cp2_documents", "dp2_rows", "ep2_rows", "tp2_sp_hashed_rows", "tp2_sp_projected", "tp2_sp_bias",
+    "tp2_sp_dense_mla", "tp2_sp_ep2_etp1", "tp2_sp_pp2_full", "tp2_sp_cp2_full",
+)  # fmt: skip
+NAMES = quick_or_thorough(CASES, QUICK)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
+def results(tmp_path_factory, request) -> Path:
     from tests.layouts.worker import run
 
     folder = tmp_path_factory.mktemp("layouts")
-    for name in sorted(set(ALONE.values())):
+    names = [name for name in CASES if name in {"pp2", *selected(request, "name")}]
+    for name in sorted({ALONE[name] for name in names}):
         launch(1, run, name, "alone", folder)
-    for name, (processes, *_) in CASES.items():
-        launch(processes, run, name, "split", folder)
+    for name in names:
+        launch(CASES[name][0], run, name, "split", folder)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_layout_gives_the_answer_of_one_process(results: Path, name: str) -> None:
     alone = torch.load(results / f"alone_{ALONE[name]}.pt")
     split = torch.load(results / f"split_{name}.pt")
@@ -38,7 +49,7 @@ def test_layout_gives_the_answer_of_one_process(results: Path, name: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_parameters_added_up_over_the_ranks_are_there_exactly_once(results, name: str) -> None:
     split = torch.load(results / f"split_{name}.pt")
     sizes = {key: grad.numel() for key, grad in split["gradients"].items()}

@@ -8,6 +8,7 @@ import pytest
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.runs.store import FORMAT, CheckpointStore, Facts
+from tests.selection import quick_or_thorough, selected
 from tests.training.launch import Ended, kill, run_jobs, start, wait_for
 from tests.training.tiny import build_data, entries, numbers, write_config
 
@@ -72,19 +73,26 @@ class Runs:
         return self.folder / f"{name}_cut"
 
 
+# The first three are also compared with each other.
+ALWAYS = ("fp32", "ep2_rows", "tp2_pp2")
+NAMES = quick_or_thorough(CASES, (*ALWAYS, "bf16", "dp2_rows"))
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
+def runs(tmp_path_factory, request) -> Runs:
     """Every case unbroken, and killed and resumed; then what is done to runs that have ended."""
     folder = tmp_path_factory.mktemp("resume")
     config = write_config(
         folder / "tiny.yaml", build_data(tmp_path_factory.getbasetemp() / "dna_64")
     )
     this = Runs(folder, config, {}, {})
-    for name in CASES:
+    names = [name for name in CASES if name in {*ALWAYS, *selected(request, "name")}]
+    for name in names:
         _start_and_kill(this, name)
     for processes in (1, 2, 4):
         jobs = {}
-        for name, (wanted, settings) in CASES.items():
+        for name in names:
+            wanted, settings = CASES[name]
             if wanted == processes:
                 jobs[f"{name}_whole"] = _words(this, this.whole(name), settings)
                 jobs[f"{name}_cut"] = _words(this, this.cut(name), settings)
@@ -147,7 +155,7 @@ def test_numbers_of_a_step_are_those_of_all_ranks(runs: Runs, name: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_killed_and_resumed_run_gives_the_same_numbers(runs: Runs, name: str) -> None:
     cut, whole = numbers(runs.cut(name)), numbers(runs.whole(name))
     assert [line["step"] for line in whole if line["kind"] == "train"] == [*range(1, STEPS + 1)]
@@ -159,7 +167,7 @@ def test_killed_and_resumed_run_gives_the_same_numbers(runs: Runs, name: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_did_resume(runs: Runs, name: str) -> None:
     said = runs.said[f"{name}_cut"]
     assert said.code == 0, said.err
@@ -171,12 +179,12 @@ def test_it_did_resume(runs: Runs, name: str) -> None:
 @pytest.mark.slow
 def test_steps_done_in_vain_are_set_aside(runs: Runs) -> None:
     logged = [saved < KILL_AFTER for saved in runs.saved.values()]
-    aside = [(runs.cut(name) / "metrics.discarded.jsonl").exists() for name in CASES]
+    aside = [(runs.cut(name) / "metrics.discarded.jsonl").exists() for name in runs.saved]
     assert all(there for there, expected in zip(aside, logged) if expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_half_written_checkpoints_are_passed_over_and_replaced(runs: Runs, name: str) -> None:
     kept = 2 if "checkpoint.keep=2" in CASES[name][1] else 4
     expected = [f"step_{step:08d}" for step in (4, 8, 12, 16)][-kept:]

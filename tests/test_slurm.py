@@ -73,6 +73,7 @@ if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
 """
 
 
+@pytest.mark.thorough
 def test_time_limit_requeue_and_the_same_losses(slurm: Cluster, tiny: Path, tmp_path: Path) -> None:
     """Slurm looks at time limits every 30 seconds and sends a signal a round early rather than late:
     this one 60 to 90 seconds after the start. Until the limit a slow machine has 150 more."""
@@ -122,6 +123,7 @@ def test_what_slurm_would_refuse_is_told(slurm: Cluster, tiny: Path, tmp_path: P
     assert not slurm.ask("squeue", "--noheader")
 
 
+@pytest.mark.thorough
 def test_sweep_as_an_array(slurm: Cluster, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     sweep = {

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_smoke_script_with_few_steps() -> None:
     environment = {**os.environ, "GENGRAM_VENV": sys.prefix}
     words = ["train.steps=8", "checkpoint.interval=4", "train.validation_samples=16"]
