@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace, folder: str, asynchronous: bool) -> d
     stalls, saves = [], []
     first = 1 if asynchronous else 1 + arguments.repeats
     for step in range(first, first + arguments.repeats):
-        stall = seconds(lambda step=step: state.save(step, must=True))
+        stall = seconds(lambda step=step: state.save(step, required=True))
         stalls.append(stall)
         saves.append(stall + seconds(state.wait))
     own = own_tensors(state)
