@@ -33,7 +33,7 @@ def fuse_accumulation(chunk: nn.Module, apex: bool) -> None:
     """Turns on gradient accumulation fusion in all linear layers that support it. Their weights must
     get a `main_grad`, as they do in megatron-core's DistributedDataParallel.
 
-    megatron-core's own switch, gradient_accumulation_fusion, is not used: it controls both
+    The switch in megatron-core's config, gradient_accumulation_fusion, is not used: it controls both
     libraries at once and cannot be on without apex.
     """
     for module in chunk.modules():

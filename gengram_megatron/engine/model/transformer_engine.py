@@ -45,8 +45,8 @@ class TransformerEngineExperts(TEGroupedMLP):
     the names and shapes of GroupedExperts."""
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
-        """Returns the sharded state. Of megatron-core's only Transformer Engine's extra state is kept,
-        which is not a tensor; the weights are described here."""
+        """Returns the sharded state. Transformer Engine's extra state, which is not a tensor, is taken
+        from megatron-core's; the weights are described as in GroupedExperts."""
         megatron_state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = {
             key: value for key, value in megatron_state.items() if isinstance(value, ShardedObject)

@@ -27,7 +27,7 @@ class KmerIds:
         starts before the sequence or contains a token outside the alphabet (EOD, PAD) is not
         valid; its id is tables[i].rows, one past the last row.
     documents: [b, s] int32, the number of each token's document, or None if memory may look across
-        documents. An EOD belongs to the document after it; no valid k-mer contains an EOD.
+        documents. An EOD belongs to the document after it; nothing looks across it.
     """
 
     ids: tuple[Tensor, ...]
