@@ -7,11 +7,11 @@ Under context parallelism rank r holds chunks r and 2 cp - 1 - r of the 2 cp chu
 and each of its chunks attends to everything up to the end of that chunk.
 
 Built from torch layers, megatron-core's MLASelfAttention (0.16.1) splits the down-projection by
-columns over the tensor-parallel ranks, gathers the result and, in the backward pass, gives each rank
-only its own columns of the gradient. The result contains the rotary key that all heads share, whose
-gradient each rank has only from its own heads, so with more than one rank the gradient is wrong. In
-`LatentAttention` every rank holds the whole down-projection, as with Transformer Engine. It is
-applied to sequence shards, and its gradient is summed over the ranks like that of a norm.
+columns over the tensor-parallel ranks, gathers the result and, in the backward pass, gives each
+rank only its own columns of the gradient. The result contains the rotary key that all heads share,
+whose gradient each rank has only from its own heads, so with more than one rank the gradient is
+wrong. In `LatentAttention` every rank holds the whole down-projection, as with Transformer Engine.
+It is applied to sequence shards, and its gradient is summed over the ranks like that of a norm.
 """
 
 import math

@@ -28,8 +28,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_model(config: Config, layout: Layout) -> list[GengramGPT]:
-    """Returns this rank's model chunks: one, or one per virtual pipeline stage. Their initial weights
-    depend only on the seed. They are not yet wrapped for data parallelism."""
+    """Returns this rank's model chunks: one, or one per virtual pipeline stage. Their initial
+    weights depend only on the seed. They are not yet wrapped for data parallelism."""
     transformer, memory = transformer_config(config, layout), build_memory(config, layout)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
@@ -176,7 +176,7 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
 
 
 def _fp8(config: Config) -> dict:
-    """Returns the fp8 settings. Weights stay in bf16; operands of matrix products are rounded to fp8."""
+    """Returns the fp8 settings. Weights stay in bf16; matrix products round to fp8."""
     if config.train.precision != "fp8":
         return {}
     recipe = config.train.fp8.recipe

@@ -30,11 +30,11 @@ def apex_fusion_available() -> bool:
 
 
 def fuse_accumulation(chunk: nn.Module, apex: bool) -> None:
-    """Turns on gradient accumulation fusion in all linear layers that support it. Their weights must
-    get a `main_grad`, as they do in megatron-core's DistributedDataParallel.
+    """Turns on gradient accumulation fusion in all linear layers that support it. Their weights
+    must get a `main_grad`, as they do in megatron-core's DistributedDataParallel.
 
-    The switch in megatron-core's config, gradient_accumulation_fusion, is not used: it controls both
-    libraries at once and cannot be on without apex.
+    The switch in megatron-core's config, gradient_accumulation_fusion, is not used: it controls
+    both libraries at once and cannot be on without apex.
     """
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
@@ -44,8 +44,8 @@ def fuse_accumulation(chunk: nn.Module, apex: bool) -> None:
 
 
 def fused_by(modules: list[nn.Module]) -> str | None:
-    """Returns the libraries whose layers in `modules` fuse gradient accumulation; None: there are no
-    such layers."""
+    """Returns the libraries whose layers in `modules` fuse gradient accumulation; None: there are
+    no such layers."""
     libraries = {
         "apex": any(getattr(m, "gradient_accumulation_fusion", False) for m in modules),
         "Transformer Engine": any(getattr(m, "fuse_wgrad_accumulation", False) for m in modules),
@@ -89,7 +89,7 @@ class DataParallel(DistributedDataParallel):
             self.row_tables.zero_grad_buffer()
 
     def finish_grad_sync(self, *args, **kwargs):
-        """Finishes summing both over the ranks, after the last microbatch."""
+        """Finishes summing the gradients of both over the ranks, after the last microbatch."""
         super().finish_grad_sync(*args, **kwargs)
         if self.row_tables is not None:
             self.row_tables.finish_grad_sync()

@@ -46,8 +46,8 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
     ) -> tuple[Tensor, None]:
-        """tokens [t, h] sorted by expert, tokens_per_expert [e], probs [t]. Returns [t, h], and None
-        for the bias.
+        """tokens [t, h] sorted by expert, tokens_per_expert [e], probs [t]. Returns [t, h], and
+        None for the bias.
 
         The router's probabilities multiply the activations before the second product, as in
         megatron-core's own experts.
@@ -83,8 +83,9 @@ class GroupedExperts(MegatronModule):
 
 
 class _Weight(nn.Module):
-    """Holds one weight under the same name as a linear layer does. The weight is obtained by calling
-    the module: with overlap_param_gather, that is when megatron-core waits for its all-gather."""
+    """Holds one weight under the same name as a linear layer does. The weight is obtained by
+    calling the module: with overlap_param_gather, that is when megatron-core waits for its
+    all-gather."""
 
     def __init__(self, shape, partition_dim: int, init_method, config, expert_parallel: bool):
         super().__init__()
@@ -108,6 +109,6 @@ def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
-    """Computes silu(gate) * up * p. gate_up [t, 2 f], probs [t]. Returns [t, f] in gate_up's dtype."""
+    """Returns silu(gate) * up * p, [t, f] in gate_up's dtype. gate_up [t, 2 f], probs [t]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)

@@ -73,8 +73,8 @@ def tag_init(parameter: nn.Parameter, law: InitialLaw) -> None:
 
 
 def init_tag(law: InitialLaw) -> Callable[[nn.Parameter], nn.Parameter]:
-    """Returns an init method for megatron-core's config that tags the parameter with `law` and draws
-    nothing."""
+    """Returns an init method for megatron-core's config that tags the parameter with `law` and
+    draws nothing."""
 
     def init_method(parameter: nn.Parameter) -> nn.Parameter:
         tag_init(parameter, law)
@@ -154,7 +154,7 @@ def _draw_local_part(part: ShardedTensor, law: InitialLaw, seed: int) -> Tensor:
     slices = []
     for start in range(first, local[0].stop, block_rows):
         stop = min(start + block_rows, rows)
-        # The first block has the name of the tensor, so a small tensor does not depend on blocks.
+        # The first block's name is that of the tensor, so small tensors are drawn as a whole.
         name = (seed, part.key, part.global_offset[:prepended], *((start,) if start else ()))
         block = law.draw((stop - start, *row_shape), _generator(name))
         needed = slice(max(local[0].start - start, 0), min(local[0].stop, stop) - start)

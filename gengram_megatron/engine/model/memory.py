@@ -1,5 +1,5 @@
-"""The interface between the model and a memory such as Gengram. docs/adding_a_memory.md shows how to
-add another one."""
+"""The interface between the model and a memory such as Gengram. docs/adding_a_memory.md shows how
+to add another one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class MemoryModule(MegatronModule):
         memory that collects gradients over all microbatches of a step overrides it."""
 
     def describe(self) -> str:
-        """Returns how the memory is computed, in a few words, for the line printed at a run's start."""
+        """Returns in a few words how the memory is computed; printed when a run starts."""
         return type(self).__name__
 
 

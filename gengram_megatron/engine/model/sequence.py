@@ -29,7 +29,7 @@ class TokenRange:
 
 
 def context_ranges(seq_length: int, cp_size: int, cp_rank: int) -> list[TokenRange]:
-    """Returns the ranges that a context-parallel rank holds, in the order in which it holds them."""
+    """Returns the ranges that a context-parallel rank holds, in the order of its local tokens."""
     if cp_size == 1:
         return [TokenRange(0, seq_length)]
     chunk = seq_length // (2 * cp_size)

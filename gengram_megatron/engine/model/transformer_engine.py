@@ -22,7 +22,7 @@ FUSED_NORMS = {
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-"""Prefixes of norms that are fused with the linear layer after them, and their names in checkpoints."""
+"""Prefixes of norms that are fused with the next linear layer, and their names in checkpoints."""
 
 
 def layer_spec(config) -> ModuleSpec:
@@ -41,12 +41,12 @@ def layer_spec(config) -> ModuleSpec:
 
 
 class TransformerEngineExperts(TEGroupedMLP):
-    """Transformer Engine's grouped linear layers, which hold one weight per expert. Checkpoints have
-    the names and shapes of GroupedExperts."""
+    """Transformer Engine's grouped linear layers, which hold one weight per expert. Checkpoints
+    have the names and shapes of GroupedExperts."""
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
-        """Returns the sharded state. Transformer Engine's extra state, which is not a tensor, is taken
-        from megatron-core's; the weights are described as in GroupedExperts."""
+        """Returns the sharded state. Transformer Engine's extra state, which is not a tensor, is
+        taken from megatron-core's; the weights are described as in GroupedExperts."""
         megatron_state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = {
             key: value for key, value in megatron_state.items() if isinstance(value, ShardedObject)

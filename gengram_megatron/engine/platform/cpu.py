@@ -90,7 +90,7 @@ def stand_in_for_cuda() -> None:
 
 
 def _redirect_tensors() -> None:
-    """Makes torch create tensors for device "cuda" on the CPU, and name tensor types as on a GPU."""
+    """Makes torch create tensors for "cuda" on the CPU, and name tensor types as on a GPU."""
 
     def on_cpu(factory):
         @functools.wraps(factory)

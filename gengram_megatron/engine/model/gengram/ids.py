@@ -70,8 +70,11 @@ class KmerIds:
 
 
 def _numbers(digits: Tensor, largest: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Returns for each k up to `largest` the number of the k-mer that ends at each token, and whether
-    it is valid; each [b, s]. digits: [b, s] int64, -1 outside the alphabet. Exact up to k = 27."""
+    """Returns for each k up to `largest` the number of the k-mer that ends at each token, and
+    whether it is valid; each [b, s]. Exact up to k = 27.
+
+    digits: [b, s] int64, -1 outside the alphabet.
+    """
     in_alphabet, known = digits >= 0, digits.clamp(min=0)
     number, valid, numbers = torch.zeros_like(known), torch.ones_like(in_alphabet), {}
     for k in range(1, largest + 1):
@@ -84,8 +87,8 @@ def _numbers(digits: Tensor, largest: int) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def _reverse_complement_numbers(digits: Tensor, largest: int) -> dict[int, Tensor]:
-    """Returns for each k up to `largest` the number of the reverse complement of the k-mer that ends
-    at each token, [b, s] int64."""
+    """Returns for each k up to `largest` the number of the reverse complement of the k-mer that
+    ends at each token, [b, s] int64."""
     complements = torch.tensor(COMPLEMENT, device=digits.device)[digits.clamp(min=0)]
     number, numbers = torch.zeros_like(digits), {}
     for k in range(1, largest + 1):
@@ -125,8 +128,8 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
 
 @cache
 def _shared_rows(k: int) -> Tensor:
-    """Returns [5^k], the row of each k-mer number that is at most its reverse complement's: how many
-    such numbers are smaller. The other entries are not used."""
+    """Returns [5^k], the row of each k-mer number that is at most its reverse complement's: how
+    many such numbers are smaller. The other entries are not used."""
     digits = torch.arange(ALPHABET_SIZE**k)
     number, backward = digits.clone(), torch.zeros_like(digits)
     for _ in range(k):

@@ -69,7 +69,10 @@ class NormOutput(nn.Module):
 
 
 class ConvolutionOutput(nn.Module):
-    """Computes o + SiLU(conv(o)). weight: [kernel, h]; the last tap multiplies the current token."""
+    """Computes o + SiLU(conv(o)).
+
+    weight: [kernel, h]; the last tap multiplies the current token.
+    """
 
     def __init__(self, config, gengram: GengramShape, tp_group, cp_group):
         super().__init__()

@@ -70,8 +70,11 @@ def sliding_sum(
     x: Tensor, span: int, documents: Tensor | None = None, ahead: bool = False
 ) -> Tensor:
     """Returns out[t] = x[t - span + 1] + ... + x[t] along the first axis, or with `ahead`
-    x[t] + ... + x[t + span - 1]. Positions outside x and, with documents [s, b], in another document
-    count as zero. x: [s, b, d], is not modified."""
+    out[t] = x[t] + ... + x[t + span - 1].
+
+    x: [s, b, d]; it is not modified. Positions outside x count as zero, and with documents [s, b]
+    also positions in another document.
+    """
 
     def add_shifted(target: Tensor, source: Tensor, shift: int, out: Tensor) -> Tensor:
         """Writes target + source shifted by `shift` positions to out, which may be target."""
@@ -126,11 +129,11 @@ def pooled_features(
     ranges: list[TokenRange],
     documents: Tensor | None,
 ) -> Tensor:
-    """Returns the pooled features [s_local, b, number of k * d / tp], concatenated in the order of k.
+    """Returns the pooled features in the order of k, [s_local, b, number of k * d / tp].
 
-    rows[i]: [rows, d / tp] of tables[i] (a head's part of d, for a hashed table), and ids[i]: [b, s],
-    the index into them of each k-mer's row. The heads of one k are interleaved, so that a
-    tensor-parallel rank's columns of them are contiguous.
+    rows[i]: rows of tables[i], [rows, columns / tp]; ids[i]: the index of each k-mer's row among
+    them, [b, s]. The heads of one k are interleaved, so that a tensor-parallel rank's columns of
+    them are contiguous.
     """
     means: dict[int, list[Tensor]] = {}
     for table, table_rows, table_ids in zip(tables, rows, ids):
@@ -180,8 +183,8 @@ class _WindowMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradient of a row is the sum, over the windows that contain its k-mers, of the window's
-        gradient divided by the window's number of valid k-mers."""
+        """The gradient of a row is the sum, over the windows that contain its k-mers, of the
+        window's gradient divided by the window's number of valid k-mers."""
         ids, documents = ctx.saved_tensors
         grads, indices, offset = [], [], 0
         for block in ctx.blocks:
@@ -217,8 +220,8 @@ def split_into_blocks(ranges: list[TokenRange], on_gpu: bool) -> list[TokenRange
 def _block_windows(
     ctx, ids: Tensor, documents: Tensor | None, block: TokenRange
 ) -> tuple[Tensor, Windows]:
-    """Returns the ids [s, b] of a block and of the span - 1 tokens to its left, and the windows over
-    them."""
+    """Returns the ids [s, b] of a block and of the span - 1 tokens to its left, and the windows
+    over them."""
     span = ctx.pooling.span(ctx.k)
     positions = slice(max(block.start - span + 1, 0), block.stop)
     block_ids = ids[:, positions].t()
@@ -230,8 +233,8 @@ def _block_windows(
 
 
 def _valid_counts(ids: Tensor, rows: int, windows: Windows, length: int) -> Tensor:
-    """Returns the number of valid k-mers, at least 1, in the windows of the last `length` positions,
-    [length, b, 1]."""
+    """Returns the number of valid k-mers, at least 1, in the windows of the last `length`
+    positions, [length, b, 1]."""
     counts = windows.sums((ids != rows).to(torch.int32).unsqueeze(-1))[-length:]
     return counts.clamp_(min=1)
 

@@ -1,5 +1,5 @@
-"""Keys and values from tables that are projected once per step, instead of from the features of each
-token.
+"""Keys and values from tables that are projected once per step, instead of from the features of
+each token.
 
 A microbatch then needs look-ups and sums of rows of width 2 h, and no matrix product. The products
 are computed once per step over the rows of the tables, and once more for their gradients. That is
@@ -7,8 +7,8 @@ less work if a rank has more tokens per step than the tables have rows per k (3,
 It needs two more float32 buffers [rows, 2 h] per layer: the projected rows and their gradient.
 
 Look-up, mean and projection are linear, so the maps to key and value can be applied to the tables
-(19,530 rows for k up to 6) instead of to the features of each token: P_k = M_k W_k^T. Let L_k be the
-number of positions in a window at which a k-mer can end. A window in which all k-mers are valid
+(19,530 rows for k up to 6) instead of to the features of each token: P_k = M_k W_k^T. Let L_k be
+the number of positions in a window at which a k-mer can end. A window in which all k-mers are valid
 (a complete window) gives
 
     sum over k of 1/L_k * (the sum of P_k over the last L_k k-mers).
@@ -47,7 +47,7 @@ class FoldedRows:
     longest: int
     pooling: Pooling
 
-    def of(self, k: int) -> slice:
+    def slice_of(self, k: int) -> slice:
         """Returns the rows of Q_k."""
         first = self.first(k)
         return slice(first, first + ALPHABET_SIZE**k)
@@ -80,9 +80,9 @@ def fold(rows: FoldedRows, tables: list[Tensor], weight: Tensor, reduce) -> Tens
     weight = weight.to(wide)
     folded = weight.new_empty(rows.total, len(weight))
     for k, table in enumerate(tables, start=1):
-        projected = folded[rows.of(k)]
+        projected = folded[rows.slice_of(k)]
         if k > 1:
-            projected.unflatten(0, (ALPHABET_SIZE, -1)).copy_(folded[rows.of(k - 1)])
+            projected.unflatten(0, (ALPHABET_SIZE, -1)).copy_(folded[rows.slice_of(k - 1)])
         projected.addmm_(
             table.to(wide),
             weight[:, k - 1].t(),
@@ -91,9 +91,9 @@ def fold(rows: FoldedRows, tables: list[Tensor], weight: Tensor, reduce) -> Tens
         )
     reduce(folded[: rows.edge.start])
     if rows.total > rows.edge.start:
-        edge = folded[rows.of(1)]
+        edge = folded[rows.slice_of(1)]
         for k in range(2, rows.longest):
-            longer = folded[rows.of(k)].unflatten(0, (-1, ALPHABET_SIZE))
+            longer = folded[rows.slice_of(k)].unflatten(0, (-1, ALPHABET_SIZE))
             edge = (longer + edge.unsqueeze(1)).flatten(0, 1)
         folded[rows.edge] = edge
     return folded
@@ -109,14 +109,14 @@ def unfold(
     edge = grad[rows.edge]
     if len(edge):
         for k in range(rows.longest - 1, 0, -1):
-            grad[rows.of(k)] += edge
+            grad[rows.slice_of(k)] += edge
             edge = edge.unflatten(0, (-1, ALPHABET_SIZE)).sum(1)
     weight = weight.to(grad.dtype)
     table_grads, weight_grad = [], torch.empty_like(weight)
     for k in range(rows.longest, 0, -1):
-        projected, scale = grad[rows.of(k)], 1 / rows.pooling.span(k)
+        projected, scale = grad[rows.slice_of(k)], 1 / rows.pooling.span(k)
         if k > 1:
-            grad[rows.of(k - 1)] += projected.unflatten(0, (ALPHABET_SIZE, -1)).sum(0)
+            grad[rows.slice_of(k - 1)] += projected.unflatten(0, (ALPHABET_SIZE, -1)).sum(0)
         table = tables[k - 1].to(grad.dtype)
         table_grads.insert(0, (projected @ weight[:, k - 1]).mul_(scale))
         weight_grad[:, k - 1] = (projected.t() @ table).mul_(scale)
@@ -128,8 +128,8 @@ INCOMPLETE_BLOCK = 8  # positions with incomplete windows at a time; each has up
 
 class ProjectedTables:
     """The folded rows of one layer and their gradient. The first microbatch of a step computes the
-    rows, every microbatch adds to the gradient, and `finish_gradients` turns it into gradients of the
-    parameters."""
+    rows, every microbatch adds to the gradient, and `finish_gradients` turns it into gradients of
+    the parameters."""
 
     def __init__(self, tables: Tables, projection: KeyValueProjection, shape: GengramShape):
         self.projection = projection
@@ -139,7 +139,7 @@ class ProjectedTables:
         self.versions: list[int] = []
 
     def key_value(self, kmers: KmerIds, local_ranges: list[TokenRange]) -> Tensor:
-        """Returns keys and values of `local_ranges`, [s_local, b, 2 h], in the dtype of the weight."""
+        """Returns keys and values of `local_ranges`, [s_local, b, 2 h] in the weight's dtype."""
         self.refresh()
         sequences = [
             _LookUp.apply(
@@ -155,8 +155,8 @@ class ProjectedTables:
         return self.projection.add_bias(torch.stack(sequences, dim=1))
 
     def finish_gradients(self) -> None:
-        """Adds the gradients of the tables and the weight, after a step's last microbatch. The folded
-        rows are discarded, because the parameters are about to change."""
+        """Adds the gradients of the tables and the weight, after a step's last microbatch. The
+        folded rows are discarded, because the parameters are about to change."""
         if self.grad is not None:
             if self.projection.sequence_parallel:
                 # The other tensor-parallel ranks have the gradients of other positions.
@@ -170,7 +170,7 @@ class ProjectedTables:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Projects and folds the tables, unless the parameters are unchanged since the last time."""
+        """Projects and folds the tables, unless the parameters have not changed since."""
         versions = [p._version for p in (*self.tables, self.projection.weight)]
         if self.folded is None or versions != self.versions:
             weight = _flat(self.projection.weight)
@@ -242,8 +242,8 @@ class _LookUp(torch.autograd.Function):
 def _sum_complete_windows(
     rows: FoldedRows, folded: Tensor, ids: Tensor, block: TokenRange
 ) -> Tensor:
-    """Returns the sum over each position's window, [len(block), 2 h]. It is only correct for complete
-    windows. ids: [K, s]."""
+    """Returns the sum over each position's window, [len(block), 2 h]. It is only correct for
+    complete windows. ids: [K, s]."""
     span = rows.pooling.span(rows.longest)
     longest, edge = _row_indices(rows, ids, block, span)
     longest_rows = folded.index_select(0, longest).unsqueeze(1)

@@ -28,8 +28,9 @@ class GengramShape:
     projection_bias: bool = False
 
     def init_method(self, config, fan_in: int) -> Callable[[nn.Parameter], nn.Parameter]:
-        """Returns the init method of a weight other than tables and norms: torch's default if `init`
-        is published, else that of megatron-core's config. fan_in: the inputs to each output."""
+        """Returns the init method of a weight other than tables and norms: torch's default if
+        `init` is published, else that of megatron-core's config. fan_in: the inputs to each
+        output."""
         if self.init == "published":
             return init_tag(torch_default(fan_in))
         return config.init_method

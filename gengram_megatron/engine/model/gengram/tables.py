@@ -147,9 +147,9 @@ def _join_columns(grads: Tensor, counts: list[int], total: int) -> Tensor:
 
 
 class _Weights(nn.Module):
-    """Holds the tables by name. For a look-up, a table must be obtained by calling this module: with
-    overlap_param_gather, megatron-core waits for the all-gather of a module's updated weights when
-    the module is called, and a table that is read as an attribute might still be the old one."""
+    """Holds the tables by name. For a look-up, a table must be obtained by calling this module:
+    with overlap_param_gather, megatron-core waits for the all-gather of a module's updated weights
+    when the module is called, and a table that is read as an attribute might be out of date."""
 
     def __init__(self, tables: dict[str, nn.Parameter]):
         super().__init__()
@@ -179,8 +179,8 @@ class Tables(nn.Module):
     def forward(
         self, kmers: KmerIds, ranges: list[TokenRange]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns, for each table, the rows that the windows of `ranges` need, [n, columns / tp], and
-        the index of each k-mer's row among them, [b, s]; n if the k-mer is not valid."""
+        """Returns, for each table, the rows that the windows of `ranges` need, [n, columns / tp],
+        and the index of each k-mer's row among them, [b, s]; n if the k-mer is not valid."""
         rows = [self.weights(placement.table.name) for placement in self.shape.placements]
         ids = list(kmers.ids)
         # The tables of which other ranks hold rows.
@@ -216,8 +216,8 @@ class Tables(nn.Module):
         return kmers.plans[0]
 
     def _columns(self, remote: list[int]) -> list[int] | None:
-        """Returns the number of columns that each rank of a tensor-parallel group gets; None in other
-        groups, whose ranks get all columns of the shards."""
+        """Returns the number of columns that each rank of a tensor-parallel group gets; None in
+        other groups, whose ranks get all columns of the shards."""
         placements = [self.shape.placements[i] for i in remote]
         if placements[0].over != "tensor":
             return None
