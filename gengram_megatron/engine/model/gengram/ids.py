@@ -115,9 +115,7 @@ def mix_bits(number: Tensor, seed: int) -> Tensor:
     2014). It uses only integers, so the result is the same on every device."""
     x = number ^ seed
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _logical_shift(x, shift)) * (
-            factor - (1 << 64)
-        )  # as an int64; the product wraps around
+        x = (x ^ _logical_shift(x, shift)) * (factor - (1 << 64))  # as int64; products wrap around
     return (x ^ _logical_shift(x, 31)) & ((1 << 63) - 1)
 
 
