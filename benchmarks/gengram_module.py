@@ -37,7 +37,7 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.tables import Placement, direct_table
 from gengram_megatron.engine.model.gengram.ids import KmerIds
 from gengram_megatron.engine.model.gengram.memory import GengramMemory
-from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled
+from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled_features
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.initialize import InitialLaw, init_tag
 from gengram_megatron.engine.model.sequence import TokenRange
@@ -253,7 +253,9 @@ def errors(
             key_value = torch.cat([module.key(features), module.value(features)], dim=-1)
         elif module.projected is None:
             rows, places = module.tables(ids, pieces)
-            features = pooled(rows, places, TABLES, Pooling(WINDOW), pieces, documents=None)
+            features = pooled_features(
+                rows, places, TABLES, Pooling(WINDOW), pieces, documents=None
+            )
             key_value = F.linear(features, module.projection.weight.flatten(2).flatten(0, 1))
         else:
             key_value = module.projected.key_value(ids, pieces)

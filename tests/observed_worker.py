@@ -43,7 +43,7 @@ def apex(folder: Path) -> dict:
     """Layers of torch. That there is a GPU is pretended to the one function that asks for it."""
     from gengram_megatron.engine.model import build
 
-    build.apex_adds_up = lambda: True
+    build.apex_fusion_available = lambda: True
     return {
         name: observe(config)
         for name, config in configs(folder, "torch")

@@ -370,11 +370,11 @@ def test_a_hidden_state_reaches_itself_and_the_taps_of_the_convolution(one_proce
 def features_of(tables, weights: list[torch.Tensor], text) -> torch.Tensor:
     """The pooled features of the package, [s, b, number of k * d]."""
     from gengram_megatron.engine.model.gengram.ids import KmerIds
-    from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled
+    from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled_features
     from gengram_megatron.engine.model.sequence import TokenRange
 
     kmers = KmerIds.of(torch.tensor(text), tables, ALPHABET)
-    return pooled(
+    return pooled_features(
         weights, list(kmers.ids), tables, Pooling(21), [TokenRange(0, len(text[0]))], None
     )
 

@@ -263,7 +263,7 @@ def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks, kind):
     """Here for tables and experts cut into equal parts; whole models are in the layout tests."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from gengram_megatron.engine.model.initialize import InitialLaw, _own_part
+    from gengram_megatron.engine.model.initialize import InitialLaw, _draw_local_part
 
     law = InitialLaw(**{kind: 1.0})
     shape = [8, 12]
@@ -275,13 +275,13 @@ def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks, kind):
         sharded = ShardedTensor.from_rank_offsets(
             "name", data, (0, expert, 4), cut, prepend_axis_num=1
         )
-        return _own_part(sharded, law, seed=7)
+        return _draw_local_part(sharded, law, seed=7)
 
     def whole(expert: int) -> torch.Tensor:
         sharded = ShardedTensor.from_rank_offsets(
             "name", torch.empty(8, 12), (0, expert, 4), prepend_axis_num=1
         )
-        return _own_part(sharded, law, seed=7)
+        return _draw_local_part(sharded, law, seed=7)
 
     for expert in range(4):
         together = torch.cat([part(rank, expert) for rank in range(ranks)], axis)
@@ -304,7 +304,7 @@ def test_large_tensors_are_drawn_in_blocks_that_ranks_agree_on(one_process, monk
             global_offset=(first, 0),
             axis_fragmentations=None,
         )
-        return initialize._own_part(part, initialize.InitialLaw(std=STD), seed=1)
+        return initialize._draw_local_part(part, initialize.InitialLaw(std=STD), seed=1)
 
     monkeypatch.setattr(initialize, "LARGEST_DRAW", 24)  # eight rows
     whole = draw(0, 50)

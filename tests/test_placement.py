@@ -33,13 +33,13 @@ def memory_in_order(config: Config, monkeypatch) -> list[bool]:
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from gengram_megatron.engine.model.build import memory_of, transformer_config
+    from gengram_megatron.engine.model.build import build_memory, transformer_config
     from gengram_megatron.engine.model.specs import block_spec
 
     pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
     layout = replace(check_layout(config_of(), 1), pipeline=pipeline, virtual_pipeline=virtual)
     transformer, found = transformer_config(config, layout), []
-    memory = memory_of(config, layout)
+    memory = build_memory(config, layout)
     for chunk, rank in product(range(virtual or 1), range(pipeline)):
         monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda r=rank: r)
         vp_stage = chunk if virtual else None

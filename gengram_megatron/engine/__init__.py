@@ -1,7 +1,7 @@
-"""What computes: the model, its training, its checkpoints. All that imports torch or megatron-core.
+"""Everything that imports torch or megatron-core: the model, its training and its checkpoints.
 
-Importing this package, and so any module of it, makes megatron-core importable on this machine
-first (platform/), so that its modules import megatron-core at their top.
+Importing this package, or any module of it, first makes megatron-core importable on this machine
+(platform/), so that the modules can import megatron-core at their top.
 """
 
 from gengram_megatron.engine.platform import prepare

@@ -49,7 +49,7 @@ def check(asked: list[list[list[int]]], by_columns: bool) -> None:
     own_rows = [slice(first_row(n, rank, size), first_row(n, rank + 1, size)) for n in ROWS]
     shards = [t[own].clone().requires_grad_() for t, own in zip(tables(), own_rows)]
     width = [1, 1, 1] if by_columns else None
-    plan = RowPlan.agree([torch.tensor(a, dtype=torch.long) for a in asked[rank]], ROWS, group)
+    plan = RowPlan.negotiate([torch.tensor(a, dtype=torch.long) for a in asked[rank]], ROWS, group)
     found = FetchRows.apply(plan, width, *shards)
 
     def columns_of(r: int) -> slice:

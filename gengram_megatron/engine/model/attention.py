@@ -1,17 +1,17 @@
-"""Attention of torch's own parts: scaled_dot_product_attention with context parallelism, and the
+"""Attention built from torch: scaled_dot_product_attention with context parallelism, and the
 projections of multi-latent attention.
 
-On a GPU no rank ever builds the s x s matrix of scores: the kernels are flash or
-memory-efficient ones. Under context parallelism a rank holds two chunks of the sequence, numbers
-r and 2 cp - 1 - r of 2 cp (megatron-core's zigzag, which balances the causal work). It gathers
-keys and values, and each of its chunks attends to everything up to its own end.
+On a GPU no rank ever builds the s x s matrix of scores: flash or memory-efficient kernels are used.
+Under context parallelism rank r holds chunks r and 2 cp - 1 - r of the 2 cp chunks of a sequence
+(megatron-core's zigzag, which balances the causal work). It gathers keys and values from all ranks,
+and each of its chunks attends to everything up to the end of that chunk.
 
-megatron-core's MLASelfAttention (0.16.1) splits the down-projection by columns over the
-tensor-parallel ranks when it is built from torch layers, gathers the result and sends back each
-rank's own share of the gradient. The shared rotary key lies in that result, and each rank knows
-only what its own heads make of it, so its gradient is wrong for more than one rank. In
-`LatentAttention` every rank holds the whole down-projection, as with Transformer Engine: applied to
-sequence shards, its gradient is summed over the ranks like a norm's.
+Built from torch layers, megatron-core's MLASelfAttention (0.16.1) splits the down-projection by
+columns over the tensor-parallel ranks, gathers the result and, in the backward pass, gives each
+rank only its own columns of the gradient. The result contains the rotary key that all heads share,
+whose gradient each rank has only from its own heads, so with more than one rank the gradient is
+wrong. In `LatentAttention` every rank holds the whole down-projection, as with Transformer Engine.
+It is applied to sequence shards, and its gradient is summed over the ranks like that of a norm.
 """
 
 import math
@@ -43,8 +43,8 @@ class CoreAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection=None,
     ):
-        """The arguments are those that megatron-core's attention layers pass; masks other than
-        causal, and ways to communicate other than all-gather, do not occur here."""
+        """Takes the arguments that megatron-core's attention layers pass. The mask is always causal
+        here, and context-parallel ranks always all-gather keys and values."""
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.cp_group = pg_collection.cp
@@ -54,7 +54,7 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d]; returns [s, b, heads * d].
 
-        s is the rank's own part of the sequence under context parallelism.
+        Under context parallelism s is the length of this rank's part of the sequence.
         """
         if self.cp_group.size() == 1:
             context = self._attend(query, key, value)
@@ -77,11 +77,12 @@ class CoreAttention(MegatronModule):
         )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The last query sees every key, each query before it one key less."""
+        """Attends causally, aligned at the end: the last query sees all keys, the query before it
+        all but the last key, and so on. Shapes as in `forward`; returns [s, b, heads, d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         square, grouped = q.shape[2] == k.shape[2], q.shape[1] != k.shape[1]
-        # Of the kernels that build no s x s scores on a GPU only the one for a whole causal square
-        # in bf16 takes groups.
+        # On a GPU, the only kernel that takes fewer key groups than heads without building the
+        # s x s scores is the one for a square causal mask in bf16.
         if grouped and not (square and (q.dtype == torch.bfloat16 or not q.is_cuda)):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             grouped = False
@@ -97,13 +98,14 @@ class CoreAttention(MegatronModule):
 
 
 def _lower_right_mask(q: Tensor, k: Tensor):
-    """A description of the mask on GPUs, whose kernels need no matrix; the matrix on the CPU."""
+    """Returns the causal mask, aligned at the end: on GPUs, whose kernels need no matrix, only a
+    description of it; on the CPU the matrix."""
     bias = causal_lower_right(q.shape[2], k.shape[2])
     return bias if q.is_cuda else bias._materialize(q.device)
 
 
 class LatentAttention(MLASelfAttention):
-    """MLASelfAttention whose down-projections are whole on every tensor-parallel rank."""
+    """MLASelfAttention in which every tensor-parallel rank holds the whole down-projections."""
 
     def __init__(self, config, submodules, **kwargs):
         super().__init__(config, submodules, **kwargs)
@@ -115,7 +117,7 @@ class LatentAttention(MLASelfAttention):
 
 
 class WholeLinear(nn.Module):
-    """y = x W^T with the whole W [out, h] on every rank, for x in sequence shards."""
+    """Computes y = x W^T for sequence shards x, with the whole W [out, h] on every rank."""
 
     def __init__(self, config, out_features: int):
         super().__init__()
@@ -123,5 +125,6 @@ class WholeLinear(nn.Module):
         self.weight = whole_weight(shape, config, config.init_method)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x: [s_local, b, h]; returns [s_local, b, out] and, as megatron-core expects, no bias."""
+        """x: [s_local, b, h]. Returns [s_local, b, out], and None for the bias, as megatron-core
+        expects."""
         return F.linear(x, self.weight), None

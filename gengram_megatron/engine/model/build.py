@@ -1,4 +1,4 @@
-"""From a checked config to this rank's part of the model."""
+"""Builds this rank's part of the model from a checked config."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.data_parallel import (
     DataParallel,
-    apex_adds_up,
+    apex_fusion_available,
     fuse_accumulation,
 )
 from gengram_megatron.engine.model.gengram.ids import GengramInputs
@@ -28,9 +28,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_model(config: Config, layout: Layout) -> list[GengramGPT]:
-    """This rank's model chunks (one, or one a virtual pipeline stage), with initial weights that
-    the seed alone decides. Not yet wrapped for data parallelism."""
-    transformer, memory = transformer_config(config, layout), memory_of(config, layout)
+    """Returns this rank's model chunks: one, or one per virtual pipeline stage. Their initial
+    weights depend only on the seed. They are not yet wrapped for data parallelism."""
+    transformer, memory = transformer_config(config, layout), build_memory(config, layout)
     chunks = []
     for stage in range(layout.virtual_pipeline or 1):
         vp_stage = stage if layout.virtual_pipeline else None
@@ -61,7 +61,7 @@ def build_model(config: Config, layout: Layout) -> list[GengramGPT]:
 def wrap_for_data_parallelism(
     chunks: list[GengramGPT], config: Config, layout: Layout
 ) -> list[DataParallel]:
-    """Chunks whose gradients are summed in float32 over the data-parallel ranks."""
+    """Wraps chunks so that their gradients are summed in float32 over the data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
@@ -70,7 +70,7 @@ def wrap_for_data_parallelism(
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
-        fuse_accumulation(chunk, apex_adds_up())
+        fuse_accumulation(chunk, apex_fusion_available())
         module = Float16Module(chunk.config, chunk) if config.train.dtype == "bf16" else chunk
         wrapped.append(
             DataParallel(
@@ -85,9 +85,9 @@ def wrap_for_data_parallelism(
     return wrapped
 
 
-def memory_of(config: Config, layout: Layout) -> Memory | None:
+def build_memory(config: Config, layout: Layout) -> Memory | None:
     """The memory that the config asks for; None: the baseline."""
-    gengram, shape = config.model.gengram, memory_shape(config, layout)
+    gengram, shape = config.model.gengram, gengram_shape(config, layout)
     if shape is None:
         return None
     eod = EOD if gengram.reset_at_document else None
@@ -96,8 +96,8 @@ def memory_of(config: Config, layout: Layout) -> Memory | None:
     return Memory(tuple(gengram.layers), module, inputs, inputs.metrics)
 
 
-def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
-    """The settings of Gengram memory; None: the config has it off."""
+def gengram_shape(config: Config, layout: Layout) -> GengramShape | None:
+    """Returns the settings of Gengram memory; None: the config has it off."""
     gengram = config.model.gengram
     if not gengram.enabled:
         return None
@@ -118,7 +118,7 @@ def memory_shape(config: Config, layout: Layout) -> GengramShape | None:
 
 
 def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
-    """megatron-core's description of the decoder."""
+    """Returns megatron-core's config of the decoder."""
     model, bf16 = config.model, config.train.dtype == "bf16"
     dtype = DTYPES[config.train.dtype]
     output_std = model.init_std / (2 * model.num_layers) ** 0.5  # megatron-core's scaled init
@@ -140,7 +140,7 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": bf16,
-        # megatron-core sets torch's switch, which holds for all products of the process.
+        # megatron-core sets torch's switch, which affects all matrix products of the process.
         "disable_bf16_reduced_precision_matmul": (
             config.train.disable_bf16_reduced_precision_matmul
         ),
@@ -170,18 +170,18 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         v_head_dim=model.mla.v_head_dim,
         rope_type="rope",
         rotary_base=model.rotary_base,
-        # The norms of the compressed keys and queries, part of MLA's own definition.
+        # The norms of the compressed keys and queries, which are part of MLA's definition.
         qk_layernorm=True,
     )
 
 
 def _fp8(config: Config) -> dict:
-    """Weights stay in bf16; what is multiplied is rounded to fp8."""
+    """Returns the fp8 settings. Weights stay in bf16; matrix products round to fp8."""
     if config.train.precision != "fp8":
         return {}
     recipe = config.train.fp8.recipe
-    usual = "hybrid" if recipe == "tensorwise" else "e4m3"
-    return {"fp8": config.train.fp8.format or usual, "fp8_recipe": recipe}
+    default = "hybrid" if recipe == "tensorwise" else "e4m3"
+    return {"fp8": config.train.fp8.format or default, "fp8_recipe": recipe}
 
 
 def _experts(config: Config, layout: Layout) -> dict:
@@ -192,8 +192,8 @@ def _experts(config: Config, layout: Layout) -> dict:
         "num_moe_experts": model.num_experts,
         "moe_ffn_hidden_size": model.ffn_hidden_size,
         "moe_router_topk": model.moe_router_topk,
-        # The softmax runs over the chosen experts; over all of them where only one is chosen,
-        # whose weight would else be 1 and teach the router nothing.
+        # The softmax runs over the chosen experts. If only one is chosen it runs over all experts,
+        # as the weight would otherwise always be 1 and give the router no gradient.
         "moe_router_pre_softmax": model.moe_router_topk == 1,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
@@ -207,8 +207,9 @@ def _experts(config: Config, layout: Layout) -> dict:
 
 
 def _recompute(config: Config) -> dict:
-    """full: every layer; selective: what is large and cheap, norms and activations of the
-    feed-forward (attention on flash kernels keeps no scores that would be worth it)."""
+    """Returns the recomputation settings. full: every layer. selective: what is large and cheap to
+    compute, norms and feed-forward activations. Attention is left out, because flash kernels keep
+    no scores."""
     if config.train.recompute == "full":
         return {
             "recompute_granularity": "full",

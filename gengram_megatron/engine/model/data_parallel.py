@@ -1,14 +1,15 @@
-"""Gradients of a model chunk, summed in float32 over microbatches and over the data-parallel ranks.
+"""Sums the gradients of a model chunk in float32 over microbatches and over data-parallel ranks.
 
-Where apex or Transformer Engine is installed, the matrix product that makes a weight's gradient
-adds it to the float32 sum itself (gradient accumulation fusion). Otherwise the product writes a
-tensor as large as the weight, and another kernel adds it up.
+With apex or Transformer Engine installed, the matrix product that computes a weight's gradient also
+adds it to the float32 sum (gradient accumulation fusion). Otherwise the product writes a tensor as
+large as the weight, and another kernel adds that to the sum.
 
-Tables whose rows the data- or expert-parallel ranks share are no copies of one another: a row's
-gradient comes whole from its own lookups (gengram/tables.py) and is summed only over ranks that
-hold the same rows. megatron-core knows two kinds of parameters, copied ones and experts; the tables
-would need a third, so they get a DistributedDataParallel of their own, in which they count as
-experts whose copies are those ranks.
+Where a table's rows are split over data- or expert-parallel ranks, the ranks do not hold copies of
+one another. The backward pass of the look-up sends the gradients of a row to the rank that holds
+it (gengram/tables.py), and after that they are summed only over ranks that hold the same rows.
+megatron-core distinguishes two kinds of parameters, replicated ones and experts; such tables would
+be a third kind. So they get a separate DistributedDataParallel, which treats them as experts whose
+data-parallel group is the ranks that hold the same rows.
 """
 
 from contextlib import contextmanager
@@ -22,18 +23,18 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import nn
 
 
-def apex_adds_up() -> bool:
-    """Whether megatron-core has found apex's extension fused_weight_gradient_mlp_cuda, and there is
-    a GPU for it."""
+def apex_fusion_available() -> bool:
+    """Returns whether megatron-core has found apex's extension fused_weight_gradient_mlp_cuda and
+    there is a GPU to run it on."""
     return layers._grad_accum_fusion_available and torch.cuda.is_available()
 
 
 def fuse_accumulation(chunk: nn.Module, apex: bool) -> None:
-    """Have a model's linear layers add up gradients wherever they can. Their weights must get a
-    `main_grad`, as those in megatron-core's DistributedDataParallel have.
+    """Turns on gradient accumulation fusion in all linear layers that support it. Their weights
+    must get a `main_grad`, as they do in megatron-core's DistributedDataParallel.
 
-    megatron-core's own switch, gradient_accumulation_fusion, is one for both libraries and refuses
-    to be on without apex.
+    The switch in megatron-core's config, gradient_accumulation_fusion, is not used: it controls
+    both libraries at once and cannot be on without apex.
     """
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
@@ -43,7 +44,8 @@ def fuse_accumulation(chunk: nn.Module, apex: bool) -> None:
 
 
 def fused_by(modules: list[nn.Module]) -> str | None:
-    """Who adds up gradients in these modules; None: nobody."""
+    """Returns the libraries whose layers in `modules` fuse gradient accumulation; None: there are
+    no such layers."""
     libraries = {
         "apex": any(getattr(m, "gradient_accumulation_fusion", False) for m in modules),
         "Transformer Engine": any(getattr(m, "fuse_wgrad_accumulation", False) for m in modules),
@@ -51,12 +53,15 @@ def fused_by(modules: list[nn.Module]) -> str | None:
     return " and ".join(name for name, used in libraries.items() if used) or None
 
 
-_singles: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+_single_rank_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 class DataParallel(DistributedDataParallel):
-    """megatron-core's, with row_tables: another one around this chunk's tables split by rows over
-    data- or expert-parallel ranks; None where the config has no such tables."""
+    """megatron-core's DistributedDataParallel, plus a second one for tables split by rows.
+
+    row_tables: the DistributedDataParallel of this chunk's tables that are split by rows over the
+        data- or expert-parallel ranks; None if the config has no such tables.
+    """
 
     def __init__(self, config, ddp_config: DistributedDataParallelConfig, module, rows_over, **kw):
         tables = [p for p in module.parameters() if getattr(p, "rows_over", None)]
@@ -65,43 +70,45 @@ class DataParallel(DistributedDataParallel):
         self.table_parameters = tables
         self.row_tables = None
         if rows_over is not None:
-            plain = replace(ddp_config, overlap_grad_reduce=False, overlap_param_gather=False)
+            without_overlap = replace(
+                ddp_config, overlap_grad_reduce=False, overlap_param_gather=False
+            )
             groups = row_table_groups(rows_over)
             self.row_tables = DistributedDataParallel(
                 config=config,
-                ddp_config=plain,
+                ddp_config=without_overlap,
                 module=nn.ParameterList(tables),
                 pg_collection=groups,
             )
             self.row_tables.groups = groups
 
     def zero_grad_buffer(self):
-        """Both kinds of gradients, before a step."""
+        """Zeroes the gradients of the chunk and of its row tables, before a step."""
         super().zero_grad_buffer()
         if self.row_tables is not None:
             self.row_tables.zero_grad_buffer()
 
     def finish_grad_sync(self, *args, **kwargs):
-        """Both kinds of gradients, after the last microbatch."""
+        """Finishes summing the gradients of both over the ranks, after the last microbatch."""
         super().finish_grad_sync(*args, **kwargs)
         if self.row_tables is not None:
             self.row_tables.finish_grad_sync()
 
 
 def unwrapped(chunks: list[nn.Module]) -> list[nn.Module]:
-    """The model chunks inside what an engine and bf16 wrap around them."""
-    found = []
+    """Returns the model chunks without the wrappers that the training engine and bf16 add."""
+    models = []
     for chunk in chunks:
         while hasattr(chunk, "module"):
             chunk = chunk.module
-        found.append(chunk)
-    return found
+        models.append(chunk)
+    return models
 
 
 @contextmanager
 def frozen(parameters: list[nn.Parameter]):
-    """Excludes parameters from what is made in this block from those that need gradients: megatron-
-    core's DistributedDataParallel and its optimizer."""
+    """Excludes parameters from any DistributedDataParallel or optimizer built in this context, by
+    turning their requires_grad off; it is on afterwards."""
     for parameter in parameters:
         parameter.requires_grad = False
     try:
@@ -112,19 +119,21 @@ def frozen(parameters: list[nn.Parameter]):
 
 
 def row_table_groups(over: str) -> ProcessGroupCollection:
-    """megatron-core's groups, and as the experts' copies the ranks that hold the same rows."""
+    """Returns megatron-core's process groups, changed so that the data-parallel group of experts is
+    the ranks that hold the same rows. over: the group that splits the rows, data or expert."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if over == "data":
-        groups.expt_dp = _alone()
-        groups.tp_ep_pp = dist.group.WORLD  # over which the gradients' norm is summed
+        groups.expt_dp = _single_rank_group()
+        groups.tp_ep_pp = dist.group.WORLD  # the gradient norm is summed over it
     return groups
 
 
-def _alone() -> dist.ProcessGroup:
-    """The group of this rank only. Made once: making a group is for all ranks to do together."""
+def _single_rank_group() -> dist.ProcessGroup:
+    """Returns the process group that contains only this rank. It is created once per world, because
+    all ranks must create a group together."""
     world = dist.group.WORLD
-    if world not in _singles:
-        made = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        _singles.clear()
-        _singles[world] = made[dist.get_rank()]
-    return _singles[world]
+    if world not in _single_rank_groups:
+        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        _single_rank_groups.clear()
+        _single_rank_groups[world] = groups[dist.get_rank()]
+    return _single_rank_groups[world]

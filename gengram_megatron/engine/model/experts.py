@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer as two grouped matrix products."""
+"""The experts of a mixture-of-experts layer, computed as two grouped matrix products."""
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,10 @@ from gengram_megatron.engine.model.initialize import split_weight
 
 
 class GroupedExperts(MegatronModule):
-    """SwiGLU experts on torch's grouped_mm, which needs neither Transformer Engine nor the
-    grouped_gemm package and runs on the CPU too.
+    """SwiGLU experts that use torch's grouped_mm, which needs neither Transformer Engine nor the
+    grouped_gemm package and also runs on the CPU.
 
-    Shapes on one rank, with e local experts and f = ffn_hidden_size / expert_tensor:
+    Shapes on one rank, with e local experts and f = moe_ffn_hidden_size / expert_tensor:
     linear_fc1.weight [e, 2, f, h] (gate and up), linear_fc2.weight [e, h, f].
     """
 
@@ -24,13 +24,20 @@ class GroupedExperts(MegatronModule):
         self.expert_dp_group = pg_collection.expt_dp
         width = config.moe_ffn_hidden_size // self.etp_group.size()
         hidden = config.hidden_size
-        # Split otherwise than the rest of the model: other ranks hold the same weights.
-        parallel = self.ep_group.size() > 1 or self.etp_group.size() != pg_collection.tp.size()
+        # Whether experts are split differently from the rest of the model: then the ranks that hold
+        # copies of them differ, too.
+        expert_parallel = (
+            self.ep_group.size() > 1 or self.etp_group.size() != pg_collection.tp.size()
+        )
         self.linear_fc1 = _Weight(
-            (num_local_experts, 2, width, hidden), 2, config.init_method, config, parallel
+            (num_local_experts, 2, width, hidden), 2, config.init_method, config, expert_parallel
         )
         self.linear_fc2 = _Weight(
-            (num_local_experts, hidden, width), 2, config.output_layer_init_method, config, parallel
+            (num_local_experts, hidden, width),
+            2,
+            config.output_layer_init_method,
+            config,
+            expert_parallel,
         )
         self.recompute_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
@@ -39,9 +46,10 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
     ) -> tuple[Tensor, None]:
-        """tokens [t, h] sorted by expert, tokens_per_expert [e], probs [t]; returns [t, h].
+        """tokens [t, h] sorted by expert, tokens_per_expert [e], probs [t]. Returns [t, h], and
+        None for the bias.
 
-        The router's probabilities weight the activations, before the second product, as in
+        The router's probabilities multiply the activations before the second product, as in
         megatron-core's own experts.
         """
         ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
@@ -57,7 +65,8 @@ class GroupedExperts(MegatronModule):
         return out, None
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
-        """Experts are one axis of the global tensors, cut over the expert-parallel group."""
+        """Returns the sharded state. Experts are an axis of the global tensors, split over the
+        expert-parallel group."""
         before = len(sharded_offsets)
         state = {}
         for name, weight in self.named_parameters():
@@ -74,30 +83,32 @@ class GroupedExperts(MegatronModule):
 
 
 class _Weight(nn.Module):
-    """One weight, under the name that a linear layer's would have. It is asked for by a call: there
-    megatron-core waits for weights that are gathered while the forward pass goes on."""
+    """Holds one weight under the same name as a linear layer does. The weight is obtained by
+    calling the module: with overlap_param_gather, that is when megatron-core waits for its
+    all-gather."""
 
-    def __init__(self, shape, partition_dim: int, init_method, config, separate: bool):
+    def __init__(self, shape, partition_dim: int, init_method, config, expert_parallel: bool):
         super().__init__()
         self.weight = split_weight(shape, partition_dim, config, init_method)
-        # megatron-core reduces the gradients of such parameters over the expert-data group.
-        self.weight.allreduce = not separate
+        # allreduce = False: megatron-core reduces the gradient over the expert-data-parallel group.
+        self.weight.allreduce = not expert_parallel
 
     def forward(self) -> nn.Parameter:
         return self.weight
 
 
 def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x_i W_e^T, where expert e's rows of x end at ends[e]. x [t, n], weight [e, m, n]."""
+    """Multiplies each row of x [t, n] with its expert's matrix, x_i W_e^T; weight: [e, m, n]. The
+    rows of expert e end at ends[e]. Returns [t, m]."""
     out = F.grouped_mm(x, weight.mT, offs=ends)
     if out.requires_grad:
-        # Its backward pass refuses gradients whose rows do not lie one behind the other. Flat and
-        # back, because a tensor without elements counts as contiguous whatever its strides.
+        # The backward pass of grouped_mm rejects gradients whose rows are not contiguous. Flatten
+        # and view, because torch calls an empty tensor contiguous whatever its strides.
         out.register_hook(lambda grad: grad.contiguous().flatten().view(grad.shape))
     return out
 
 
 def _weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
-    """silu(gate) * up * p. gate_up [t, 2 f], probs [t]; returns [t, f] in gate_up's dtype."""
+    """Returns silu(gate) * up * p, [t, f] in gate_up's dtype. gate_up [t, 2 f], probs [t]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)

@@ -1,10 +1,11 @@
 """Initial weights that do not depend on the layout.
 
-Each parameter is marked with its law when it is built. After that, every rank draws the full
-tensor of each parameter that it holds a part of, from a generator seeded with the run's seed and
-the parameter's global name, and keeps its own part. What is a part of what is read from the
-sharded state dict, the same description that checkpoints are written from. So a model starts
-from the same weights under any tensor, pipeline, expert or data parallelism.
+When a parameter is built, it is tagged with the distribution of its initial values (its "law").
+After that, every rank draws the full tensor of each parameter of which it holds a part, from a
+generator seeded with the run's seed and the parameter's global name, and keeps its own part. The
+sharded state dict, from which checkpoints are also written, says where each part lies in the full
+tensor. So a model starts from the same weights under any tensor, pipeline, expert or data
+parallelism.
 """
 
 import hashlib
@@ -19,19 +20,21 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-LARGEST_DRAW = 2**27  # numbers at a time; 512 MiB
+LARGEST_DRAW = 2**27  # numbers drawn at a time; 512 MiB in float32
 
 
 def whole_weight(shape, config, init_method: Callable) -> nn.Parameter:
-    """A weight of which every tensor-parallel rank has all, and which it uses on its part of the
-    sequence: megatron-core sums its gradient. config: megatron-core's."""
+    """Returns a weight that every tensor-parallel rank holds in full. Under sequence parallelism
+    each rank applies it to its part of the sequence, and megatron-core sums its gradient over the
+    ranks. config: megatron-core's."""
     weight = _new_weight(shape, config, init_method)
     weight.sequence_parallel = config.sequence_parallel
     return weight
 
 
 def split_weight(shape, axis: int, config, init_method: Callable) -> nn.Parameter:
-    """This rank's part, of a shape, of a weight that tensor-parallel ranks share along an axis."""
+    """Returns this rank's part of a weight that is split over the tensor-parallel ranks along
+    `axis`. shape: that of the part."""
     weight = _new_weight(shape, config, init_method)
     set_tensor_model_parallel_attributes(weight, True, axis, 1)
     return weight
@@ -46,9 +49,9 @@ def _new_weight(shape, config, init_method: Callable) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class InitialLaw:
-    """How the initial values of a parameter are drawn; exactly one of the three is given.
+    """The distribution of a parameter's initial values; exactly one of the three fields is given.
 
-    std: from a normal distribution with mean 0. bound: uniformly between -bound and bound.
+    std: normal with mean 0 and this standard deviation. bound: uniform between -bound and bound.
     constant: nothing is drawn, all values are this one.
     """
 
@@ -57,7 +60,7 @@ class InitialLaw:
     constant: float | None = None
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Values in float32, on the generator's device."""
+        """Returns values in float32, on the generator's device."""
         device = generator.device
         if self.bound is None:
             return torch.randn(shape, generator=generator, device=device) * self.std
@@ -65,12 +68,13 @@ class InitialLaw:
 
 
 def tag_init(parameter: nn.Parameter, law: InitialLaw) -> None:
-    """Note the law of a parameter's initial values."""
+    """Tags a parameter with the law of its initial values."""
     parameter.initial_law = law
 
 
 def init_tag(law: InitialLaw) -> Callable[[nn.Parameter], nn.Parameter]:
-    """An init method for megatron-core's config that marks instead of drawing."""
+    """Returns an init method for megatron-core's config that tags the parameter with `law` and
+    draws nothing."""
 
     def init_method(parameter: nn.Parameter) -> nn.Parameter:
         tag_init(parameter, law)
@@ -80,21 +84,24 @@ def init_tag(law: InitialLaw) -> Callable[[nn.Parameter], nn.Parameter]:
 
 
 def torch_default(fan_in: int) -> InitialLaw:
-    """What torch starts the weight and bias of nn.Linear and nn.Conv1d from: uniform between
-    -1 / sqrt(fan_in) and 1 / sqrt(fan_in), fan_in the number of inputs to each output."""
+    """Returns torch's default law for the weight and bias of nn.Linear and nn.Conv1d: uniform
+    between -1 / sqrt(fan_in) and 1 / sqrt(fan_in), where fan_in is the number of inputs to each
+    output."""
     return InitialLaw(bound=fan_in**-0.5)
 
 
 def retag(chunk: nn.Module, config) -> None:
-    """Transformer Engine makes new parameters of those that were marked when its layers were built,
-    in the same memory and without the marks.
+    """Tags the parameters of a model chunk that have no tag.
 
-    config: megatron-core's, whose init methods mark.
+    While it builds its layers, Transformer Engine replaces tagged parameters by new ones without
+    tags on the same storage.
+
+    config: megatron-core's, whose init methods tag.
     """
     for name, parameter in chunk.named_parameters():
         if hasattr(parameter, "initial_law"):
             continue
-        if parameter.dim() == 1:  # of a norm
+        if parameter.dim() == 1:  # the weight of a norm
             tag_init(parameter, InitialLaw(constant=1.0))
         elif ".linear_proj." in name or ".linear_fc2." in name:
             config.output_layer_init_method(parameter)
@@ -104,58 +111,59 @@ def retag(chunk: nn.Module, config) -> None:
 
 @torch.no_grad()
 def initialize(chunks: list[nn.Module], seed: int) -> None:
-    """Draw the initial weights of a rank's model chunks, in place."""
+    """Draws the initial weights of a rank's model chunks, in place. Raises AssertionError for a
+    parameter that has no tag."""
     for chunk in chunks:
         for part, parameter, _ in sharded_parameters(chunk):
             if not hasattr(parameter, "initial_law"):
-                raise AssertionError(f"{part.key} was built without marking its initial law")
+                raise AssertionError(f"{part.key} was built without a tag for its initial law")
             law = parameter.initial_law
             if law.constant is not None:
                 part.data.fill_(law.constant)
             else:
-                part.data.copy_(_own_part(part, law, seed))
+                part.data.copy_(_draw_local_part(part, law, seed))
 
 
 def sharded_parameters(chunk: nn.Module) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:
-    """What a rank holds of the model: each piece of a global tensor, the parameter that it lies
-    in, and its first element there. A parameter is one piece, or two where SwiGLU's gate and up
-    are cut separately."""
+    """Yields the parts of global tensors that a rank holds: the part, the parameter that contains
+    it, and the index of its first element in that parameter. A parameter is one part, or two
+    where SwiGLU's gate and up projections are split separately."""
     parameters = sorted(chunk.parameters(), key=Tensor.data_ptr)
     addresses = [p.data_ptr() for p in parameters]
     state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     for value in nested_values(state):
-        pieces = value.build() if isinstance(value, ShardedTensorFactory) else [value]
-        for piece in pieces:
-            if isinstance(piece, ShardedTensor):
-                parameter = parameters[bisect_right(addresses, piece.data.data_ptr()) - 1]
-                offset = piece.data.data_ptr() - parameter.data_ptr()
-                yield piece, parameter, offset // parameter.element_size()
+        parts = value.build() if isinstance(value, ShardedTensorFactory) else [value]
+        for part in parts:
+            if isinstance(part, ShardedTensor):
+                parameter = parameters[bisect_right(addresses, part.data.data_ptr()) - 1]
+                offset = part.data.data_ptr() - parameter.data_ptr()
+                yield part, parameter, offset // parameter.element_size()
 
 
-def _own_part(part: ShardedTensor, law: InitialLaw, seed: int) -> Tensor:
-    """This rank's slice of the full tensor [global shape], drawn in float32.
+def _draw_local_part(part: ShardedTensor, law: InitialLaw, seed: int) -> Tensor:
+    """Returns this rank's slice [local shape] of the full tensor [global shape], drawn in float32.
 
-    Leading axes that megatron-core prepends (experts, say) are drawn one index at a time, and
-    tensors too large for one rank by blocks of their rows, of which only those needed are drawn.
+    Leading axes that megatron-core prepends (such as experts) are drawn one index at a time, and
+    tensors too large for one rank in blocks of rows, of which only the needed ones are drawn.
     """
     prepended = part.prepend_axis_num
-    rows, *others = part.global_shape[prepended:]
-    place = [slice(o, o + n) for o, n in zip(part.global_offset[prepended:], part.local_shape)]
-    size = max(LARGEST_DRAW // math.prod(others), 1)
-    first = place[0].start // size * size
-    own = []
-    for start in range(first, place[0].stop, size):
-        stop = min(start + size, rows)
-        # The first block's name is the tensor's own, so that small tensors are drawn as one.
+    rows, *row_shape = part.global_shape[prepended:]
+    local = [slice(o, o + n) for o, n in zip(part.global_offset[prepended:], part.local_shape)]
+    block_rows = max(LARGEST_DRAW // math.prod(row_shape), 1)
+    first = local[0].start // block_rows * block_rows
+    slices = []
+    for start in range(first, local[0].stop, block_rows):
+        stop = min(start + block_rows, rows)
+        # The first block's name is that of the tensor, so small tensors are drawn as a whole.
         name = (seed, part.key, part.global_offset[:prepended], *((start,) if start else ()))
-        block = law.draw((stop - start, *others), _generator(name))
-        inside = slice(max(place[0].start - start, 0), min(place[0].stop, stop) - start)
-        own.append(block[(inside, *place[1:])])
-    return torch.cat(own) if len(own) > 1 else own[0]
+        block = law.draw((stop - start, *row_shape), _generator(name))
+        needed = slice(max(local[0].start - start, 0), min(local[0].stop, stop) - start)
+        slices.append(block[(needed, *local[1:])])
+    return torch.cat(slices) if len(slices) > 1 else slices[0]
 
 
 def _generator(name: tuple) -> torch.Generator:
-    """A generator that the name alone decides."""
+    """Returns a generator seeded with a hash of `name`, and with nothing else."""
     digest = hashlib.blake2b(repr(name).encode(), digest_size=7).digest()
     generator = torch.Generator(device=torch.cuda.current_device())
     return generator.manual_seed(int.from_bytes(digest, "big"))

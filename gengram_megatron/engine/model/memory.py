@@ -1,4 +1,5 @@
-"""What a model has to know of a memory, whichever it is: docs/adding_a_memory.md adds another one."""
+"""The interface between the model and a memory such as Gengram. docs/adding_a_memory.md shows how
+to add another one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,19 +12,19 @@ from torch.distributed import ProcessGroup
 
 
 class MemoryModule(MegatronModule):
-    """One layer's memory. Its output is added to the hidden state in front of the layer."""
+    """The memory of one layer. Its output is added to the hidden state before the layer."""
 
     def forward(self, hidden: Tensor, inputs: Any) -> Tensor:
-        """hidden: [s_local, b, h], this rank's part of the sequence; inputs: what Memory.inputs has
-        made of the microbatch. Returns what is added to hidden, in the same shape."""
+        """hidden: [s_local, b, h], this rank's part of the sequence; inputs: what Memory.inputs
+        returned for the microbatch. Returns what is added to hidden, in the same shape."""
         raise NotImplementedError
 
     def finish_gradients(self) -> None:
-        """Called after a step's last microbatch, before gradients are summed over the ranks: for
-        gradients that are collected over all microbatches of a step."""
+        """Called after a step's last microbatch, before gradients are summed over the ranks. A
+        memory that collects gradients over all microbatches of a step overrides it."""
 
     def describe(self) -> str:
-        """How it is computed, in a few words, for the line that says so when a run starts."""
+        """Returns in a few words how the memory is computed; printed when a run starts."""
         return type(self).__name__
 
 
@@ -31,14 +32,14 @@ class MemoryModule(MegatronModule):
 class Memory:
     """The memory of a model.
 
-    layers: numbers of the layers that have it, from 1.
-    module: describes the MemoryModule of such a layer, which is built with `config` and
-        `pg_collection` on top of the parameters given here.
-    inputs: makes of the tokens [b, s] of a microbatch, whole sequences, what the memory of all
-        layers gets. It is called once a microbatch and pipeline stage, whatever is recomputed
-        later; the second argument says whether the model is being trained.
-    metrics: what was measured since the last call, for metrics.jsonl; called once a step by all
-        ranks, with the data-parallel group.
+    layers: the numbers of the layers that have it, counted from 1.
+    module: the spec of the MemoryModule of such a layer. The module is built with `config` and
+        `pg_collection` in addition to the parameters in the spec.
+    inputs: computes the inputs of the memory of all layers from the tokens [b, s] of a microbatch
+        of whole sequences. It is called once per microbatch and pipeline stage, even if
+        activations are recomputed later; the second argument says whether the model is training.
+    metrics: returns what was measured since the last call, for metrics.jsonl; called once per step
+        by all ranks, with the data-parallel group.
     """
 
     layers: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Layer specs: which module stands for each part of a decoder layer."""
+"""Layer specs: which module implements each part of a decoder layer."""
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -27,7 +27,7 @@ from gengram_megatron.engine.model.memory import Memory
 
 
 class TorchBackend(LocalSpecProvider):
-    """megatron-core's torch parts, with ours where its own lack a case."""
+    """megatron-core's torch modules, with ours where they do not cover all cases."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         return RMSNorm
@@ -42,12 +42,13 @@ class TorchBackend(LocalSpecProvider):
 def block_spec(
     model: Model, memory: Memory | None, config, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers that this pipeline stage builds, memory in those that have it."""
+    """Returns the specs of the layers that this pipeline stage builds, with `memory` in the layers
+    that have it. config: megatron-core's."""
     if model.implementation == "transformer_engine":
         layer, norm = transformer_engine.layer_spec(config), transformer_engine.NORM
     else:
         layer, norm = _torch_layer(config), RMSNorm
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1  # layers count from 1
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1  # layers are counted from 1
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[
@@ -77,7 +78,7 @@ def _torch_layer(config) -> ModuleSpec:
 
 
 def _grouped_query_attention(backend: LocalSpecProvider) -> ModuleSpec:
-    """mha, too: as many groups as heads."""
+    """Returns the spec of grouped-query attention, and of mha: it has as many groups as heads."""
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

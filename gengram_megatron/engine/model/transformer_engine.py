@@ -1,5 +1,5 @@
-"""Decoder layers of Transformer Engine: megatron-core's spec, which checkpoints name as they name
-layers of torch."""
+"""Decoder layers built from Transformer Engine: megatron-core's spec, changed so that checkpoints
+have the same names and shapes as with torch layers."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,24 +16,24 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 NORM = TENorm
-JOINED_NORMS = {
+FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-"""Norms that are one module with the linear map behind them, and their names in checkpoints."""
+"""Prefixes of norms that are fused with the next linear layer, and their names in checkpoints."""
 
 
 def layer_spec(config) -> ModuleSpec:
-    """A layer without memory. config: megatron-core's."""
+    """Returns the spec of a layer without memory. config: megatron-core's."""
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
-    layer.submodules.sharded_state_dict_keys_map = JOINED_NORMS
+    layer.submodules.sharded_state_dict_keys_map = FUSED_NORMS
     if config.num_moe_experts is not None:
         experts = layer.submodules.mlp.submodules
         experts.experts = replace(experts.experts, module=TransformerEngineExperts)
@@ -41,28 +41,32 @@ def layer_spec(config) -> ModuleSpec:
 
 
 class TransformerEngineExperts(TEGroupedMLP):
-    """Transformer Engine's grouped products, a weight an expert; in checkpoints under the names and
-    in the shapes of GroupedExperts."""
+    """Transformer Engine's grouped linear layers, which hold one weight per expert. Checkpoints
+    have the names and shapes of GroupedExperts."""
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
-        """Of what megatron-core describes, only Transformer Engine's own notes stay."""
-        described = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state = {key: part for key, part in described.items() if isinstance(part, ShardedObject)}
+        """Returns the sharded state. Transformer Engine's extra state, which is not a tensor, is
+        taken from megatron-core's; the weights are described as in GroupedExperts."""
+        megatron_state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = {
+            key: value for key, value in megatron_state.items() if isinstance(value, ShardedObject)
+        }
         for expert in range(self.num_local_experts):
             for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
                 state[f"{prefix}{name}.weight{expert}"] = ShardedTensorFactory(
                     f"{prefix}{name}.weight",
                     getattr(module, f"weight{expert}"),
-                    partial(self._as_stored, expert, name == "linear_fc1", sharded_offsets),
-                    _as_held,
+                    partial(self._to_checkpoint, expert, name == "linear_fc1", sharded_offsets),
+                    _from_checkpoint,
                     (0, 0, module._pg_collection.expt_dp.rank()),
                 )
         return state
 
-    def _as_stored(
+    def _to_checkpoint(
         self, expert: int, gated: bool, sharded_offsets: tuple, key: str, weight: Tensor, replica, _
     ) -> list[ShardedTensor]:
-        """One of all experts, [1, ...]; gate and up are an axis of linear_fc1, [1, 2, f, h]."""
+        """Describes one expert's weight as a slice of the tensor of all experts: [1, 2, f, h] for
+        linear_fc1 (gate and up), [1, h, f] for linear_fc2."""
         before, experts = len(sharded_offsets), self.num_local_experts
         if gated:
             weight = weight.unflatten(0, (2, -1))
@@ -79,6 +83,6 @@ class TransformerEngineExperts(TEGroupedMLP):
         ]
 
 
-def _as_held(stored: list[Tensor]) -> Tensor:
-    """[1, 2, f, h] as [2 f, h], and [1, h, f] as [h, f]."""
+def _from_checkpoint(stored: list[Tensor]) -> Tensor:
+    """Reshapes the stored [1, 2, f, h] to [2 f, h], or [1, h, f] to [h, f]."""
     return stored[0].flatten(0, -2)

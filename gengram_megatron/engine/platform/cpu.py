@@ -1,10 +1,10 @@
 """megatron-core on a machine without CUDA.
 
-megatron-core (0.16.1) takes it for granted that there is a GPU: it asks `torch.cuda` for the
-current device, for streams and random states, creates tensors with `device="cuda"` and compares
-tensor types with `torch.cuda.FloatTensor`. `stand_in_for_cuda` answers all of these for the CPU;
-`adapt_megatron` replaces the few functions of megatron-core itself that touch the GPU's random
-state or the copy from device to host. Nothing here runs where CUDA is available.
+megatron-core (0.16.1) assumes that there is a GPU: it asks `torch.cuda` for the current device, for
+streams and for random states, creates tensors with `device="cuda"` and compares tensor types with
+`torch.cuda.FloatTensor`. `stand_in_for_cuda` replaces all of these for the CPU. `adapt_megatron`
+replaces the few functions of megatron-core itself that need a GPU's random state, copy from device
+to host, or use collectives that gloo lacks. Nothing in this module runs where CUDA is available.
 """
 
 import functools
@@ -22,7 +22,7 @@ _FACTORIES = (
 
 
 class _Stream:
-    """Work on the CPU is done when a call returns: every stream is the same, and idle."""
+    """A stream on the CPU. Work is done when a call returns, so all streams are equal and idle."""
 
     def __init__(self, *_, **__): ...
 
@@ -57,13 +57,13 @@ class _Event:
 
 
 def stand_in_for_cuda() -> None:
-    """Let the names of `torch.cuda` that megatron-core uses mean the CPU.
+    """Replaces the names of `torch.cuda` that megatron-core uses by versions for the CPU.
 
-    Every name gets a function of its own: torch's compiler, which optimizers load, refuses to
-    find one object under two names.
+    Every name gets a separate function, because torch's compiler, which optimizers load, raises if
+    it finds one object under two names.
     """
     cuda = torch.cuda
-    answers = {
+    replacements = {
         "current_device": lambda: CPU,
         "device_count": lambda: 1,
         "Stream": _Stream,
@@ -77,11 +77,11 @@ def stand_in_for_cuda() -> None:
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     }
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
-        answers[name] = lambda *_, **__: None
+        replacements[name] = lambda *_, **__: None
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        answers[name] = lambda *_, **__: 0
-    for name, answer in answers.items():
-        setattr(cuda, name, answer)
+        replacements[name] = lambda *_, **__: 0
+    for name, replacement in replacements.items():
+        setattr(cuda, name, replacement)
     cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cuda.nvtx.range_push = lambda *_: None
@@ -90,7 +90,7 @@ def stand_in_for_cuda() -> None:
 
 
 def _redirect_tensors() -> None:
-    """Create on the CPU what is asked for on "cuda", and name tensor types as on a GPU."""
+    """Makes torch create tensors for "cuda" on the CPU, and name tensor types as on a GPU."""
 
     def on_cpu(factory):
         @functools.wraps(factory)
@@ -108,7 +108,7 @@ def _redirect_tensors() -> None:
     type_of = torch.Tensor.type
 
     def cuda_type(self, dtype=None, **kwargs):
-        """DistributedOptimizer sorts parameters by the names of CUDA tensor types."""
+        """Returns the name of the CUDA type, by which DistributedOptimizer groups parameters."""
         if dtype is None and self.device == CPU:
             return type_of(self).replace("torch.", "torch.cuda.", 1)
         return type_of(self, dtype, **kwargs)
@@ -117,11 +117,11 @@ def _redirect_tensors() -> None:
 
 
 def adapt_megatron() -> None:
-    """Replace the functions of megatron-core that only work on a GPU."""
+    """Replaces the functions of megatron-core that only work on a GPU."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # The tracker warns when the CPU's random state moves inside its context; here it must.
+    # The tracker warns if the CPU's random state changes inside its context; here it has to.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -130,7 +130,8 @@ def adapt_megatron() -> None:
     move_to_cpu = dispatcher.maybe_move_tensor_to_cpu
 
     def splits_as_numpy(tensor, as_numpy=False, record_stream=False):
-        """The original leaves CPU tensors as they are; all_to_all wants numbers."""
+        """With as_numpy also converts CPU tensors, which the original returns unchanged: all_to_all
+        needs numbers."""
         moved = move_to_cpu(tensor, as_numpy=as_numpy, record_stream=False)
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
@@ -146,8 +147,11 @@ def adapt_megatron() -> None:
 
 
 def _uneven_by_sum(even, uneven):
-    """gloo gathers and scatters only equal parts; experts split over tensor- and expert-parallel
-    ranks have parts of any size."""
+    """Returns a collective that calls `uneven` if parts differ in size, and else `even`.
+
+    gloo gathers and scatters only parts of equal size, but experts that are split over tensor- and
+    expert-parallel ranks need parts of any size.
+    """
 
     def collective(input_, group, split_sizes=None, use_global_buffer=False):
         if split_sizes is None or group.size() == 1:

@@ -22,7 +22,7 @@ from torch.nn import Module
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.data.batches import split_batch
-from gengram_megatron.engine.model.sequence import of_this_rank
+from gengram_megatron.engine.model.sequence import select_local_tokens
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def forward_step(batches: Iterator[Tensor], model: Module):
     tokens = next(batches).to(torch.cuda.current_device(), non_blocking=True)
     inputs, labels, mask = split_batch(tokens)
     output = model(inputs, labels)
-    return output, partial(loss, mask=of_this_rank(mask), scored=mask.sum())
+    return output, partial(loss, mask=select_local_tokens(mask), scored=mask.sum())
 
 
 def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,5 @@
-"""One layer's Gengram memory: from k-mers and hidden state to what is added to the hidden state."""
+"""The Gengram memory of one layer, which turns k-mers and hidden states into what the layer adds to
+the hidden states."""
 
 from functools import partial
 
@@ -12,7 +13,7 @@ from gengram_megatron.engine.model.gengram.output import (
     NormOutput,
     PlainOutput,
 )
-from gengram_megatron.engine.model.gengram.pooling import pooled
+from gengram_megatron.engine.model.gengram.pooling import pooled_features
 from gengram_megatron.engine.model.gengram.projected import ProjectedTables
 from gengram_megatron.engine.model.gengram.projection import KeyValueProjection
 from gengram_megatron.engine.model.gengram.shape import GengramShape
@@ -22,7 +23,7 @@ from gengram_megatron.engine.model.sequence import TokenRange, context_ranges, s
 
 
 class GengramMemory(MemoryModule):
-    """Algorithm 1 of the paper, on this rank's part of the sequence and of the tables."""
+    """Computes algorithm 1 of the paper, for this rank's part of the sequence and of the tables."""
 
     def __init__(self, config, gengram: GengramShape, pg_collection):
         super().__init__(config=config)
@@ -46,48 +47,52 @@ class GengramMemory(MemoryModule):
         return ConvolutionOutput(config, shape, self.tp_group, self.cp_group)
 
     def forward(self, hidden: Tensor, inputs: KmerIds) -> Tensor:
-        """hidden: [s_local, b, h]; returns what the layer adds to it, in the same shape."""
+        """hidden: [s_local, b, h]. Returns what the layer adds to it, in the same shape."""
         kmers = inputs
-        pieces = context_ranges(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
-        own = pieces
+        ranges = context_ranges(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
+        local_ranges = ranges
         if self.config.sequence_parallel:
-            own = sequence_ranges(pieces, self.tp_group.size(), self.tp_group.rank())
+            local_ranges = sequence_ranges(ranges, self.tp_group.size(), self.tp_group.rank())
         if self.projected is not None:
-            # So cheap to look up that not even keys and values are kept for the backward pass.
-            return checkpoint(self._from_tables, hidden, own, kmers, use_reentrant=False)
-        key_value = self._from_features(kmers, pieces)
-        # From here on all is cheap to compute again, and would keep a dozen tensors.
-        return checkpoint(self._gate_and_output, hidden, key_value, own, kmers, use_reentrant=False)
+            # Look-ups are so cheap that not even keys and values are kept for the backward pass.
+            return checkpoint(self._from_tables, hidden, local_ranges, kmers, use_reentrant=False)
+        key_value = self._from_features(kmers, ranges)
+        # What follows is cheap to recompute, and would otherwise keep a dozen tensors.
+        return checkpoint(
+            self._gate_and_output, hidden, key_value, local_ranges, kmers, use_reentrant=False
+        )
 
-    def _from_features(self, kmers: KmerIds, pieces: list[TokenRange]) -> Tensor:
-        """[s_local, b, 2 h]: rows looked up, pooled, and projected."""
-        rows, ids = self.tables(kmers, pieces)
+    def _from_features(self, kmers: KmerIds, ranges: list[TokenRange]) -> Tensor:
+        """Looks up rows, pools and projects them. Returns key and value, [s_local, b, 2 h]."""
+        rows, ids = self.tables(kmers, ranges)
         pool = partial(
-            pooled,
+            pooled_features,
             ids=ids,
             tables=self.shape.tables,
             pooling=self.shape.pooling,
-            pieces=pieces,
+            ranges=ranges,
             documents=kmers.documents,
         )
         return self.projection(pool, rows)
 
-    def _from_tables(self, hidden: Tensor, pieces: list[TokenRange], kmers: KmerIds) -> Tensor:
-        key_value = self.projected.key_value(kmers, pieces)
-        return self._gate_and_output(hidden, key_value, pieces, kmers)
+    def _from_tables(
+        self, hidden: Tensor, local_ranges: list[TokenRange], kmers: KmerIds
+    ) -> Tensor:
+        key_value = self.projected.key_value(kmers, local_ranges)
+        return self._gate_and_output(hidden, key_value, local_ranges, kmers)
 
     def _gate_and_output(
-        self, hidden: Tensor, key_value: Tensor, pieces: list[TokenRange], kmers: KmerIds
+        self, hidden: Tensor, key_value: Tensor, local_ranges: list[TokenRange], kmers: KmerIds
     ) -> Tensor:
         key, value = key_value.chunk(2, dim=-1)
-        return self.output(self.gate(hidden, key) * value, pieces, kmers)
+        return self.output(self.gate(hidden, key) * value, local_ranges, kmers)
 
     def describe(self) -> str:
-        """Whether features or tables are projected."""
-        way = "features projected" if self.projected is None else "tables projected once a step"
-        return f"Gengram, {way}"
+        """Returns in words whether features or tables are projected."""
+        method = "features projected" if self.projected is None else "tables projected once a step"
+        return f"Gengram, {method}"
 
     def finish_gradients(self) -> None:
-        """Gradients of tables and projection from those of the projected tables."""
+        """Computes the gradients of tables and projection from those of the projected tables."""
         if self.projected is not None:
             self.projected.finish_gradients()

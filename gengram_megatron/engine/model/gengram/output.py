@@ -1,14 +1,14 @@
-"""The gate, and what becomes of the gated value before it is added to the residual stream.
+"""The gate, and how the gated value is transformed before it is added to the residual stream.
 
-The gate is one number a position that says how much of the value enters (paper equation 9):
+The gate is one number per position, by which the value is multiplied (paper equation 9):
 g = <RMSNorm(x), RMSNorm(z)> / sqrt(h), then the signed square root of the published code (the
 paper leaves it out; gengram.signed_sqrt), then the sigmoid.
 
-The output has one of three forms (gengram.output) of the gated value o:
-convolution: o + SiLU(conv(o)), conv a causal depthwise convolution over the sequence with kernel
-4, dilation max(k) = 6 and no bias, as in the published code. It reaches (kernel - 1) * dilation =
-18 tokens to the left; where a rank holds only part of the sequence, the rows it lacks come from
-the ends of other ranks' parts (`sequence.py`).
+The output is one of three functions of the gated value o (gengram.output):
+convolution: o + SiLU(conv(o)), where conv is a causal depthwise convolution over the sequence with
+kernel 4, dilation max(k) = 6 and no bias, as in the published code. It reaches
+(kernel - 1) * dilation = 18 tokens to the left; if a rank holds only part of the sequence, the rows
+that it lacks come from the ends of other ranks' parts (`sequence.py`).
 norm: SiLU(RMSNorm(o)), the paper's equation 13.
 plain: o.
 """
@@ -25,7 +25,7 @@ from gengram_megatron.engine.model.sequence import Halo, TokenRange
 
 
 class Gate(nn.Module):
-    """Compares the hidden state with the key."""
+    """Computes the gate from the hidden state and the key."""
 
     def __init__(self, config, signed_sqrt: bool):
         super().__init__()
@@ -34,7 +34,7 @@ class Gate(nn.Module):
         self.norm_key = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, hidden: Tensor, key: Tensor) -> Tensor:
-        """hidden, key: [s, b, h]; returns [s, b, 1] in hidden's dtype. The sum runs in float32."""
+        """hidden, key: [s, b, h]. Returns [s, b, 1] in hidden's dtype; sums in float32."""
         product = self.norm_hidden(hidden) * self.norm_key(key)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         agreement = product.sum(-1, keepdim=True, dtype=wide) / hidden.shape[-1] ** 0.5
@@ -44,68 +44,73 @@ class Gate(nn.Module):
 
 
 def signed_sqrt(x: Tensor) -> Tensor:
-    """sign(x) sqrt(max(|x|, 1e-6))."""
+    """Computes sign(x) sqrt(max(|x|, 1e-6))."""
     return x.sign() * x.abs().clamp_min(1e-6).sqrt()
 
 
 class PlainOutput(nn.Module):
-    """o, as it is."""
+    """Returns o unchanged."""
 
-    def forward(self, gated: Tensor, pieces: list[TokenRange], kmers: KmerIds) -> Tensor:
-        """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
+    def forward(self, gated: Tensor, local_ranges: list[TokenRange], kmers: KmerIds) -> Tensor:
+        """gated: [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
         return gated
 
 
 class NormOutput(nn.Module):
-    """SiLU(RMSNorm(o))."""
+    """Computes SiLU(RMSNorm(o))."""
 
     def __init__(self, config):
         super().__init__()
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, gated: Tensor, pieces: list[TokenRange], kmers: KmerIds) -> Tensor:
-        """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
+    def forward(self, gated: Tensor, local_ranges: list[TokenRange], kmers: KmerIds) -> Tensor:
+        """gated: [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
         return F.silu(self.norm(gated))
 
 
 class ConvolutionOutput(nn.Module):
-    """weight: [kernel, h]; the last tap multiplies the current token."""
+    """Computes o + SiLU(conv(o)).
+
+    weight: [kernel, h]; the last tap multiplies the current token.
+    """
 
     def __init__(self, config, gengram: GengramShape, tp_group, cp_group):
         super().__init__()
         self.kernel, self.dilation = gengram.conv_kernel, max(gengram.kmer_sizes)
         reach = (self.kernel - 1) * self.dilation
         self.halo = Halo(reach, config.sequence_parallel, tp_group, cp_group)
-        # Depthwise: one input channel to each output.
+        # Depthwise: each output has one input channel.
         init_method = gengram.init_method(config, fan_in=self.kernel)
         self.weight = whole_weight((self.kernel, config.hidden_size), config, init_method)
 
-    def forward(self, gated: Tensor, pieces: list[TokenRange], kmers: KmerIds) -> Tensor:
-        """gated: [s_local, b, h], the rows of this rank's `pieces`; returns the same shape."""
-        halos = self.halo(gated, pieces, kmers.seq_length)
-        parts = gated.split([len(piece) for piece in pieces])
+    def forward(self, gated: Tensor, local_ranges: list[TokenRange], kmers: KmerIds) -> Tensor:
+        """gated: [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
+        halos = self.halo(gated, local_ranges, kmers.seq_length)
+        parts = gated.split([len(token_range) for token_range in local_ranges])
         convolved = [
-            self._convolve(torch.cat([halo, part]), self._documents(piece, kmers.documents))
-            for halo, part, piece in zip(halos, parts, pieces)
+            self._convolve(torch.cat([halo, part]), self._documents(token_range, kmers.documents))
+            for halo, part, token_range in zip(halos, parts, local_ranges)
         ]
         return gated + F.silu(torch.cat(convolved))
 
-    def _documents(self, piece: TokenRange, documents: Tensor | None) -> Tensor | None:
-        """[reach + s, b, 1] of a piece and its left context; None: taps may cross documents."""
+    def _documents(self, token_range: TokenRange, documents: Tensor | None) -> Tensor | None:
+        """Returns the document numbers [reach + s, b, 1] of a token range and the `reach` tokens to
+        its left, -1 before the sequence; None: taps may cross documents."""
         if documents is None:
             return None
-        missing = max(self.halo.reach - piece.start, 0)
-        here = documents[:, max(piece.start - self.halo.reach, 0) : piece.stop].t()
-        return F.pad(here, (0, 0, missing, 0), value=-1).unsqueeze(-1)
+        missing = max(self.halo.reach - token_range.start, 0)
+        numbers = documents[:, max(token_range.start - self.halo.reach, 0) : token_range.stop].t()
+        return F.pad(numbers, (0, 0, missing, 0), value=-1).unsqueeze(-1)
 
     def _convolve(self, x: Tensor, documents: Tensor | None) -> Tensor:
-        """x: [reach + s, b, h]; returns [s, b, h]."""
+        """x: [reach + s, b, h]; documents: [reach + s, b, 1] or None. Returns the convolution,
+        [s, b, h]."""
         length = len(x) - self.halo.reach
         out = torch.zeros_like(x[:length])
         for tap in range(self.kernel):
-            here = slice(tap * self.dilation, tap * self.dilation + length)
-            source = x[here]
+            shifted = slice(tap * self.dilation, tap * self.dilation + length)
+            source = x[shifted]
             if documents is not None:
-                source = source * (documents[here] == documents[-length:])
+                source = source * (documents[shifted] == documents[-length:])
             out = torch.addcmul(out, source, self.weight[tap])
         return out

@@ -1,12 +1,12 @@
 """Key z and value u: two linear maps of the pooled features (paper section 3.3, equation 11), with
-bias terms where gengram.projection_bias asks for them.
+biases if gengram.projection_bias is on.
 
 The features are concatenated in the order of k. A tensor-parallel rank has d / tp columns of each
-table, multiplies them with its part of both maps, and the sum over the ranks gives the result: one
-reduce-scatter under sequence parallelism, no gather of features.
+table and multiplies them with its part of both maps; the sum over the ranks is the result. Under
+sequence parallelism that is one reduce-scatter, and features are never gathered.
 
-The features are the widest tensor of the memory (6 d_m a token) and cheap to make, so they are not
-kept for the backward pass but pooled again there.
+The features are the widest tensor of the memory (6 d_m per token) and cheap to compute, so they are
+not kept for the backward pass, which pools again.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,11 @@ from gengram_megatron.engine.model.initialize import (
 
 
 class KeyValueProjection(nn.Module):
-    """weight: [2, h, number of k, d / tp]; index 0 makes the key, 1 the value.
+    """Projects pooled features to key and value.
 
+    weight: [2, h, number of k, d / tp]; index 0 gives the key, 1 the value.
     bias: [2 h], the key's before the value's, whole on each tensor-parallel rank; or None. It has
-    one axis because that is how megatron-core tells which parameters do not decay.
+        one axis because megatron-core excludes parameters with one axis from weight decay.
     """
 
     def __init__(self, config, gengram: GengramShape, tp_group, dp_group):
@@ -47,12 +48,12 @@ class KeyValueProjection(nn.Module):
         self.bias = None
         if gengram.projection_bias:
             published = gengram.init == "published"
-            of_bias = init_method if published else init_tag(InitialLaw(constant=0.0))
-            self.bias = whole_weight((2 * config.hidden_size,), config, of_bias)
+            bias_init = init_method if published else init_tag(InitialLaw(constant=0.0))
+            self.bias = whole_weight((2 * config.hidden_size,), config, bias_init)
 
     def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
-        """pool: makes the features [s, b, number of k * d / tp] from the rows; returns key and
-        value side by side, [s, b, 2 h], or [s / tp, b, 2 h] under sequence parallelism."""
+        """pool: computes the features [s, b, number of k * d / tp] from the rows. Returns key and
+        value concatenated, [s, b, 2 h], or [s / tp, b, 2 h] under sequence parallelism."""
         partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *rows)
         if self.sequence_parallel:
             total = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
@@ -61,8 +62,8 @@ class KeyValueProjection(nn.Module):
         return self.add_bias(total)
 
     def add_bias(self, key_value: Tensor) -> Tensor:
-        """key_value: [s, b, 2 h], summed over the tensor-parallel ranks, so that the bias enters
-        once. Returns the same shape."""
+        """Adds the bias, if there is one. key_value: [s, b, 2 h], already summed over the
+        tensor-parallel ranks, so that the bias is added only once. Returns the same shape."""
         return key_value if self.bias is None else key_value + self.bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
@@ -89,7 +90,7 @@ class KeyValueProjection(nn.Module):
 
 
 class _LinearOfPooled(torch.autograd.Function):
-    """pool(rows) @ weight^T, with the gradients of the weight and of the rows."""
+    """Computes pool(rows) @ weight^T, and pools again in the backward pass."""
 
     @staticmethod
     def forward(ctx, pool, weight, *rows):

@@ -1,4 +1,4 @@
-"""The settings of `model.gengram` that decide a memory module."""
+"""The settings of `model.gengram` that determine a memory module."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from gengram_megatron.engine.model.initialize import init_tag, torch_default
 
 @dataclass(frozen=True)
 class GengramShape:
-    """See the schema of the config for what each means."""
+    """The settings; the schema of the config says what each means."""
 
     placements: tuple[Placement, ...]
     dim: int
@@ -28,23 +28,24 @@ class GengramShape:
     projection_bias: bool = False
 
     def init_method(self, config, fan_in: int) -> Callable[[nn.Parameter], nn.Parameter]:
-        """Of a weight besides the tables and norms, with so many inputs to each output: torch's
-        own where `init` is published, else megatron-core's config's."""
+        """Returns the init method of a weight other than tables and norms: torch's default if
+        `init` is published, else that of megatron-core's config. fan_in: the inputs to each
+        output."""
         if self.init == "published":
             return init_tag(torch_default(fan_in))
         return config.init_method
 
     @property
     def kmer_sizes(self) -> tuple[int, ...]:
-        """Each k once, rising."""
-        return tuple(sorted({place.table.k for place in self.placements}))
+        """Each k once, in ascending order."""
+        return tuple(sorted({placement.table.k for placement in self.placements}))
 
     @property
     def tables(self) -> tuple[KmerTable, ...]:
-        """In the order of their placements."""
-        return tuple(place.table for place in self.placements)
+        """The tables, in the order of their placements."""
+        return tuple(placement.table for placement in self.placements)
 
     @property
     def pooling(self) -> Pooling:
-        """How the rows of a window become one."""
+        """How the rows of a window are pooled."""
         return Pooling(self.window, self.deduplicate)

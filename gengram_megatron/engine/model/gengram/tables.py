@@ -1,12 +1,12 @@
-"""This rank's parts of a layer's tables, and the look-up: the rows that its tokens need.
+"""This rank's parts of a layer's tables, and the look-up of the rows that its tokens need.
 
-However a table is split, a rank ends up with d / tp columns of each row that it needs, and the
-checkpoint holds whole tables.
+However a table is split, the look-up gives a rank d / tp columns of each row that it needs, and the
+checkpoint contains whole tables.
 
-Rows of tables that are split by rows are fetched from the ranks that hold them. Each rank asks for
-the distinct rows that its own tokens need, once each, and answers the others. Row numbers depend on
-the tokens alone, so who asks whom for what is settled once a microbatch (`RowPlan`) and serves all
-layers; a layer then exchanges rows, and in the backward pass gradients.
+Rows of tables that are split by rows are fetched from the ranks that hold them. Each rank requests
+each distinct row that its tokens need once, and sends the rows that other ranks request from it.
+Row ids depend only on the tokens, so the ranks exchange their requests once per microbatch
+(`RowPlan`), for all layers; each layer then exchanges rows, and in the backward pass gradients.
 """
 
 import math
@@ -26,16 +26,19 @@ from gengram_megatron.engine.model.sequence import TokenRange
 
 
 def first_row(rows: int, rank: int, size: int) -> int:
-    """The first row that a rank holds of a table; a rank beyond the last: the number of rows."""
+    """Returns the first row of a table that `rank` holds of `size` ranks. For rank == size it is
+    `rows`, the end of the last rank's rows."""
     return rows * rank // size
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What this rank asks of its group and the group of it, for several tables.
+    """The rows of several tables that this rank receives from, and sends to, the ranks of a group.
 
-    wanted[t][r], given[t][r]: rows of table t that rank r sends here, and that go there.
-    places[t]: which of the rows held here are given, rank after rank. group: whose ranks they are.
+    recv_counts[t][r]: the number of rows of table t that rank r sends to this rank.
+    send_counts[t][r]: the number of rows of table t that this rank sends to rank r.
+    local_rows[t]: the indices, within this rank's shard of table t, of the rows that it sends,
+        grouped by receiving rank.
     """
 
     recv_counts: list[list[int]]
@@ -44,43 +47,49 @@ class RowPlan:
     group: dist.ProcessGroup
 
     @classmethod
-    def negotiate(cls, addresses: list[Tensor], rows: list[int], group) -> "RowPlan":
-        """addresses[t]: the distinct rows of table t that are needed here, rising; rows[t]: of the
-        whole table. All ranks of the group call it together."""
+    def negotiate(cls, needed: list[Tensor], rows: list[int], group) -> "RowPlan":
+        """Exchanges requests with the group; all of its ranks must call this together.
+
+        needed[t]: the distinct rows of table t that this rank needs, in ascending order.
+        rows[t]: the number of rows of the whole table t.
+        """
         size, rank = group.size(), group.rank()
-        borders = [
-            torch.tensor([first_row(n, r, size) for r in range(1, size)], device=a.device)
-            for n, a in zip(rows, addresses)
+        boundaries = [
+            torch.tensor([first_row(n, r, size) for r in range(1, size)], device=indices.device)
+            for n, indices in zip(rows, needed)
         ]
         recv_counts = torch.stack(
             [
-                torch.bucketize(a, border, right=True).bincount(minlength=size)
-                for a, border in zip(addresses, borders)
+                torch.bucketize(indices, bounds, right=True).bincount(minlength=size)
+                for indices, bounds in zip(needed, boundaries)
             ]
         )
         send_counts = torch.empty_like(recv_counts.t().contiguous())
         dist.all_to_all_single(send_counts, recv_counts.t().contiguous(), group=group)
         recv_counts, send_counts = recv_counts.tolist(), send_counts.t().tolist()
-        asked = exchange(addresses, recv_counts, send_counts, group)
-        local_rows = [a - first_row(n, rank, size) for n, a in zip(rows, asked)]
+        requested = exchange(needed, recv_counts, send_counts, group)
+        local_rows = [indices - first_row(n, rank, size) for n, indices in zip(rows, requested)]
         return cls(recv_counts, send_counts, local_rows, group)
 
 
 class FetchRows(torch.autograd.Function):
-    """The rows that a plan asks for, table after table, from the shards that the ranks hold.
+    """Fetches the rows that a plan requests, table by table, from the shards that the ranks hold.
 
-    columns[t]: how many columns each rank wants of table t, where each wants others (the group is
-    tensor-parallel, and shards hold all columns); None: all that the shards hold.
+    columns[t]: the number of columns of table t that each rank gets, if ranks get different columns
+    (the group is tensor-parallel, and shards hold all columns); None: all columns of the shards.
     """
 
     @staticmethod
     def forward(ctx, plan: RowPlan, columns: list[int] | None, *shards: Tensor):
         ctx.plan, ctx.columns = plan, columns
         ctx.shapes = [shard.shape for shard in shards]
-        found = [shard[local_rows] for shard, local_rows in zip(shards, plan.local_rows)]
+        outgoing = [shard[local_rows] for shard, local_rows in zip(shards, plan.local_rows)]
         if columns is not None:
-            found = [_own_columns(x, g, w) for x, g, w in zip(found, plan.send_counts, columns)]
-        return tuple(exchange(found, plan.send_counts, plan.recv_counts, plan.group))
+            outgoing = [
+                _split_columns(rows, counts, width)
+                for rows, counts, width in zip(outgoing, plan.send_counts, columns)
+            ]
+        return tuple(exchange(outgoing, plan.send_counts, plan.recv_counts, plan.group))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -89,9 +98,9 @@ class FetchRows(torch.autograd.Function):
         shards = []
         for t, (grad, local_rows, shape) in enumerate(zip(received, plan.local_rows, ctx.shapes)):
             if ctx.columns is not None:
-                grad = _all_columns(grad, plan.send_counts[t], shape[1])
+                grad = _join_columns(grad, plan.send_counts[t], shape[1])
             wide = torch.promote_types(grad.dtype, torch.float32)
-            # Adds what several ranks send for one row, in the same order every time.
+            # Sums what several ranks send for one row, always in the same order.
             total = torch.ops.aten.embedding_dense_backward(
                 grad.to(wide), local_rows, shape[0], -1, False
             )
@@ -100,16 +109,19 @@ class FetchRows(torch.autograd.Function):
 
 
 def exchange(
-    tensors: list[Tensor], sent: list[list[int]], received: list[list[int]], group
+    tensors: list[Tensor], send_counts: list[list[int]], recv_counts: list[list[int]], group
 ) -> list[Tensor]:
-    """tensors[t]: [rows, ...], first the sent[t][0] rows for rank 0, and so on; returns the same
-    with received[t][r] rows from rank r. One collective for all tables."""
+    """Exchanges rows with all ranks of the group, in one collective for all tables.
+
+    tensors[t]: [rows, ...], first the send_counts[t][0] rows for rank 0, and so on. Returns the
+    received rows in the same form, recv_counts[t][r] of them from rank r.
+    """
     size = group.size()
-    split = [x.split(counts) for x, counts in zip(tensors, sent)]
+    split = [x.split(counts) for x, counts in zip(tensors, send_counts)]
     outgoing = torch.cat([part[r].flatten() for r in range(size) for part in split])
     widths = [math.prod(x.shape[1:]) for x in tensors]
     out_sizes = [sum(part[r].numel() for part in split) for r in range(size)]
-    in_counts = [[n * width for n in counts] for counts, width in zip(received, widths)]
+    in_counts = [[n * width for n in counts] for counts, width in zip(recv_counts, widths)]
     in_sizes = [sum(counts[r] for counts in in_counts) for r in range(size)]
     incoming = outgoing.new_empty(sum(in_sizes))
     dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=group)
@@ -119,14 +131,14 @@ def exchange(
     ]
 
 
-def _own_columns(rows: Tensor, counts: list[int], width: int) -> Tensor:
-    """[n, d] -> [n, width]: for each rank its own columns of the rows that it asked for."""
+def _split_columns(rows: Tensor, counts: list[int], width: int) -> Tensor:
+    """Selects for each rank its columns of the rows that it requested: [n, d] -> [n, width]."""
     parts = rows.split(counts)
     return torch.cat([part[:, r * width : (r + 1) * width] for r, part in enumerate(parts)])
 
 
-def _all_columns(grads: Tensor, counts: list[int], total: int) -> Tensor:
-    """The adjoint: [n, width] -> [n, d], zeros in the columns of other ranks."""
+def _join_columns(grads: Tensor, counts: list[int], total: int) -> Tensor:
+    """The adjoint of `_split_columns`: [n, width] -> [n, d], zero in the columns of other ranks."""
     whole, start, width = grads.new_zeros((len(grads), total)), 0, grads.shape[1]
     for r, n in enumerate(counts):
         whole[start : start + n, r * width : (r + 1) * width] = grads[start : start + n]
@@ -135,9 +147,9 @@ def _all_columns(grads: Tensor, counts: list[int], total: int) -> Tensor:
 
 
 class _Weights(nn.Module):
-    """The tables by name. What is looked up is asked for by a call: where updated weights are
-    gathered while the forward pass goes on, megatron-core waits for those of a module when the
-    module is called, and a table that is only read might still be the old one."""
+    """Holds the tables by name. For a look-up, a table must be obtained by calling this module:
+    with overlap_param_gather, megatron-core waits for the all-gather of a module's updated weights
+    when the module is called, and a table that is read as an attribute might be out of date."""
 
     def __init__(self, tables: dict[str, nn.Parameter]):
         super().__init__()
@@ -152,118 +164,126 @@ class _Weights(nn.Module):
 
 
 class Tables(nn.Module):
-    """weights["k6"] is this rank's part of the table of 6-mers."""
+    """A layer's tables; weights["k6"] is this rank's part of the table of 6-mers."""
 
     def __init__(self, config, gengram: GengramShape, pg_collection):
         super().__init__()
         self.shape, self.groups = gengram, pg_collection
         self.weights = _Weights(
-            {place.table.name: self._parameter(config, place) for place in gengram.placements}
+            {
+                placement.table.name: self._parameter(config, placement)
+                for placement in gengram.placements
+            }
         )
 
     def forward(
-        self, kmers: KmerIds, pieces: list[TokenRange]
+        self, kmers: KmerIds, ranges: list[TokenRange]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The rows that the windows of `pieces` need, [n, columns / tp] a table, and the place of
-        each k-mer's row among them, [b, s] a table; not valid: n."""
-        rows = [self.weights(place.table.name) for place in self.shape.placements]
+        """Returns, for each table, the rows that the windows of `ranges` need, [n, columns / tp],
+        and the index of each k-mer's row among them, [b, s]; n if the k-mer is not valid."""
+        rows = [self.weights(placement.table.name) for placement in self.shape.placements]
         ids = list(kmers.ids)
-        remote = [i for i, place in enumerate(self.shape.placements) if place.over]
+        # The tables of which other ranks hold rows.
+        remote = [i for i, placement in enumerate(self.shape.placements) if placement.over]
         if remote:
-            plan, local_rows = self._plan(kmers, pieces, remote)
+            plan, indices = self._plan(kmers, ranges, remote)
             fetched = FetchRows.apply(plan, self._columns(remote), *[rows[i] for i in remote])
-            for i, found, place in zip(remote, fetched, local_rows):
-                # Where nothing is valid: a row of zeros for ids to point at. It hangs on what was
-                # fetched, as the backward pass is for all ranks to do together.
-                rows[i] = found if len(found) else F.pad(found, (0, 0, 0, 1))
-                ids[i] = place
+            for i, table_rows, table_indices in zip(remote, fetched, indices):
+                # If no k-mer is valid, pad with a row of zeros for ids to point at. Padding keeps
+                # the graph connected to FetchRows, whose backward pass all ranks must run together.
+                rows[i] = table_rows if len(table_rows) else F.pad(table_rows, (0, 0, 0, 1))
+                ids[i] = table_indices
         return rows, ids
 
     def _plan(
-        self, kmers: KmerIds, pieces: list[TokenRange], remote: list[int]
+        self, kmers: KmerIds, ranges: list[TokenRange], remote: list[int]
     ) -> tuple[RowPlan, list[Tensor]]:
-        """Made by the first layer that a microbatch meets, kept for the others."""
+        """Returns the plan for the tables `remote`, and for each of them the index of each k-mer's
+        row among the fetched rows, [b, s]. The first layer that processes a microbatch computes
+        them, and the other layers reuse them."""
         if not kmers.plans:
-            addresses, local_rows = [], []
+            needed, indices = [], []
             for i in remote:
                 table = self.shape.placements[i].table
-                recv_counts, place = _distinct(
-                    kmers.ids[i], table.rows, self.shape.pooling.span(table.k), pieces
+                table_rows, table_indices = _distinct(
+                    kmers.ids[i], table.rows, self.shape.pooling.span(table.k), ranges
                 )
-                addresses.append(recv_counts)
-                local_rows.append(place)
+                needed.append(table_rows)
+                indices.append(table_indices)
             rows = [self.shape.placements[i].table.rows for i in remote]
             group = self._rows_group(self.shape.placements[remote[0]])
-            kmers.plans.append((RowPlan.negotiate(addresses, rows, group), local_rows))
+            kmers.plans.append((RowPlan.negotiate(needed, rows, group), indices))
         return kmers.plans[0]
 
     def _columns(self, remote: list[int]) -> list[int] | None:
-        """Columns that each rank of a tensor-parallel group wants; in other groups all want those
-        that are held."""
-        local_rows = [self.shape.placements[i] for i in remote]
-        if local_rows[0].over != "tensor":
+        """Returns the number of columns that each rank of a tensor-parallel group gets; None in
+        other groups, whose ranks get all columns of the shards."""
+        placements = [self.shape.placements[i] for i in remote]
+        if placements[0].over != "tensor":
             return None
-        return [place.table.columns // self.groups.tp.size() for place in local_rows]
+        return [placement.table.columns // self.groups.tp.size() for placement in placements]
 
-    def _rows_group(self, place: Placement):
-        of = {"tensor": self.groups.tp, "expert": self.groups.ep, "data": self.groups.dp_cp}
-        return of[place.over]
+    def _rows_group(self, placement: Placement):
+        """Returns the group that the rows of a table are split over."""
+        groups = {"tensor": self.groups.tp, "expert": self.groups.ep, "data": self.groups.dp_cp}
+        return groups[placement.over]
 
-    def _local(self, place: Placement) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shape of this rank's part of a table, and its first row and column."""
-        table, tp = place.table, self.groups.tp
-        first, last, columns = 0, table.rows, place.columns_held(tp.size())
-        if place.over is not None:
-            group = self._rows_group(place)
+    def _local(self, placement: Placement) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Returns the shape of this rank's part of a table, and its first row and column."""
+        table, tp = placement.table, self.groups.tp
+        first, last, columns = 0, table.rows, placement.columns_held(tp.size())
+        if placement.over is not None:
+            group = self._rows_group(placement)
             first, last = (
                 first_row(table.rows, r, group.size()) for r in (group.rank(), group.rank() + 1)
             )
-        column = 0 if place.over == "tensor" else tp.rank() * columns
+        column = 0 if placement.over == "tensor" else tp.rank() * columns
         return (last - first, columns), (first, column)
 
-    def _parameter(self, config, place: Placement) -> nn.Parameter:
-        axis = 0 if place.over == "tensor" else 1
-        drawn = init_tag(InitialLaw(std=self.shape.init_std))
-        table = split_weight(self._local(place)[0], axis, config, drawn)
+    def _parameter(self, config, placement: Placement) -> nn.Parameter:
+        axis = 0 if placement.over == "tensor" else 1
+        init_method = init_tag(InitialLaw(std=self.shape.init_std))
+        table = split_weight(self._local(placement)[0], axis, config, init_method)
         table.is_gengram_table = True  # may have its own learning rate and weight decay
-        # Data-parallel ranks hold different rows: their gradients are not to be added up
-        # (model/data_parallel.py).
-        table.rows_over = place.over if place.over in ("expert", "data") else None
+        # Ranks that hold different rows must not sum their gradients (model/data_parallel.py).
+        table.rows_over = placement.over if placement.over in ("expert", "data") else None
         table.allreduce = table.rows_over is None
         return table
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
         state = {}
-        for place in self.shape.placements:
-            name = place.table.name
+        for placement in self.shape.placements:
+            name = placement.table.name
             key, table = f"{prefix}weights.{name}", self.weights[name]
             state[key] = ShardedTensor(
                 key=key,
                 data=table,
                 dtype=table.dtype,
                 local_shape=tuple(table.shape),
-                global_shape=(place.table.rows, place.table.columns),
-                global_offset=self._local(place)[1],
+                global_shape=(placement.table.rows, placement.table.columns),
+                global_offset=self._local(placement)[1],
                 axis_fragmentations=None,
-                replica_id=(0, 0, self._copy(place)),
+                replica_id=(0, 0, self._replica(placement)),
             )
         return state
 
-    def _copy(self, place: Placement) -> int:
-        """Which of the copies of its part this rank holds."""
-        if place.over == "data":
+    def _replica(self, placement: Placement) -> int:
+        """Returns the number of this rank among those that hold copies of the same part."""
+        if placement.over == "data":
             return 0
-        return (self.groups.expt_dp if place.over == "expert" else self.groups.dp_cp).rank()
+        return (self.groups.expt_dp if placement.over == "expert" else self.groups.dp_cp).rank()
 
 
-def _distinct(ids: Tensor, rows: int, span: int, pieces: list[TokenRange]) -> tuple[Tensor, Tensor]:
-    """The rows, rising and each once, that the windows of `pieces` look up, and for each k-mer its
-    place among them; one past the last: not valid, or in no such window. ids: [b, s]."""
-    needed = [slice(max(piece.start - span + 1, 0), piece.stop) for piece in pieces]
-    here = torch.cat([ids[:, where] for where in needed], dim=1)
-    found, inverse = torch.unique(here, return_inverse=True)
-    valid = int((found < rows).sum())
-    local_rows = torch.full_like(ids, valid)
-    for where, part in zip(needed, inverse.split([w.stop - w.start for w in needed], dim=1)):
-        local_rows[:, where] = part.to(ids.dtype)
-    return found[:valid].long(), local_rows
+def _distinct(ids: Tensor, rows: int, span: int, ranges: list[TokenRange]) -> tuple[Tensor, Tensor]:
+    """Returns the distinct valid rows that the windows of `ranges` look up, in ascending order, and
+    for each k-mer the index of its row among them, [b, s]. The index is one past the last for
+    k-mers that are not valid or lie in no such window. ids: [b, s]; rows: of the whole table."""
+    slices = [slice(max(r.start - span + 1, 0), r.stop) for r in ranges]
+    distinct, inverse = torch.unique(
+        torch.cat([ids[:, positions] for positions in slices], dim=1), return_inverse=True
+    )
+    num_valid = int((distinct < rows).sum())
+    indices = torch.full_like(ids, num_valid)
+    for positions, part in zip(slices, inverse.split([s.stop - s.start for s in slices], dim=1)):
+        indices[:, positions] = part.to(ids.dtype)
+    return distinct[:num_valid].long(), indices
