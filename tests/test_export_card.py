@@ -92,7 +92,7 @@ def test_card_says_what_was_trained(models, tmp_path) -> None:
     total = sum(weight.numel() for weight in model.weights.values())
     tables = sum(w.numel() for name, w in model.weights.items() if ".tables." in name)
     assert found["parameters"] == [f"{total:,}"]
-    assert found["Gengram parameters"][0].endswith(f"{tables:,}")
+    assert found["Gengram parameters"][0].endswith(f" {tables:,} in tables")
     assert found["Gengram layers (from 1)"] == ["2, 3"]
     assert found["Gengram window"] == ["21 tokens"]
     assert found["experts"] == ["4, of which each token is routed to 2"]

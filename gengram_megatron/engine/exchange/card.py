@@ -147,7 +147,7 @@ def _model_rows(config: Config) -> Iterable[tuple[str, str]]:
     no_window = "none: only the k-mers that end at the token"
     yield "Gengram window", f"{gengram.window} tokens" if gengram.window else no_window
     yield "embedding columns per k-mer size", f"{gengram.dim:,}"
-    yield "Gengram parameters", f"{counted.gengram:,}, of which in tables {counted.tables:,}"
+    yield "Gengram parameters", f"{counted.gengram:,}, of which {counted.tables:,} in tables"
     yield "Gengram output", gengram.output
     options = {
         "each k-mer counted once per window": gengram.deduplicate,

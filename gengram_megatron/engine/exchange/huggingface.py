@@ -117,7 +117,7 @@ def _gengram(model: Model) -> dict:
 def generation_config(model: Model) -> dict:
     """Returns the content of generation_config.json, the default settings of `generate`."""
     # EOD is not suppressed, because otherwise generated text could not end. Training here masks EOD
-    # as a label, so our models give it almost no probability; an imported model may have learned it.
+    # as a label, so our models give it almost no probability; imported ones may have learned it.
     allowed = {*BASE_IDS, EOD}
     return {
         "bos_token_id": None,

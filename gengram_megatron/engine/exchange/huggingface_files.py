@@ -126,8 +126,8 @@ def open_files(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
         tensor_files = _files_by_content(files)
     if not tensor_files:
         raise UserError(
-            f"{folder} has no weights in safetensors files, and other files, such as *.bin, are not "
-            "read because they can run code: save the model with safe_serialization=True"
+            f"{folder} has no weights in safetensors files, and other files, such as *.bin, are "
+            "not read because they can run code: save the model with safe_serialization=True"
         )
 
     def read(name: str) -> Tensor:
@@ -180,8 +180,8 @@ def _files_by_content(files: list[Path]) -> dict[str, Path]:
             for name in tensors.keys():  # noqa: SIM118 (not a dict, and not iterable)
                 if name in tensor_files:
                     raise UserError(
-                        f"{name} is in {tensor_files[name].name} and in {file.name}, and there is no "
-                        f"{INDEX} to say which one to use: remove the wrong file"
+                        f"{name} is in {tensor_files[name].name} and in {file.name}, and there is "
+                        f"no {INDEX} to say which one to use: remove the wrong file"
                     )
                 tensor_files[name] = file
     return tensor_files

@@ -68,7 +68,7 @@ _MAX_SEQ_LENGTH = 8192
 """The most bases per sample in a new config for a long-context model. The released models were
 pretrained at this length; training at their full length of up to a million would need a cluster."""
 _MAX_SEEDS = 1000
-"""How many seeds are tried to find that of hashed tables."""
+"""The number of seeds that are tried to find the one of the hashed tables."""
 
 
 def differences(hf_config: dict, config: Config) -> list[Difference]:
@@ -109,7 +109,7 @@ def differences(hf_config: dict, config: Config) -> list[Difference]:
 
 
 def model_keys(hf_config: dict) -> dict[str, object]:
-    """Returns the dotted keys below `model.`, with values, for the model that config.json describes.
+    """Returns the dotted keys below `model.`, with values, for the model in a config.json.
 
     Raises UserError if the model is of an unknown type or contradicts itself.
     """
@@ -184,7 +184,7 @@ def _mapped_settings(hf_config: dict) -> Iterator[MappedSetting]:
 
 
 def _without_key(hf_config: dict) -> Iterator[tuple[str, object, object]]:
-    """Yields (name, foreign value, our value) of settings that are fixed here, where they differ."""
+    """Yields (name, foreign value, our value) of settings that differ and are fixed here."""
     get = _getter(hf_config)
     width = get("hidden_size") // get("num_attention_heads")
     fixed = {"attention_bias": False, "mlp_bias": False, "head_dim": width}
@@ -229,7 +229,7 @@ def _getter(hf_config: dict):
 
 
 def _rope(hf_config: dict) -> dict:
-    """Returns base, type and rotary fraction of the rotary embedding, from whichever keys hold them.
+    """Returns rope_theta, rope_type and partial_rotary_factor, from whichever keys hold them.
 
     Raises UserError if two keys hold different values.
     """

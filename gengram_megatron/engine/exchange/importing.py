@@ -243,9 +243,9 @@ def _huggingface(path: Path) -> ForeignModel:
     tied = huggingface_settings.has_tied_embeddings(hf_config)
     if tied and {EMBEDDING, OUTPUT} <= names and not _equal(read_stored, EMBEDDING, OUTPUT):
         raise UserError(
-            f"{path / HUGGINGFACE_CONFIG} has tie_word_embeddings true, and the weights have a {OUTPUT} "
-            f"that differs from {EMBEDDING}; transformers uses it from version 5 on: set "
-            f"tie_word_embeddings to false if that is right, or remove {OUTPUT}"
+            f"{path / HUGGINGFACE_CONFIG} has tie_word_embeddings true, and the weights include "
+            f"{OUTPUT}, which differs from {EMBEDDING} and is used by transformers from version 5 "
+            f"on: set tie_word_embeddings to false if that is right, or remove {OUTPUT}"
         )
 
     def read(name: str) -> Tensor:
@@ -267,8 +267,8 @@ def _huggingface(path: Path) -> ForeignModel:
     )
 
 
-def _equal(read: Callable[[str], Tensor], one: str, other: str) -> bool:
-    return torch.equal(read(one), read(other))
+def _equal(read: Callable[[str], Tensor], first: str, second: str) -> bool:
+    return torch.equal(read(first), read(second))
 
 
 def _megatron(folder: Path) -> ForeignModel:
@@ -292,9 +292,9 @@ def _megatron(folder: Path) -> ForeignModel:
     warnings = list(argument_warnings(tensors.arguments))
     if not tensors.arguments:
         warnings.append(
-            f"{folder} lacks the arguments of the run that wrote it (args), so no setting was compared "
-            "with the config except the shapes of the weights. Rotary base, norm epsilon, top-k, and "
-            "Gengram's layers, window and token ids must be those of the training"
+            f"{folder} lacks the arguments of the run that wrote it (args), so no setting was "
+            "compared with the config except the shapes of the weights. Rotary base, norm epsilon, "
+            "top-k, and Gengram's layers, window and token ids must be those of the training"
         )
     if tensors.skipped:
         warnings.append(

@@ -180,6 +180,7 @@ def _mapped_settings(arguments: Arguments) -> Iterator[MappedSetting]:
 
 
 def _same_values(arguments: Arguments, names: dict[str, str]) -> Iterator[MappedSetting]:
+    """Yields settings whose value is that of our key; names: argument -> key."""
     for name, key in names.items():
         if name in arguments:
             value = arguments[name]
@@ -251,6 +252,7 @@ def _gengram(arguments: Arguments) -> Iterator[MappedSetting]:
 
 
 def _training_settings(arguments: Arguments) -> Iterator[MappedSetting]:
+    """Yields the settings that only a new config needs."""
     for setting in _same_values(arguments, _TRAINING_ONLY):
         if setting.key == "moe_z_loss_coeff" and setting.value is None:
             yield MappedSetting(setting.name, setting.foreign_value, setting.key, 0)

@@ -65,13 +65,13 @@ _HARMLESS = re.compile(
 
 
 def argument_warnings(arguments: Arguments) -> Iterator[str]:
-    """Yields a warning for arguments that only change the rounding, and one for unknown arguments."""
+    """Yields a warning for arguments that only change the rounding, and one for unknown ones."""
     has_experts = num_experts(arguments)
     rounding = {
         name: arguments[name]
-        for name, ours in _ROUNDING.items()
+        for name, our_value in _ROUNDING.items()
         if name in arguments
-        and not is_equivalent(arguments[name], ours)
+        and not is_equivalent(arguments[name], our_value)
         and (has_experts or name != "moe_router_dtype")
     }
     if rounding:
@@ -86,7 +86,7 @@ def argument_warnings(arguments: Arguments) -> Iterator[str]:
     }
     if unknown:
         yield (
-            f"the checkpoint has unknown arguments, which were not compared: "
+            "the checkpoint has unknown arguments, which were not compared: "
             f"{_format_arguments(unknown)}; check that none of them changes what the model computes"
         )
 

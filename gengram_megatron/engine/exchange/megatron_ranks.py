@@ -84,7 +84,7 @@ def with_expert_offset(name: str, offset: int) -> str:
 
 
 def split_grouped_experts(name: str, tensor: Tensor, experts: int) -> dict[str, Tensor]:
-    """Returns the weights of the single experts, by name, in a weight of megatron-core's GroupedMLP.
+    """Returns the weight of each expert, by name, from a weight of megatron-core's GroupedMLP.
 
     name: ends with mlp.experts.weight1 or weight2. tensor: [h, experts * width] or
     [experts * width, h], which the module views as [experts, h, width] and [experts, width, h]:
@@ -114,7 +114,10 @@ Rank = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """The parallel sizes of a run. expert_tensor: how many tensor-parallel ranks split an expert."""
+    """The parallel sizes of a run.
+
+    expert_tensor: how many tensor-parallel ranks split each expert.
+    """
 
     tensor: int
     pipeline: int
@@ -166,7 +169,8 @@ class RankFiles:
         except (RuntimeError, ValueError, IndexError):  # for shapes that do not fit
             shapes = ", ".join(str(tuple(shard.shape)) for shard in shards)
             raise UserError(
-                f"{self._folder}: the shards of {name} do not fit together: their shapes are {shapes}"
+                f"{self._folder}: the shards of {name} do not fit together: their shapes are "
+                f"{shapes}"
             ) from None
 
     def _checked(self, name: str, copies: list[tuple[str, Tensor]]) -> Tensor:
@@ -175,8 +179,8 @@ class RankFiles:
         for folder_name, copy in rest:
             if weight.dtype != copy.dtype or not torch.equal(weight, copy):
                 raise UserError(
-                    f"{self._folder}: {name} differs between {first_folder} and {folder_name}, which should "
-                    "hold copies of it: give a checkpoint that was saved in one go"
+                    f"{self._folder}: {name} differs between {first_folder} and {folder_name}, "
+                    "which should hold copies of it: give a checkpoint that was saved in one go"
                 )
         return weight
 
@@ -193,6 +197,7 @@ def _read(file: Path) -> dict:
 
 
 def _check_same_iteration(folder: Path, contents: dict[str, dict]) -> None:
+    """Raises UserError if the files are of different iterations."""
     first = min(contents)
     for name, content in sorted(contents.items()):
         if content.get("iteration") != contents[first].get("iteration"):
@@ -235,7 +240,7 @@ def _size(arguments, kind: str) -> int | None:
 
 
 def _parallel_sizes(files: dict[Rank, tuple[str, dict]], arguments) -> ParallelSizes:
-    """Returns the sizes by the run's arguments, or else by the numbers of the ranks in the folder."""
+    """Returns the sizes from the run's arguments, or else from the ranks in the folder."""
     tensor, pipeline, expert = (
         _size(arguments, f"{kind}_model_parallel") or 1 + max(rank[axis] for rank in files)
         for axis, kind in enumerate(("tensor", "pipeline", "expert"))
@@ -253,7 +258,7 @@ def _parallel_sizes(files: dict[Rank, tuple[str, dict]], arguments) -> ParallelS
 def _check_complete(
     folder: Path, files: dict[Rank, tuple[str, dict]], sizes: ParallelSizes
 ) -> None:
-    """Raises UserError if the file of a rank is missing, or a file belongs to no rank of the run."""
+    """Raises UserError if a rank's file is missing, or if a file belongs to no rank of the run."""
     # Consecutive processes are tensor-parallel ranks, and each group of `expert_tensor` of them is
     # one expert-parallel rank. If expert_tensor < tensor, not every pair of ranks occurs.
     pairs = {

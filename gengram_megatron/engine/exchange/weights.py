@@ -67,7 +67,7 @@ class Part:
 
     shape: the tensor's shape in the other format.
     index: the part's index into our tensor, in the shape of `Weight.view`; () means all of it.
-    transposed: whether our tensor has this matrix with rows and columns swapped.
+    transposed: whether our tensor holds the transpose of this matrix.
     """
 
     name: str
@@ -109,14 +109,14 @@ class Weight:
             foreign = read(part.name)
             if foreign.dtype not in _FLOATS:
                 raise UserError(
-                    f"{part.name} is {_describe(foreign.shape, foreign.dtype)}: give the weights in "
-                    "float32, bfloat16 or float16; other types, such as those of quantized models, "
-                    "are not read"
+                    f"{part.name} is {_describe(foreign.shape, foreign.dtype)}: give the weights "
+                    "in float32, bfloat16 or float16; other dtypes, such as those of quantized "
+                    "models, are not read"
                 )
             if tuple(foreign.shape) != part.shape:
                 raise UserError(
-                    f"{part.name} is {_describe(foreign.shape, foreign.dtype)}, and the config asks "
-                    f"for {_describe(part.shape, dtype)}: {WRONG_MODEL_HINT}"
+                    f"{part.name} is {_describe(foreign.shape, foreign.dtype)}, and the config "
+                    f"asks for {_describe(part.shape, dtype)}: {WRONG_MODEL_HINT}"
                 )
             if not part.index and not part.transposed:  # all of ours: a copy would double the RAM
                 return foreign.reshape(self.shape).to(dtype).contiguous()

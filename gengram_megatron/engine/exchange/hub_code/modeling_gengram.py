@@ -98,7 +98,7 @@ def mixed(number, seed: int):
 
 
 def rows_of_pairs(k: int, device):
-    """Returns [5^k], the row of two reverse complements, indexed by the smaller of their numbers."""
+    """Returns [5^k], the row of two reverse complements, by the smaller of their numbers."""
     number = torch.arange(5**k, device=device)
     left, backward = number.clone(), torch.zeros_like(number)
     for _ in range(k):
@@ -223,7 +223,7 @@ class MemoryCache:
 
 
 def remember(cache: MemoryCache | None, x, place: int):
-    """Returns x after all earlier values, which are cached for the Gengram layer of index `place`."""
+    """Returns all values of the Gengram layer of index `place` so far, the last of which are x."""
     return x if cache is None else cache.append(x, place + 1)
 
 
