@@ -228,7 +228,7 @@ def test_export_and_import_there_and_back(trained, tmp_path, gengram) -> None:
     stored = StoredTensors(checkpoint)
     assert all(torch.equal(stored.read(name), w) for name, w in trained.weights.items())
     again = gengram("checkpoint", "import", out, config, f"run.dir={tmp_path / 'back'}")
-    assert again[0] == 2 and "holds checkpoints already; give another run.dir" in again[2]
+    assert again[0] == 2 and "checkpoints; give another run.dir" in again[2]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_file_is_what_the_package_writes(tmp_path) -> None:
         assert opened.metadata() == {"format": "pt"}
         for name, tensor in tensors.items():
             assert torch.equal(opened.get_tensor(name), tensor)
-    with pytest.raises(AssertionError, match="is not what the header says"):
+    with pytest.raises(AssertionError, match="does not have the size that the header states"):
         file.write("a.weight", tensors["b.weight"])
 
 

@@ -213,9 +213,9 @@ def unflattened(keys: dict[str, object]) -> dict:
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - set(REFUSED)))
 def test_the_config_that_an_export_wants_is_its_own(models, exported, kind) -> None:
     """Its hashed tables, too, whose seed the tables' own hashes tell."""
-    from gengram_megatron.engine.exchange.huggingface_settings import wanted_model
+    from gengram_megatron.engine.exchange.huggingface_settings import model_keys
 
-    wanted = wanted_model(json.loads((exported / kind / "config.json").read_text()))
+    wanted = model_keys(json.loads((exported / kind / "config.json").read_text()))
     found = Config.model_validate(
         unflattened({f"model.{key}": value for key, value in wanted.items()})
         | {"run": {"dir": "x"}, "data": {"path": "x"}}
@@ -253,5 +253,5 @@ def test_files_stay_below_the_limit_and_hold_the_same(models, exported, tmp_path
     assert len(together) == sum(map(len, parts)) and together.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in together.items())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists; give another folder"):
         export(run, tmp_path / "out", limit)

@@ -92,14 +92,14 @@ def test_card_says_what_was_trained(models, tmp_path) -> None:
     total = sum(weight.numel() for weight in model.weights.values())
     tables = sum(w.numel() for name, w in model.weights.items() if ".tables." in name)
     assert found["parameters"] == [f"{total:,}"]
-    assert found["memory's parameters"][0].endswith(f"{tables:,}")
-    assert found["memory in layers (from 1)"] == ["2, 3"]
-    assert found["memory's window"] == ["21 tokens"]
-    assert found["experts"] == ["4, of which a token goes to 2"]
+    assert found["Gengram parameters"][0].endswith(f" {tables:,} in tables")
+    assert found["Gengram layers (from 1)"] == ["2, 3"]
+    assert found["Gengram window"] == ["21 tokens"]
+    assert found["experts"] == ["4, of which each token is routed to 2"]
     assert found["step"] == ["3"]
     assert found["tokens seen in this run"] == ["1,536 (24 samples)"]
     assert found["validation loss"][0].startswith(
-        "1.2500 nats a base, 1.8034 bits a base, after step 3"
+        "1.2500 nats per base, 1.8034 bits per base, after step 3"
     )
     assert found["no_data"] == ["not known", "not known"]  # its facts name no data set
     front = ModelCard(card).data  # as Hugging Face reads it

@@ -18,7 +18,7 @@ from gengram_megatron.engine.exchange.importing import import_model
 from gengram_megatron.engine.exchange.megatron import MegatronTensors
 from gengram_megatron.engine.exchange.megatron_arguments import (
     differences,
-    wanted_model,
+    model_keys,
 )
 from gengram_megatron.engine.exchange.megatron_other_arguments import argument_warnings
 from gengram_megatron.errors import UserError
@@ -178,7 +178,10 @@ TRAINING = {
 
 def table(arguments: dict, config: Config) -> dict[str, tuple]:
     """name -> value there, key and value here."""
-    return {one.name: (one.theirs, one.key, one.ours) for one in differences(arguments, config)}
+    return {
+        one.name: (one.foreign_value, one.key, one.our_value)
+        for one in differences(arguments, config)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +225,7 @@ def test_argument_with_a_key_differs(tiny, name, theirs, key, ours) -> None:
     found = table(MOE | {name: theirs}, tiny)
     assert found[name] == (theirs, f"model.{key}", ours)
     # Of those that follow from it, none would be left if it were the only one.
-    assert wanted_model(MOE | {name: theirs})[key] == theirs
+    assert model_keys(MOE | {name: theirs})[key] == theirs
 
 
 @pytest.mark.parametrize(
@@ -321,7 +324,7 @@ def test_dense_model_is_wide_as_ffn_hidden_size_says_and_has_no_router(tmp_path)
     config = load(tmp_path, "run", *DENSE)
     assert set(table(dense, config)) == {"ffn_hidden_size"}
     assert table({**dense, "ffn_hidden_size": 32}, config) == {}
-    assert wanted_model(dense)["num_experts"] is None
+    assert model_keys(dense)["num_experts"] is None
 
 
 def test_latent_attention_has_sizes_norms_and_a_rope_of_its_own(tmp_path) -> None:
@@ -359,13 +362,13 @@ def test_latent_attention_has_sizes_norms_and_a_rope_of_its_own(tmp_path) -> Non
 )
 def test_options_that_the_published_code_lacks_differ(tmp_path, word, key) -> None:
     [found] = differences(MOE, load(tmp_path, "run", word))
-    assert found.key == f"model.gengram.{key}" and found.theirs != found.ours
+    assert found.key == f"model.gengram.{key}" and found.foreign_value != found.our_value
 
 
 def test_memory_has_an_epsilon_of_its_own_in_the_published_code(tmp_path) -> None:
     config = load(tmp_path, "run", "model.norm_epsilon=1e-6")
     [found] = differences({**MOE, "norm_epsilon": 1e-6}, config)
-    assert (found.theirs, found.key, found.ours) == (1e-5, None, 1e-6)
+    assert (found.foreign_value, found.key, found.our_value) == (1e-5, None, 1e-6)
 
 
 def test_router_of_one_expert_has_its_softmax_before_the_choice(tmp_path) -> None:
@@ -494,7 +497,7 @@ def test_new_config_is_written_with_the_checkpoint(there) -> None:
     assert (config.run.dir, config.data.path) == ("runs/mine", "some/data")
     assert config.train.samples == 800
     assert (Path("runs/mine/checkpoints") / "step_00000000").is_dir()
-    assert "holds checkpoints already" in refused("there", "new.yaml")
+    assert "give another run.dir" in refused("there", "new.yaml")
     assert "new.yaml is there already" in refused("there", "--new-config", "new.yaml")
     planned = CliRunner().invoke(app, ["plan", "new.yaml"])
     assert planned.exit_code == 0, planned.exception
@@ -562,7 +565,7 @@ def test_where_nothing_can_be_compared_it_is_told(there, tmp_path, capfd) -> Non
     import_model(there, load(tmp_path, "run", "model.gengram.layers=[3]"))
     assert any("no setting was compared" in line for line in importing.open_foreign(there).warnings)
     said = capfd.readouterr().err
-    assert "tensors of memory are left out" in said and "model.gengram.layers is [3]" in said
+    assert "Gengram tensors are left out" in said and "model.gengram.layers is [3]" in said
 
 
 def test_arguments_as_a_dictionary_are_compared_too(there) -> None:
@@ -583,7 +586,7 @@ def test_arguments_as_a_dictionary_are_compared_too(there) -> None:
         (["there", "some.yaml", "--print-config"], "some.yaml and --print-config"),
         (["there", "--print-config", "--new-config", "new.yaml"], "both given"),
         (["there", "--new-config", "no/such/new.yaml"], "there is no folder"),
-        (["nowhere", "--new-config", "new.yaml"], "nowhere is not there"),
+        (["nowhere", "--new-config", "new.yaml"], "nowhere does not exist"),
         (["there", "nowhere.yaml"], "no config file nowhere.yaml"),
     ],
 )

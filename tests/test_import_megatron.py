@@ -91,7 +91,7 @@ def refused(source: Path, tmp_path: Path, expected: str, *words: str) -> None:
     [
         (["model.num_layers=5"], "lacks decoder.layers.4."),
         (["model.num_layers=3"], "holds decoder.layers.3."),
-        (["model.gengram.enabled=false"], "which the config has no place for"),
+        (["model.gengram.enabled=false"], "which is not in the config's model"),
         (["model.ffn_hidden_size=16"], "and the config asks for 32 x 32"),
     ],
 )
@@ -241,7 +241,7 @@ def test_chunks_of_a_rank_are_in_the_order_of_their_numbers(tmp_path) -> None:
 
 
 def test_folder_of_something_else_is_refused(tmp_path) -> None:
-    refused(tmp_path, tmp_path, "neither a model of transformers")
+    refused(tmp_path, tmp_path, "neither a transformers model")
 
 
 @pytest.mark.parametrize("form", ["distributed", "ranks"])

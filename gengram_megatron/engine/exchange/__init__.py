@@ -1,1 +1,1 @@
-"""Models of other formats: exported to them, imported from them."""
+"""Exports models to other formats and imports models from them."""

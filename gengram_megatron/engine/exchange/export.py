@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that transformers loads: tensor by tensor, never the whole model."""
+"""Exports a checkpoint to a folder that transformers can load, one tensor at a time."""
 
 import json
 import math
@@ -19,12 +19,16 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.files import flush
 
 LARGEST_FILE = 5 * 10**9
-"""Bytes of weights in one file."""
+"""The most bytes of weights in one file."""
 
 
 def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> None:
-    """Write `out`, which must not exist yet. One tensor of the checkpoint is in memory at a time,
-    and one of its parts where that does not lie in it as the file has it."""
+    """Writes the folder `out`, which must not exist yet.
+
+    Only one tensor of the checkpoint is in RAM at a time, plus a copy of one of its parts if that
+    is not contiguous in it. Raises UserError if the model cannot be exported or `out` exists or
+    cannot be written.
+    """
     check_installed()
     config = read_config(checkpoint)
     check_expressible(config.model)
@@ -33,7 +37,7 @@ def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> Non
     if missing:
         raise UserError(f"{checkpoint} cannot be exported: it lacks {missing[0]}")
     if out.exists():
-        raise UserError(f"{out} is there already; give another folder")
+        raise UserError(f"{out} already exists; give another folder")
     card = model_card(checkpoint, config)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -58,38 +62,46 @@ def _write_weights(folder: Path, stored: StoredTensors, weights: list[Weight], l
         for part in weight.parts
     }
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
-    places = _files(sizes, limit)
+    file_names = _assign_files(sizes, limit)
     files = {
         file: SafetensorsFile(
-            folder / file, {name: tensors[name] for name in tensors if places[name] == file}
+            folder / file, {name: tensors[name] for name in tensors if file_names[name] == file}
         )
-        for file in dict.fromkeys(places.values())
+        for file in dict.fromkeys(file_names.values())
     }
     for weight in weights:
         _write_weight(
-            weight, stored, {part.name: files[places[part.name]] for part in weight.parts}
+            weight, stored, {part.name: files[file_names[part.name]] for part in weight.parts}
         )
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_names}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_weight(weight: Weight, stored: StoredTensors, files: dict[str, SafetensorsFile]) -> None:
-    """In a function of its own: a loop's variable would keep a tensor while the next one is read."""
+    """Writes the parts of one weight.
+
+    This is a separate function because a loop variable would keep the tensor alive while the next
+    one is read.
+    """
     for name, tensor in weight.split(stored.read(weight.key)):
         files[name].write(name, tensor)
 
 
-def _files(sizes: dict[str, int], limit: int) -> dict[str, str]:
-    """The file of each tensor: filled one after the other, up to the limit."""
-    number, filled, places = 1, 0, {}
+def _assign_files(sizes: dict[str, int], limit: int) -> dict[str, str]:
+    """Returns the file name for each tensor; files are filled in order.
+
+    A file stays within `limit` bytes unless a single tensor is larger.
+    """
+    number, filled, file_numbers = 1, 0, {}
     for name, size in sizes.items():
         if filled and filled + size > limit:
             number, filled = number + 1, 0
         filled += size
-        places[name] = number
+        file_numbers[name] = number
     if number == 1:
         return dict.fromkeys(sizes, "model.safetensors")
     return {
-        name: f"model-{place:05d}-of-{number:05d}.safetensors" for name, place in places.items()
+        name: f"model-{file_number:05d}-of-{number:05d}.safetensors"
+        for name, file_number in file_numbers.items()
     }

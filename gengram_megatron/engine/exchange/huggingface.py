@@ -1,5 +1,5 @@
-"""What an exported model's folder says of it: config.json, generation_config.json, tokenizer, and
-the code of its memory."""
+"""Writes all files of an export but weights and model card: config.json, generation_config.json,
+the tokenizer, and the code of Gengram."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ CODE_FILES = ("configuration_gengram.py", "modeling_gengram.py")
 
 
 def check_installed() -> None:
-    """UserError: the packages of the extra hf are not here."""
+    """Raises UserError if packages of the extra `hf` are not installed."""
     for package in ("safetensors", "tokenizers"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -29,26 +29,26 @@ def check_installed() -> None:
 
 
 def check_expressible(model: Model) -> None:
-    """UserError: transformers' Llama and Mixtral cannot say what this model computes."""
+    """Raises UserError if transformers' Llama and Mixtral cannot compute what this model does."""
     if model.attention == "mla":
         raise UserError(
-            "model.attention is mla, which transformers' Llama and Mixtral do not have: only mha "
-            "and gqa can be exported and imported"
+            "model.attention is mla, which transformers' Llama and Mixtral do not support: only "
+            "mha and gqa can be exported and imported"
         )
     if model.num_experts is not None and model.moe_router_topk == 1:
         raise UserError(
-            "model.moe_router_topk is 1, and Mixtral gives a single expert the weight 1 where "
-            "this model gives it the router's probability: only 2 or more can be exported and "
-            "imported"
+            "model.moe_router_topk is 1, and Mixtral gives a single expert the weight 1, whereas "
+            "this model gives it the router's probability: only a value of 2 or more can be "
+            "exported and imported"
         )
 
 
 def model_config(config: Config) -> dict:
-    """config.json."""
+    """Returns the content of config.json."""
     model = config.model
     experts = model.num_experts is not None
     settings = {
-        "architectures": [_class(model, "ForCausalLM")],
+        "architectures": [_class_name(model, "ForCausalLM")],
         "model_type": _model_type(model),
         "dtype": DTYPES[config.train.dtype],
         "vocab_size": model.vocab_size,
@@ -86,28 +86,28 @@ def model_config(config: Config) -> dict:
 
 def _model_type(model: Model) -> str:
     base = "llama" if model.num_experts is None else "mixtral"
-    # A name of its own: without the code that knows the memory it must not load at all.
+    # A separate model_type: without the code for Gengram, the model must not load at all.
     return f"gengram_{base}" if model.gengram.enabled else base
 
 
-def _class(model: Model, suffix: str) -> str:
+def _class_name(model: Model, suffix: str) -> str:
     return "".join(part.capitalize() for part in _model_type(model).split("_")) + suffix
 
 
 def _auto_map(model: Model) -> dict:
     return {
-        "AutoConfig": f"configuration_gengram.{_class(model, 'Config')}",
-        "AutoModel": f"modeling_gengram.{_class(model, 'Model')}",
-        "AutoModelForCausalLM": f"modeling_gengram.{_class(model, 'ForCausalLM')}",
+        "AutoConfig": f"configuration_gengram.{_class_name(model, 'Config')}",
+        "AutoModel": f"modeling_gengram.{_class_name(model, 'Model')}",
+        "AutoModelForCausalLM": f"modeling_gengram.{_class_name(model, 'ForCausalLM')}",
     }
 
 
 def _gengram(model: Model) -> dict:
     gengram = model.gengram
-    same = ("layers", "dim", "window", "token_ids", "deduplicate", "signed_sqrt", "output")
+    copied = ("layers", "dim", "window", "token_ids", "deduplicate", "signed_sqrt", "output")
     return {
-        **{name: getattr(gengram, name) for name in (*same, "conv_kernel")},
-        # Only where there is one: models that were exported before the key was there lack it.
+        **{name: getattr(gengram, name) for name in (*copied, "conv_kernel")},
+        # Only if true: models that were exported before the key existed lack it.
         **({"projection_bias": True} if gengram.projection_bias else {}),
         "eod": EOD if gengram.reset_at_document else None,
         "tables": [asdict(table) for table in kmer_tables(gengram)],
@@ -115,24 +115,23 @@ def _gengram(model: Model) -> dict:
 
 
 def generation_config(model: Model) -> dict:
-    """generation_config.json: what `generate` does unless it is told otherwise."""
-    # EOD is not suppressed, because generated text could not end otherwise. Training here does not
-    # score EOD as a label, so a model of ours gives it next to no probability; one that was
-    # imported may have learned it.
-    possible = {*BASE_IDS, EOD}
+    """Returns the content of generation_config.json, the default settings of `generate`."""
+    # EOD is not suppressed, because otherwise generated text could not end. Training here masks EOD
+    # as a label, so our models give it almost no probability; imported ones may have learned it.
+    allowed = {*BASE_IDS, EOD}
     return {
         "bos_token_id": None,
         "eos_token_id": EOD,
         "pad_token_id": PAD,
-        "suppress_tokens": [n for n in range(model.vocab_size) if n not in possible],
+        "suppress_tokens": [n for n in range(model.vocab_size) if n not in allowed],
     }
 
 
 def write_description(folder: Path, config: Config) -> None:
-    """All files but the weights and the model card."""
+    """Writes all files of an export but the weights and the model card."""
     _write_json(folder / "config.json", model_config(config))
     _write_json(folder / "generation_config.json", generation_config(config.model))
-    # Not by the tokenizer itself, whose errors, such as a full disk, are no OSError.
+    # The tokenizer's own save method raises errors, as for a full disk, that are not OSErrors.
     (folder / "tokenizer.json").write_text(tokenizer().to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -144,9 +143,9 @@ def write_description(folder: Path, config: Config) -> None:
         "mask_token": "[MASK]",
         "eos_token": "[EOD]",
         "clean_up_tokenization_spaces": False,
-        # Behind a prompt that is padded on the right, generated text would go on from the padding.
+        # After a prompt padded on the right, generation would continue from the padding.
         "padding_side": "left",
-        # Llama and Mixtral take no token types, which a tokenizer gives by default.
+        # Llama and Mixtral do not accept token_type_ids, which a tokenizer returns by default.
         "model_input_names": ["input_ids", "attention_mask"],
     }
     _write_json(folder / "tokenizer_config.json", settings)
@@ -160,16 +159,19 @@ def _write_json(file: Path, content: dict) -> None:
 
 
 def tokenizer():
-    """A letter a token, with our ids: case is folded, IUPAC's other letters become N. Other than
-    ours, which refuses them, it reads what is no nucleotide as [UNK]."""
+    """Returns a tokenizer with one token per letter and our ids.
+
+    Case is folded, and IUPAC's ambiguity codes become N. Any other character becomes [UNK], where
+    our own tokenizer refuses it.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from tokenizers.pre_tokenizers import Split
 
     fast = Tokenizer(models.WordLevel({name: n for n, name in enumerate(NAMES)}, unk_token="[UNK]"))
-    others = IUPAC_AMBIGUOUS + IUPAC_AMBIGUOUS.lower()
+    ambiguous = IUPAC_AMBIGUOUS + IUPAC_AMBIGUOUS.lower()
     fast.normalizer = normalizers.Sequence(
         [normalizers.Replace(base.lower(), base) for base in BASES]
-        + [normalizers.Replace(Regex(f"[{others}]"), "N")]
+        + [normalizers.Replace(Regex(f"[{ambiguous}]"), "N")]
     )
     fast.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     fast.decoder = decoders.Fuse()

@@ -1,8 +1,8 @@
-"""The files of a folder of transformers: its config.json, whose values are checked to be of the
-kinds that they have to be, and its tensors, read one by one from safetensors files.
+"""Reads the files of a transformers model: config.json, whose values are checked for their types,
+and the tensors, one by one from safetensors files.
 
-Files come from many hands. A number in quotes or a group that is a list is named here, where it
-would otherwise be found in the middle of a comparison.
+The files come from many sources. A number in quotes, or a list in the place of an object, is
+reported here; otherwise it would fail in the middle of a comparison.
 """
 
 import json
@@ -16,167 +16,180 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.runs.store import check_readable
 
 
-def _is_whole(value: object) -> bool:
+def _is_positive_int(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_number(value: object) -> bool:
+def _is_positive_number(value: object) -> bool:
     return type(value) in (int, float) and value > 0
 
 
-def _is_group(value: object) -> bool:
+def _is_object(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _are_whole(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_whole, value))
+def _are_positive_ints(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_positive_int, value))
 
 
 def _are_tables(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(one, dict) and all(_is_whole(one.get(name)) for name in ("k", "rows", "columns"))
-        for one in value
+        isinstance(table, dict)
+        and all(_is_positive_int(table.get(name)) for name in ("k", "rows", "columns"))
+        for table in value
     )
 
 
-_WHOLE = "a whole number above 0"
+_INT = "a whole number above 0"
 _NUMBER = "a number above 0"
-_GROUP = "an object of JSON"
+_OBJECT = "a JSON object"
 
-_Kind = tuple[Callable[[object], bool], str]
-_KINDS: dict[str, _Kind] = {
+_Check = tuple[Callable[[object], bool], str]
+_CHECKS: dict[str, _Check] = {
     **dict.fromkeys(
         (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "num_local_experts",
             "num_experts_per_tok", "head_dim", "max_position_embeddings", "sliding_window",
         ),
-        (_is_whole, _WHOLE),
+        (_is_positive_int, _INT),
     ),
     **dict.fromkeys(
-        ("rms_norm_eps", "rope_theta", "partial_rotary_factor"), (_is_number, _NUMBER)
+        ("rms_norm_eps", "rope_theta", "partial_rotary_factor"), (_is_positive_number, _NUMBER)
     ),
-    **dict.fromkeys(("rope_parameters", "rope_scaling"), (_is_group, _GROUP)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), (_is_object, _OBJECT)),
 }  # fmt: skip
-_KINDS_OF_ROPE: dict[str, _Kind] = dict.fromkeys(
-    ("rope_theta", "partial_rotary_factor"), (_is_number, _NUMBER)
+_ROPE_CHECKS: dict[str, _Check] = dict.fromkeys(
+    ("rope_theta", "partial_rotary_factor"), (_is_positive_number, _NUMBER)
 )
-_KINDS_OF_MEMORY: dict[str, _Kind] = {
-    "layers": (_are_whole, "a list of layers, from 1"),
-    "tables": (_are_tables, "a list of tables, with k, rows and columns of each"),
-    **dict.fromkeys(("dim", "conv_kernel", "window"), (_is_whole, _WHOLE)),
+_GENGRAM_CHECKS: dict[str, _Check] = {
+    "layers": (_are_positive_ints, "a list of layers, from 1"),
+    "tables": (_are_tables, "a list of tables, each with k, rows and columns"),
+    **dict.fromkeys(("dim", "conv_kernel", "window"), (_is_positive_int, _INT)),
 }
 
 
-def check_values(found: dict) -> None:
-    """UserError: a value of config.json, as parsed, is not of the kind that its key has.
+def check_values(hf_config: dict) -> None:
+    """Raises UserError if a value of the parsed config.json is of the wrong type.
 
-    Null is left to those who read the keys: to many of them it says the default.
+    Null is left to the code that reads the keys; for many of them it means the default.
     """
-    if problem := next(_problems(found), None):
+    if problem := next(_problems(hf_config), None):
         raise UserError(problem)
 
 
-def _problems(found: dict) -> Iterator[str]:
-    yield from _wrong(found, _KINDS, "")
+def _problems(hf_config: dict) -> Iterator[str]:
+    """Yields a sentence for each value that is of the wrong type or missing."""
+    yield from _wrong_values(hf_config, _CHECKS, "")
     for name in ("rope_parameters", "rope_scaling"):
-        yield from _wrong(found.get(name) or {}, _KINDS_OF_ROPE, f"{name}.")
-    if str(found.get("model_type")).startswith("gengram_") and _is_group(found.get("gengram")):
-        memory = found["gengram"]
-        yield from _wrong(memory, _KINDS_OF_MEMORY, "gengram.")
+        yield from _wrong_values(hf_config.get(name) or {}, _ROPE_CHECKS, f"{name}.")
+    has_gengram = str(hf_config.get("model_type")).startswith("gengram_")
+    if has_gengram and _is_object(hf_config.get("gengram")):
+        gengram = hf_config["gengram"]
+        yield from _wrong_values(gengram, _GENGRAM_CHECKS, "gengram.")
         for name in ("layers", "tables", "dim"):
-            if memory.get(name) is None:
-                yield f"config.json lacks gengram.{name}, which says what its memory computes"
+            if gengram.get(name) is None:
+                yield f"config.json lacks gengram.{name}, which defines what Gengram computes"
 
 
-def _wrong(group: dict, kinds: dict[str, _Kind], prefix: str) -> Iterator[str]:
-    for name, (fits, kind) in kinds.items():
-        if (value := group.get(name)) is not None and not fits(value):
-            yield f"config.json has {prefix}{name} {value!r}; it must be {kind}"
+def _wrong_values(group: dict, checks: dict[str, _Check], prefix: str) -> Iterator[str]:
+    for name, (is_valid, description) in checks.items():
+        if (value := group.get(name)) is not None and not is_valid(value):
+            yield f"config.json has {prefix}{name} {value!r}; it must be {description}"
 
 
 INDEX = "model.safetensors.index.json"
-ONE_FILE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 
 
 def open_files(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
-    """The names of a folder's tensors, and what reads one of them whole.
+    """Returns the names of a folder's tensors, and a function that reads a whole tensor by name.
 
-    Those that the index names count, or model.safetensors, or, where there is neither, all.
+    The files are those that the index lists; without an index, model.safetensors; without either,
+    all *.safetensors files.
 
-    UserError: there are none, one that the index names is missing, a name is in two files, or there
-    is model.safetensors, which transformers reads first, beside the files of an index.
+    Raises UserError if there are no files, if a file that the index lists is missing, if a name is
+    in two files, or if the folder has both model.safetensors, which transformers prefers, and the
+    files of an index.
     """
-    index, one = folder / INDEX, folder / ONE_FILE
-    check_readable(path for path in (index, one) if path.exists())
+    index, single = folder / INDEX, folder / SINGLE_FILE
+    check_readable(path for path in (index, single) if path.exists())
     if index.is_file():
-        places = _indexed(index)
-        if one.is_file() and set(places.values()) != {one}:
+        tensor_files = _files_by_index(index)
+        if single.is_file() and set(tensor_files.values()) != {single}:
             raise UserError(
-                f"{folder} holds its weights twice, in {ONE_FILE} and in the files that {INDEX} "
-                "names, and they may differ: remove the wrong ones"
+                f"{folder} holds its weights twice, in {SINGLE_FILE} and in the files that {INDEX} "
+                "lists, and they may differ: remove the wrong ones"
             )
     else:
-        files = [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
-        places = _held(files)
-    if not places:
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        tensor_files = _files_by_content(files)
+    if not tensor_files:
         raise UserError(
-            f"{folder} has no weights in safetensors, and files of other kinds, such as *.bin, are "
+            f"{folder} has no weights in safetensors files, and other files, such as *.bin, are "
             "not read because they can run code: save the model with safe_serialization=True"
         )
 
     def read(name: str) -> Tensor:
-        with _opened(places[name]) as tensors:
+        with _open_safetensors(tensor_files[name]) as tensors:
             return tensors.get_tensor(name)
 
-    return set(places), read
+    return set(tensor_files), read
 
 
 def read_json(file: Path) -> dict:
-    """UserError: what is there is not an object of JSON."""
+    """Returns the JSON object in a file; raises UserError if it is anything else."""
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds {type(found).__name__} where an object of JSON is needed")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{file} holds a value of type {type(content).__name__} where a JSON object is needed"
+        )
+    return content
 
 
-def _indexed(index: Path) -> dict[str, Path]:
-    """The file of each tensor, by the index; every file must have what the index says of it."""
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict):
-        raise UserError(f"{index} lacks weight_map, which says where each tensor lies")
-    places = {name: index.parent / str(file) for name, file in named.items()}
-    for file in sorted(set(places.values())):
+def _files_by_index(index: Path) -> dict[str, Path]:
+    """Returns the file of each tensor that the index lists.
+
+    Raises UserError if a file is missing or lacks one of its tensors.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} lacks weight_map, which lists the file of each tensor")
+    tensor_files = {name: index.parent / str(file) for name, file in weight_map.items()}
+    for file in sorted(set(tensor_files.values())):
         if file.parent != index.parent or not file.is_file():
-            raise UserError(f"{index} names {file.name}, which is missing: download it again")
-        with _opened(file) as tensors:
-            held = set(tensors.keys())
-        if lost := sorted(name for name, at in places.items() if at == file and name not in held):
-            raise UserError(f"{file} lacks {lost[0]}, which {index.name} says it holds")
-    return places
+            raise UserError(f"{index} lists {file.name}, which is missing: download it again")
+        with _open_safetensors(file) as tensors:
+            stored = set(tensors.keys())
+        if missing := sorted(
+            name for name, other in tensor_files.items() if other == file and name not in stored
+        ):
+            raise UserError(f"{file} lacks {missing[0]}, which {index.name} says it holds")
+    return tensor_files
 
 
-def _held(files: list[Path]) -> dict[str, Path]:
-    places: dict[str, Path] = {}
+def _files_by_content(files: list[Path]) -> dict[str, Path]:
+    """Returns the file of each tensor, without an index; no name may be in two files."""
+    tensor_files: dict[str, Path] = {}
     check_readable(files)
     for file in files:
-        with _opened(file) as tensors:
+        with _open_safetensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict, and not iterable)
-                if name in places:
+                if name in tensor_files:
                     raise UserError(
-                        f"{name} is in {places[name].name} and in {file.name}, and there is no "
-                        f"{INDEX} to say which counts: remove the wrong file"
+                        f"{name} is in {tensor_files[name].name} and in {file.name}, and there is "
+                        f"no {INDEX} to say which one to use: remove the wrong file"
                     )
-                places[name] = file
-    return places
+                tensor_files[name] = file
+    return tensor_files
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator:
-    """A file of safetensors, open for reading."""
+def _open_safetensors(file: Path) -> Iterator:
+    """Opens a safetensors file for reading; raises UserError if that fails."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,5 @@
-"""A model of another format as a checkpoint that a run starts from: its weights at step 0."""
+"""Imports a model of another format: writes a checkpoint of its weights at step 0, from which a run
+can start."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -27,11 +28,11 @@ from gengram_megatron.engine.exchange.names import (
     EMBEDDING,
     OUTPUT,
     huggingface_weights,
-    is_joined,
+    is_fused_experts,
     megatron_weights,
 )
-from gengram_megatron.engine.exchange.settings import Difference, refuse
-from gengram_megatron.engine.exchange.weights import OTHER_MODEL, Weight
+from gengram_megatron.engine.exchange.settings import Difference, refuse_differences
+from gengram_megatron.engine.exchange.weights import WRONG_MODEL_HINT, Weight
 from gengram_megatron.errors import UserError, print_message
 from gengram_megatron.runs.store import (
     FACTS,
@@ -47,15 +48,16 @@ HUGGINGFACE_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A model of another format, before any config is compared with it.
+class ForeignModel:
+    """A model of another format, before it is compared with a config.
 
-    names: of its tensors. read: one whole tensor. embedding: the name of the input embedding.
-    weights: where each of our tensors lies among them.
-    differences: all that it says otherwise than a config of what it computes.
-    model, train: keys below `model.` and `train.` of a config for it, as far as it says them.
-    unused: tensors that are there and that the model which a config describes does not use.
-    warnings: sentences for the person who imports it.
+    names: the names of its tensors. read: returns one unsharded tensor. embedding: the name of the
+    input embedding.
+    weights: the mapping of our tensors to the foreign ones, for a model.
+    differences: the settings that affect the logits and differ from a config.
+    model, train: the keys below `model.` and `train.` of a config for it, as far as it states them.
+    unused: the names of tensors that the model of a config does not use.
+    warnings: sentences for the user.
     """
 
     path: Path
@@ -71,74 +73,81 @@ class Foreign:
 
     @property
     def precision(self) -> str:
-        """The value of train.precision with which a run keeps its weights as they are."""
+        """The train.precision for the dtype of the weights: fp32 for float32, otherwise bf16."""
         if self.embedding not in self.names:
-            raise UserError(f"{self.path} lacks {self.embedding}: it is not a decoder of this kind")
+            raise UserError(
+                f"{self.path} lacks {self.embedding}: it is not a decoder that can be imported"
+            )
         with reading(self.path):
             return "fp32" if self.read(self.embedding).dtype == torch.float32 else "bf16"
 
 
 def import_model(path: Path, config: Config) -> Path:
-    """Write the first checkpoint of config.run.dir; returns it. One tensor is in memory at a time.
+    """Writes the first checkpoint of config.run.dir and returns its path.
 
-    UserError: what is there is another model than the config's. Nothing is left in run.dir then.
+    Only one tensor is in RAM at a time. Raises UserError if the model is not that of the config;
+    nothing is left in run.dir then.
     """
     return import_foreign(open_foreign(path), config)
 
 
-def open_foreign(path: Path) -> Foreign:
-    """UserError: there is no model of a known format, or its files cannot be read."""
+def open_foreign(path: Path) -> ForeignModel:
+    """Opens a model.
+
+    Raises UserError if `path` has no model of a known format or its files cannot be read.
+    """
     with reading(path):
         if (path / HUGGINGFACE_CONFIG).is_file():
             return _huggingface(path)
         if not (path / FACTS).is_file() and (folder := find_megatron(path)):
             return _megatron(folder)
-    raise UserError(_why_no_model(path))
+    raise UserError(_describe_missing_model(path))
 
 
-def _why_no_model(path: Path) -> str:
-    """What is wrong with a path at which no model of a known format is, in a sentence."""
+def _describe_missing_model(path: Path) -> str:
+    """Returns a sentence on why a path has no model of a known format."""
     if not path.exists():
-        return f"{path.absolute()} is not there: download the model, or correct the path"
+        return f"{path.absolute()} does not exist: download the model, or correct the path"
     if not path.is_dir():
         return f"{path} is a file: give the folder of the model"
-    if any((one / FACTS).is_file() for one in (path, *checkpoints_at(path))):
+    if any((folder / FACTS).is_file() for folder in (path, *checkpoints_at(path))):
         return (
-            f"{path} holds checkpoints of this program: start from them with checkpoint.load={path}"
+            f"{path} holds checkpoints of this program: start a run from them with "
+            f"checkpoint.load={path}"
         )
     if (path / NEWEST).is_file():
-        named = (path / NEWEST).read_text(errors="replace").strip()
+        iteration = (path / NEWEST).read_text(errors="replace").strip()
         return (
-            f"{path / NEWEST} names iteration {named[:20]!r}, and {path} has no whole checkpoint of "
-            "it: give the folder of one iteration, such as iter_0001000"
+            f"{path / NEWEST} names iteration {iteration[:20]!r}, and {path} has no complete "
+            "checkpoint of it: give the folder of one iteration, such as iter_0001000"
         )
     return (
-        f"{path} is neither a model of transformers, with its {HUGGINGFACE_CONFIG}, nor a "
-        f"checkpoint of Megatron-LM, with its {NEWEST} or the files of one iteration"
+        f"{path} is neither a transformers model, with a {HUGGINGFACE_CONFIG}, nor a Megatron-LM "
+        f"checkpoint, with a {NEWEST} or the files of one iteration"
     )
 
 
-def import_foreign(foreign: Foreign, config: Config) -> Path:
-    """As import_model, of a model that has been opened."""
+def import_foreign(foreign: ForeignModel, config: Config) -> Path:
+    """Does the same as import_model, for a model that is already open."""
     store = CheckpointStore(Path(config.run.dir) / "checkpoints")
     if store.newest():
-        raise UserError(f"{store.folder} holds checkpoints already; give another run.dir")
+        raise UserError(f"{store.folder} already holds checkpoints; give another run.dir")
     check_model(config)
-    refuse(foreign.path, foreign.differences(config))
+    refuse_differences(foreign.path, foreign.differences(config))
     weights = {weight.key: weight for weight in foreign.weights(config.model)}
     _check_names(foreign, config.model, list(weights.values()))
     if unused := sorted(foreign.unused(config.model)):
         print_message(
-            f"warning: {len(unused)} tensors of memory are left out, as model.gengram.layers is "
+            f"warning: {len(unused)} Gengram tensors are left out, because model.gengram.layers is "
             f"{config.model.gengram.layers}: {unused[0]} and so on"
         )
-    dtype, stored = getattr(torch, DTYPES[config.train.dtype]), set()
+    dtype, stored_dtypes = getattr(torch, DTYPES[config.train.dtype]), set()
 
     def read(name: str) -> Tensor:
         tensor = foreign.read(name)
         if tensor.is_floating_point():
             _check_finite(foreign.path, name, tensor)
-        stored.add(tensor.dtype)
+        stored_dtypes.add(tensor.dtype)
         return tensor
 
     source = weights_only.Source(
@@ -157,81 +166,86 @@ def import_foreign(foreign: Foreign, config: Config) -> Path:
     )
     common = {"config": config.model_dump(), "step": 0}
     with _removed_if_empty(store.folder):
-        written = weights_only.write(store, source, common, facts)
-    _tell_of_conversion(stored - {dtype}, dtype)
-    return written
+        checkpoint = weights_only.write(store, source, common, facts)
+    _warn_of_conversion(stored_dtypes - {dtype}, dtype)
+    return checkpoint
 
 
 def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """UserError: a model with such a weight predicts nothing, and no training mends it."""
-    # NaN is the least and the greatest of all; a tensor of truth values would take memory.
+    """Raises UserError if a tensor has NaN or infinite values.
+
+    Such a model predicts nothing, and training cannot repair it.
+    """
+    # aminmax returns NaN if there is any, without a boolean tensor of the same size in RAM.
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
         raise UserError(
-            f"{path}: {name} holds numbers that are not finite (NaN or infinite): these weights "
-            "predict nothing; give a checkpoint from before, or download it again"
+            f"{path}: {name} holds values that are not finite (NaN or infinite), with which the "
+            "model predicts nothing: give an earlier checkpoint, or download it again"
         )
 
 
-def _tell_of_conversion(there: set[torch.dtype], here: torch.dtype) -> None:
-    """Weights in another precision than the run's are converted, which must not go unseen.
+def _warn_of_conversion(converted: set[torch.dtype], dtype: torch.dtype) -> None:
+    """Warns that weights were converted to the run's dtype, which must not go unnoticed.
 
-    there: the dtypes of weights that had to be converted.
+    converted: the dtypes of the weights that had to be converted.
     """
-    if not there:
+    if not converted:
         return
-    names = " and ".join(sorted(str(one).removeprefix("torch.") for one in there))
-    if here == torch.bfloat16:  # float16 has more digits, too
+    names = " and ".join(sorted(str(one).removeprefix("torch.") for one in converted))
+    if dtype == torch.bfloat16:  # float16, too, has more mantissa bits
         print_message(
-            f"warning: weights that are {names} there are rounded to bfloat16, because "
-            "train.precision keeps them so here"
+            f"warning: {names} weights are rounded to bfloat16, the dtype that train.precision "
+            "sets for weights"
         )
     else:
         print_message(
-            f"warning: weights that are {names} there are kept in float32, because "
-            "train.precision is fp32; they gain no digits by it"
+            f"warning: {names} weights are kept in float32, because train.precision is fp32; this "
+            "adds no precision"
         )
 
 
 @contextmanager
 def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """After an error, folders that were made for what could not be written are removed again."""
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    """Removes, after an error, the empty folders that were created for the checkpoint."""
+    created = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield
     except BaseException:
-        for one in made:
+        for one in created:
             with suppress(OSError):
                 one.rmdir()
         raise
 
 
-def _check_names(foreign: Foreign, model: Model, weights: list[Weight]) -> None:
-    """All that the config asks for is there, and nothing that it has no place for."""
-    wanted = {part.name for weight in weights for part in weight.parts}
+def _check_names(foreign: ForeignModel, model: Model, weights: list[Weight]) -> None:
+    """Raises UserError unless the model has exactly the tensors that the config asks for."""
+    expected = {part.name for weight in weights for part in weight.parts}
     names = foreign.names - foreign.unused(model)
-    if missing := sorted(wanted - names):
-        raise UserError(f"{foreign.path} lacks {missing[0]}: {OTHER_MODEL}")
-    if others := sorted(names - wanted):
+    if missing := sorted(expected - names):
+        raise UserError(f"{foreign.path} lacks {missing[0]}: {WRONG_MODEL_HINT}")
+    if unexpected := sorted(names - expected):
         raise UserError(
-            f"{foreign.path} holds {others[0]}, which the config has no place for: {OTHER_MODEL}"
+            f"{foreign.path} holds {unexpected[0]}, which is not in the config's model: "
+            f"{WRONG_MODEL_HINT}"
         )
 
 
-def _huggingface(path: Path) -> Foreign:
+def _huggingface(path: Path) -> ForeignModel:
+    """Opens a transformers model."""
     check_installed()
     check_readable([path / HUGGINGFACE_CONFIG])
-    found = read_json(path / HUGGINGFACE_CONFIG)
+    hf_config = read_json(path / HUGGINGFACE_CONFIG)
     try:
-        wanted = huggingface_settings.wanted_model(found)
+        model = huggingface_settings.model_keys(hf_config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     names, read_stored = open_files(path)
-    tied = huggingface_settings.tied(found)
+    tied = huggingface_settings.has_tied_embeddings(hf_config)
     if tied and {EMBEDDING, OUTPUT} <= names and not _equal(read_stored, EMBEDDING, OUTPUT):
         raise UserError(
-            f"{path / HUGGINGFACE_CONFIG} has tie_word_embeddings true, and there is a {OUTPUT} "
-            f"other than {EMBEDDING}, which transformers uses from version 5 on: set it to false "
-            f"if that is right, or remove {OUTPUT}"
+            f"{path / HUGGINGFACE_CONFIG} has tie_word_embeddings true, and the weights include "
+            f"{OUTPUT}, which differs from {EMBEDDING} and is used by transformers from version 5 "
+            f"on: set tie_word_embeddings to false if that is right, or remove {OUTPUT}"
         )
 
     def read(name: str) -> Tensor:
@@ -239,59 +253,63 @@ def _huggingface(path: Path) -> Foreign:
 
     def differences(config: Config) -> list[Difference]:
         check_expressible(config.model)
-        return huggingface_settings.differences(found, config)
+        return huggingface_settings.differences(hf_config, config)
 
-    return Foreign(
+    return ForeignModel(
         path,
         names | {OUTPUT} if tied else names,
         read,
         embedding=EMBEDDING,
-        weights=partial(huggingface_weights, joined=any(map(is_joined, names))),
+        weights=partial(huggingface_weights, fused=any(map(is_fused_experts, names))),
         differences=differences,
-        model=wanted,
-        warnings=tuple(huggingface_settings.notes(found)),
+        model=model,
+        warnings=tuple(huggingface_settings.notes(hf_config)),
     )
 
 
-def _equal(read: Callable[[str], Tensor], one: str, other: str) -> bool:
-    return torch.equal(read(one), read(other))
+def _equal(read: Callable[[str], Tensor], first: str, second: str) -> bool:
+    return torch.equal(read(first), read(second))
 
 
-def _megatron(folder: Path) -> Foreign:
+def _megatron(folder: Path) -> ForeignModel:
+    """Opens a Megatron-LM checkpoint."""
     check_readable(file for file in folder.rglob("*") if not file.is_dir())
     tensors = open_megatron(folder)
 
     def unused(model: Model) -> set[str]:
-        """The published code has the memory's weights in every layer, and uses them in some."""
+        """Returns the Gengram tensors of layers that do not use them.
+
+        The published code has Gengram weights in every layer.
+        """
         return {
             name
             for name in tensors.names
-            if (part := re.match(r"decoder\.layers\.(\d+)\.gengram\.", name))
+            if (match := re.match(r"decoder\.layers\.(\d+)\.gengram\.", name))
             and model.gengram.enabled
-            and int(part[1]) + 1 not in model.gengram.layers
+            and int(match[1]) + 1 not in model.gengram.layers
         }
 
     warnings = list(argument_warnings(tensors.arguments))
     if not tensors.arguments:
         warnings.append(
-            f"{folder} has no arguments of the run that wrote it (args), so no setting was compared "
-            "with the config but the shapes of the weights. Rotary base, norm epsilon, top-k, the "
-            "memory's layers, window and token ids must be those that it was trained with"
+            f"{folder} lacks the arguments of the run that wrote it (args), so no setting was "
+            "compared with the config except the shapes of the weights. Rotary base, norm epsilon, "
+            "top-k, and Gengram's layers, window and token ids must be those of the training"
         )
     if tensors.skipped:
         warnings.append(
             f"{len(tensors.skipped)} tensors of multi-token prediction, which this program does "
-            f"not have, are left out: {tensors.skipped[0]} and so on"
+            f"not support, are left out: {tensors.skipped[0]} and so on"
         )
-    return Foreign(
+    return ForeignModel(
         folder,
         tensors.names,
         tensors.read,
         embedding="embedding.word_embeddings.weight",
         weights=megatron_weights,
         differences=lambda config: megatron_arguments.differences(tensors.arguments, config),
-        model=megatron_arguments.wanted_model(tensors.arguments),
-        train=megatron_arguments.wanted_batch(tensors.arguments),
+        model=megatron_arguments.model_keys(tensors.arguments),
+        train=megatron_arguments.train_keys(tensors.arguments),
         unused=unused,
         warnings=tuple(warnings),
     )

@@ -1,12 +1,12 @@
-"""Checkpoints of Megatron-LM with a file for each rank, put together to whole tensors.
+"""Reads Megatron-LM checkpoints with one file per rank and merges their shards.
 
-A folder is named for the numbers of its rank: `mp_rank_TT`, the tensor-parallel one, followed by
-`_PPP` where the run was pipeline-parallel and by `_EEE` where it was expert-parallel. Each stage
-counts its layers from 0, and each expert-parallel rank its experts. A weight that several ranks
-have must be the same in all of them.
+A folder is named after its ranks: `mp_rank_TT`, the tensor-parallel rank, followed by `_PPP` if the
+run was pipeline-parallel and by `_EEE` if it was expert-parallel. Each pipeline stage numbers its
+layers from 0, and each expert-parallel rank its experts. A weight that several ranks hold must be
+identical in all of them.
 
-Norms that Transformer Engine joins with the linear map behind them, and experts under several
-spellings, all get the names of megatron-core's plain modules.
+Norms that Transformer Engine fuses with the linear layer after them, and experts, which are named
+in several ways, all get the names of megatron-core's local modules.
 """
 
 import re
@@ -27,8 +27,8 @@ EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.")
 GROUPED = re.compile(r"\.mlp\.experts\.weight[12]$")
 
 _WRAPPED = re.compile(r"(model\.)?(module\.)*")
-_OF_NO_MODEL = re.compile(r"(optimizer|chained_\d+|opt_param_scheduler|rng_state|rerun_state)\b")
-_SPELLINGS = (
+_NOT_A_WEIGHT = re.compile(r"(optimizer|chained_\d+|opt_param_scheduler|rng_state|rerun_state)\b")
+_RENAMES = (
     (r"self_attention\.linear_qkv\.layer_norm_weight$", "input_layernorm.weight"),
     (
         r"self_attention\.linear_kv_up_proj\.layer_norm_weight$",
@@ -40,62 +40,66 @@ _SPELLINGS = (
     (r"mlp\.experts\.experts\.(\d+)\.", r"mlp.experts.local_experts.\1."),
 )
 
-# The axis along which tensor-parallel ranks share a tensor; the others have it whole.
-_BY_ROWS = re.compile(
+# How tensor-parallel ranks split a weight; all weights that match neither are replicated.
+_SPLIT_BY_ROWS = re.compile(
     r"(word_embeddings|output_layer|linear_qkv|linear_q_proj|linear_q_up_proj|linear_kv_up_proj"
     r"|linear_fc1)\.weight$"
 )
-_BY_COLUMNS = re.compile(r"(linear_proj|linear_fc2)\.weight$")
+_SPLIT_BY_COLUMNS = re.compile(r"(linear_proj|linear_fc2)\.weight$")
 _GATED = re.compile(r"linear_fc1\.weight$")
 
 
 def plain_name(name: str) -> str | None:
-    """As megatron-core's plain modules have it; None for what is no weight of a model."""
-    if _OF_NO_MODEL.match(name) or "._extra_state" in name:
+    """Returns the name as in megatron-core's local modules; None if it is not a model weight."""
+    if _NOT_A_WEIGHT.match(name) or "._extra_state" in name:
         return None
     name = name[_WRAPPED.match(name).end() :]
-    for spelling, plain in _SPELLINGS:
-        name = re.sub(spelling, plain, name)
+    for pattern, plain in _RENAMES:
+        name = re.sub(pattern, plain, name)
     return name
 
 
-def is_of_several_tokens(name: str) -> bool:
-    """Whether a weight is of the head that predicts several tokens, which this model lacks."""
+def is_multi_token_prediction(name: str) -> bool:
+    """Whether a weight belongs to multi-token prediction, which our model lacks."""
     return name.startswith("mtp.")
 
 
-def is_shared(name: str) -> bool:
-    """Whether each tensor-parallel rank has a share of a weight, and not all of it."""
-    return bool(_BY_ROWS.search(name) or _BY_COLUMNS.search(name))
+def is_sharded(name: str) -> bool:
+    """Whether each tensor-parallel rank holds a shard of a weight instead of all of it."""
+    return bool(_SPLIT_BY_ROWS.search(name) or _SPLIT_BY_COLUMNS.search(name))
 
 
-def put_together(name: str, shares: list[Tensor]) -> Tensor:
-    """A whole weight from the shares of the tensor-parallel ranks, in their order."""
+def merge_shards(name: str, shards: list[Tensor]) -> Tensor:
+    """Returns the unsharded weight from its shards, in the order of the tensor-parallel ranks."""
     if _GATED.search(name):
-        # Every rank has its share of the gate, then its share of the up-projection.
-        gates, ups = zip(*(share.chunk(2) for share in shares))
+        # A shard holds rows of the gate projection, followed by rows of the up-projection.
+        gates, ups = zip(*(shard.chunk(2) for shard in shards))
         return torch.cat([*gates, *ups])
-    return torch.cat(shares, dim=0 if _BY_ROWS.search(name) else 1)
+    return torch.cat(shards, dim=0 if _SPLIT_BY_ROWS.search(name) else 1)
 
 
-def with_later_expert(name: str, first: int) -> str:
-    """The name of an expert's weight, the expert's number counted from `first`."""
-    return EXPERT.sub(lambda found: f".mlp.experts.local_experts.{int(found[1]) + first}.", name)
+def with_expert_offset(name: str, offset: int) -> str:
+    """Returns the name of an expert's weight with `offset` added to the expert's index."""
+    return EXPERT.sub(lambda match: f".mlp.experts.local_experts.{int(match[1]) + offset}.", name)
 
 
-def experts_of_grouped(name: str, tensor: Tensor, experts: int) -> dict[str, Tensor]:
-    """The weights of single experts in one of megatron-core's GroupedMLP.
+def split_grouped_experts(name: str, tensor: Tensor, experts: int) -> dict[str, Tensor]:
+    """Returns the weight of each expert, by name, from a weight of megatron-core's GroupedMLP.
 
     name: ends with mlp.experts.weight1 or weight2. tensor: [h, experts * width] or
     [experts * width, h], which the module views as [experts, h, width] and [experts, width, h]:
-    of each expert a matrix with rows and columns changed. experts: how many it holds.
+    the transposed matrix of each expert. experts: how many experts it holds.
+
+    Raises UserError if the tensor cannot be divided among so many experts.
     """
-    layer, _, number = name.rpartition("weight")
+    prefix, _, number = name.rpartition("weight")
     if tensor.ndim != 2 or not experts or tensor.shape[number == "1"] % experts:
-        raise UserError(f"{name} is {tuple(tensor.shape)}, which {experts} experts cannot share")
+        raise UserError(
+            f"{name} is {tuple(tensor.shape)}, which cannot be divided among {experts} experts"
+        )
     shape = (experts, len(tensor), -1) if number == "1" else (experts, -1, tensor.shape[1])
     return {
-        f"{layer}local_experts.{expert}.linear_fc{number}.weight": weight.t()
+        f"{prefix}local_experts.{expert}.linear_fc{number}.weight": weight.t()
         for expert, weight in enumerate(tensor.reshape(shape))
     }
 
@@ -105,12 +109,15 @@ _CHUNK = re.compile(r"model\d*")
 _RANK = re.compile(r"mp_rank_(\d{2,})((?:_\d{3,}){0,2})")
 
 Rank = tuple[int, int, int]
-"""Tensor-, pipeline- and expert-parallel, each from 0."""
+"""The tensor-, pipeline- and expert-parallel ranks, each from 0."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How many ranks shared the model. expert_tensor: how many shared each expert."""
+class ParallelSizes:
+    """The parallel sizes of a run.
+
+    expert_tensor: how many tensor-parallel ranks split each expert.
+    """
 
     tensor: int
     pipeline: int
@@ -119,7 +126,10 @@ class Sizes:
 
 
 class RankFiles:
-    """The weights of all ranks by plain names. arguments: those of the run, or None."""
+    """The weights of all ranks, by plain names.
+
+    arguments: the command-line arguments of the run, or None.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -127,60 +137,67 @@ class RankFiles:
         _check_same_iteration(folder, contents)
         self.arguments = contents[min(contents)].get("args")
         files = _by_rank(folder, contents, self.arguments)
-        self._sizes = sizes = _sizes(files, self.arguments)
+        self._sizes = sizes = _parallel_sizes(files, self.arguments)
         _check_complete(folder, files, sizes)
-        # Of each weight and tensor-parallel share all copies, and the folder of each.
+        # By weight name and shard index: all copies, each with the name of its folder.
         self._copies: dict[str, dict[int, list[tuple[str, Tensor]]]] = {}
         for tensor, expert in sorted({(tensor, expert) for tensor, _, expert in files}):
             stages = [files[tensor, stage, expert] for stage in range(sizes.pipeline)]
-            for name, place, weight in _weights(stages, expert, sizes.expert):
-                share = tensor % sizes.expert_tensor if EXPERT.search(name) else tensor
-                shares = self._copies.setdefault(name, defaultdict(list))
-                shares[share if is_shared(name) else 0].append((place, weight))
+            for name, folder_name, weight in _weights(stages, expert, sizes.expert):
+                shard = tensor % sizes.expert_tensor if EXPERT.search(name) else tensor
+                copies = self._copies.setdefault(name, defaultdict(list))
+                copies[shard if is_sharded(name) else 0].append((folder_name, weight))
 
     @property
     def names(self) -> set[str]:
         return set(self._copies)
 
     def read(self, name: str) -> Tensor:
-        """A whole weight. UserError: ranks that should have the same have another."""
+        """Returns an unsharded weight.
+
+        Raises UserError if ranks hold different copies, or if shards are missing or do not fit.
+        """
         copies = self._copies[name]
-        whole = [self._same(name, copies[share]) for share in sorted(copies)]
-        if not is_shared(name):
-            return whole[0]
+        shards = [self._checked(name, copies[index]) for index in sorted(copies)]
+        if not is_sharded(name):
+            return shards[0]
         count = self._sizes.expert_tensor if EXPERT.search(name) else self._sizes.tensor
         if missing := set(range(count)) - copies.keys():
             raise UserError(f"{self._folder} lacks {name} of tensor rank {min(missing)}")
         try:
-            return put_together(name, whole)
-        except (RuntimeError, ValueError, IndexError):  # of shapes that cannot be put together
-            shapes = ", ".join(str(tuple(share.shape)) for share in whole)
+            return merge_shards(name, shards)
+        except (RuntimeError, ValueError, IndexError):  # for shapes that do not fit
+            shapes = ", ".join(str(tuple(shard.shape)) for shard in shards)
             raise UserError(
-                f"{self._folder}: the shares of {name} do not fit together, they are {shapes}"
+                f"{self._folder}: the shards of {name} do not fit together: their shapes are "
+                f"{shapes}"
             ) from None
 
-    def _same(self, name: str, copies: list[tuple[str, Tensor]]) -> Tensor:
-        (first, weight), *others = copies
-        for place, other in others:
-            if weight.dtype != other.dtype or not torch.equal(weight, other):
+    def _checked(self, name: str, copies: list[tuple[str, Tensor]]) -> Tensor:
+        """Returns the first copy; raises UserError if another one differs from it."""
+        (first_folder, weight), *rest = copies
+        for folder_name, copy in rest:
+            if weight.dtype != copy.dtype or not torch.equal(weight, copy):
                 raise UserError(
-                    f"{self._folder}: {name} differs between {first} and {place}, which should "
-                    "hold copies of it: give a checkpoint that was saved in one go"
+                    f"{self._folder}: {name} differs between {first_folder} and {folder_name}, "
+                    "which should hold copies of it: give a checkpoint that was saved in one go"
                 )
         return weight
 
 
 def _read(file: Path) -> dict:
+    """Returns the content of a rank's file, which must hold a model."""
     content = read_untrusted(file)
     if not isinstance(content, dict):
         content = {}
     models = [value for key, value in content.items() if _CHUNK.fullmatch(str(key))]
     if not models or not all(isinstance(model, dict) for model in models):
-        raise UserError(f"{file} holds no model: give a folder that Megatron-LM saved")
+        raise UserError(f"{file} holds no model: give a folder that was saved by Megatron-LM")
     return content
 
 
 def _check_same_iteration(folder: Path, contents: dict[str, dict]) -> None:
+    """Raises UserError if the files are of different iterations."""
     first = min(contents)
     for name, content in sorted(contents.items()):
         if content.get("iteration") != contents[first].get("iteration"):
@@ -191,7 +208,7 @@ def _check_same_iteration(folder: Path, contents: dict[str, dict]) -> None:
 
 
 def _by_rank(folder: Path, contents: dict[str, dict], arguments) -> dict[Rank, tuple[str, dict]]:
-    """The folder's name and its file's content, by rank."""
+    """Returns the folder's name and its file's content for each rank."""
     pipeline, expert = (
         _size(arguments, f"{kind}_model_parallel") for kind in ("pipeline", "expert")
     )
@@ -200,46 +217,50 @@ def _by_rank(folder: Path, contents: dict[str, dict], arguments) -> dict[Rank, t
         rank = _RANK.fullmatch(name)
         if not rank:
             raise UserError(
-                f"{folder / name} is not named as ranks are: mp_rank_00, mp_rank_00_000"
+                f"{folder / name} is not named like the folder of a rank, such as mp_rank_00 or "
+                "mp_rank_00_000"
             )
-        others = [int(number) for number in rank[2].split("_")[1:]]
-        if len(others) == 1 and (expert or 1) > 1 and (pipeline or 1) == 1:
-            others = [0, *others]
-        tensor, stage, part = (int(rank[1]), *others, 0, 0)[:3]
-        other, _ = files.setdefault((tensor, stage, part), (name, content))
-        if other != name:
+        numbers = [int(number) for number in rank[2].split("_")[1:]]
+        if len(numbers) == 1 and (expert or 1) > 1 and (pipeline or 1) == 1:
+            numbers = [0, *numbers]  # the one number is the expert-parallel rank
+        tensor, stage, expert_rank = (int(rank[1]), *numbers, 0, 0)[:3]
+        first_name, _ = files.setdefault((tensor, stage, expert_rank), (name, content))
+        if first_name != name:
             raise UserError(
-                f"{folder} has {other} and {name} for the same rank: remove what another run left"
+                f"{folder} has {first_name} and {name} for the same rank: remove the one left by "
+                "another run"
             )
     return files
 
 
-def _size(arguments, of: str) -> int | None:
-    """How many ranks there were of a kind; None where the arguments do not say."""
-    found = values_of(arguments).get(f"{of}_size")
-    return found if isinstance(found, int) and found > 0 else None
+def _size(arguments, kind: str) -> int | None:
+    """Returns the parallel size of a kind; None if the arguments do not give it."""
+    size = values_of(arguments).get(f"{kind}_size")
+    return size if isinstance(size, int) and size > 0 else None
 
 
-def _sizes(files: dict[Rank, tuple[str, dict]], arguments) -> Sizes:
-    """As the run's arguments have them; where they do not say, as the ranks that are there do."""
+def _parallel_sizes(files: dict[Rank, tuple[str, dict]], arguments) -> ParallelSizes:
+    """Returns the sizes from the run's arguments, or else from the ranks in the folder."""
     tensor, pipeline, expert = (
         _size(arguments, f"{kind}_model_parallel") or 1 + max(rank[axis] for rank in files)
         for axis, kind in enumerate(("tensor", "pipeline", "expert"))
     )
-    shared = _size(arguments, "expert_tensor_parallel") or tensor
-    if tensor % shared:
+    expert_tensor = _size(arguments, "expert_tensor_parallel") or tensor
+    if tensor % expert_tensor:
         raise UserError(
-            f"expert_tensor_parallel_size {shared} of the run does not divide its "
-            f"tensor_model_parallel_size {tensor}, and then its files do not say which share of "
-            "an expert they hold: save it with --ckpt-format torch_dist"
+            f"expert_tensor_parallel_size {expert_tensor} of the run does not divide its "
+            f"tensor_model_parallel_size {tensor}, so its files do not tell which shard of an "
+            "expert they hold: save the checkpoint with --ckpt-format torch_dist"
         )
-    return Sizes(tensor, pipeline, expert, shared)
+    return ParallelSizes(tensor, pipeline, expert, expert_tensor)
 
 
-def _check_complete(folder: Path, files: dict[Rank, tuple[str, dict]], sizes: Sizes) -> None:
-    """UserError: the file of a rank is missing, or one is there that no rank of the run wrote."""
-    # Consecutive processes are tensor-parallel ranks; of them as many as share an expert are one
-    # expert-parallel rank. So where fewer share an expert, not every pair of numbers occurs.
+def _check_complete(
+    folder: Path, files: dict[Rank, tuple[str, dict]], sizes: ParallelSizes
+) -> None:
+    """Raises UserError if a rank's file is missing, or if a file belongs to no rank of the run."""
+    # Consecutive processes are tensor-parallel ranks, and each group of `expert_tensor` of them is
+    # one expert-parallel rank. If expert_tensor < tensor, not every pair of ranks occurs.
     pairs = {
         (process % sizes.tensor, process // sizes.expert_tensor % sizes.expert)
         for process in range(max(sizes.tensor, sizes.expert_tensor * sizes.expert))
@@ -251,37 +272,40 @@ def _check_complete(folder: Path, files: dict[Rank, tuple[str, dict]], sizes: Si
             f"{folder} lacks the file of tensor rank {tensor}, pipeline rank {stage}, expert rank "
             f"{expert}: give the folder with the files of all ranks"
         )
-    if others := files.keys() - ranks:
+    if unexpected := files.keys() - ranks:
         raise UserError(
-            f"{folder / files[min(others)][0]} is of no rank of the run, whose tensor, pipeline and "
-            f"expert sizes were {sizes.tensor}, {sizes.pipeline} and {sizes.expert}: remove what "
-            "another run left"
+            f"{folder / files[min(unexpected)][0]} belongs to no rank of the run, whose tensor, "
+            f"pipeline and expert sizes were {sizes.tensor}, {sizes.pipeline} and {sizes.expert}: "
+            "remove it if another run left it"
         )
 
 
 def _weights(
     stages: list[tuple[str, dict]], expert: int, ranks: int
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Name, folder and tensor of each weight in the files of all stages, layers numbered through.
+    """Yields name, folder and tensor of each weight in the files of all pipeline stages.
 
-    expert: the expert-parallel rank that wrote the files, one of `ranks`.
+    Layers are numbered over all stages, and experts over all expert-parallel ranks.
+    expert: the expert-parallel rank that wrote the files. ranks: the number of such ranks.
     """
-    first = 0
-    # Each stage counts its layers from 0, and so does each of several chunks of it.
+    first_layer = 0
+    # Each stage numbers its layers from 0, and so does each virtual-pipeline chunk of a stage.
     chunks = {key for _, content in stages for key in content if _CHUNK.fullmatch(key)}
     for chunk in sorted(chunks, key=lambda name: int(name.removeprefix("model") or 0)):
-        for place, content in stages:
+        for folder_name, content in stages:
             layers = 0
-            for name, tensor in _of_chunk(place, content.get(chunk, {}), expert, ranks):
+            for name, tensor in _chunk_weights(folder_name, content.get(chunk, {}), expert, ranks):
                 if layer := LAYER.match(name):
                     layers = max(layers, int(layer[1]) + 1)
-                    name = f"decoder.layers.{first + int(layer[1])}.{name[layer.end() :]}"
-                yield name, place, tensor
-            first += layers
+                    name = f"decoder.layers.{first_layer + int(layer[1])}.{name[layer.end() :]}"
+                yield name, folder_name, tensor
+            first_layer += layers
 
 
-def _of_chunk(place: str, model: dict, expert: int, ranks: int) -> Iterator[tuple[str, Tensor]]:
-    """The weights of one part of a file, experts numbered through."""
+def _chunk_weights(
+    folder_name: str, model: dict, expert: int, ranks: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights of one model chunk in a file, experts numbered over all ranks."""
     weights = {
         name: tensor
         for key, tensor in model.items()
@@ -293,13 +317,15 @@ def _of_chunk(place: str, model: dict, expert: int, ranks: int) -> Iterator[tupl
             continue
         router = f"{name.partition('.mlp.experts.')[0]}.mlp.router.weight"
         if router not in weights:
-            raise UserError(f"{place}/{RANK_FILE} holds {name} and lacks {router}")
-        local = len(weights[router]) // ranks
+            raise UserError(f"{folder_name}/{RANK_FILE} holds {name} and lacks {router}")
+        local_experts = len(weights[router]) // ranks
         try:
             single = (
-                experts_of_grouped(name, tensor, local) if GROUPED.search(name) else {name: tensor}
+                split_grouped_experts(name, tensor, local_experts)
+                if GROUPED.search(name)
+                else {name: tensor}
             )
         except UserError as error:
-            raise UserError(f"{place}/{RANK_FILE}: {error}") from None
-        for own, weight in single.items():
-            yield with_later_expert(own, expert * local), weight
+            raise UserError(f"{folder_name}/{RANK_FILE}: {error}") from None
+        for local_name, weight in single.items():
+            yield with_expert_offset(local_name, expert * local_experts), weight

@@ -1,7 +1,7 @@
-"""What decides the logits of a model besides its weights, in another format and in our config.
+"""Settings, other than the weights, that decide a model's logits: foreign values against ours.
 
-A setting that differs would let weights load that then compute something else. All differences
-are told at once, with the values of both sides.
+If such a setting differed, the weights would load and compute something else. All differences are
+therefore reported at once, with the values of both sides.
 """
 
 import json
@@ -16,41 +16,48 @@ from gengram_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting that the model which is there has otherwise than the config.
+    """One setting in which the foreign model differs from the config.
 
-    name, theirs: in the other format. key: ours, or None where no key of the config can say what
-    is there. ours: what the config makes of it.
+    name, foreign_value: the setting in the other format. key: our key, or None if no key of the
+    config can express the setting. our_value: the value that the config leads to.
     """
 
     name: str
-    theirs: object
+    foreign_value: object
     key: str | None
-    ours: object
+    our_value: object
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A setting of another format, its value, and the key below `model.` that says it here, with
-    the key's value."""
+class MappedSetting:
+    """A setting of another format with its value, and the key below `model.` that expresses it,
+    with the value that the key must have."""
 
     name: str
-    theirs: object
+    foreign_value: object
     key: str
     value: object
 
 
 def value_of(model: Model, key: str) -> object:
-    """The value of a key below `model.`, with dots."""
+    """Returns the value of a dotted key below `model.`."""
     return attrgetter(key)(model)
 
 
-def refuse(path: Path, differences: list[Difference]) -> None:
-    """UserError with a table of all differences, if there are any."""
+def refuse_differences(path: Path, differences: list[Difference]) -> None:
+    """Raises UserError with a table of all differences, if there are any."""
     if not differences:
         return
-    rows = [("there", "value there", "key here", "value here")]
+    rows = [("model setting", "model value", "config key", "config value")]
     for one in differences:
-        rows.append((one.name, shown(one.theirs), one.key or "no key for it", shown(one.ours)))
+        rows.append(
+            (
+                one.name,
+                format_value(one.foreign_value),
+                one.key or "no key for it",
+                format_value(one.our_value),
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     table = "\n".join(
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
@@ -59,23 +66,23 @@ def refuse(path: Path, differences: list[Difference]) -> None:
     remedies = []
     if any(one.key for one in differences):
         remedies.append(
-            "set the keys to the values that are there, or let --print-config write the config of "
-            "this model"
+            "set the keys to the model's values, or let --print-config write a config for this "
+            "model"
         )
     if not all(one.key for one in differences):
         remedies.append(
-            "a model with a setting that has no key here cannot be imported: this program always "
-            "computes with the value here"
+            "a model that differs in a setting without a key cannot be imported: this program "
+            "always computes with the value in the last column"
         )
     remedy = "\n".join(remedies)
     raise UserError(
-        f"{path} holds another model than the config's; its weights would load and compute "
+        f"{path} holds a different model from the config's; its weights would load and compute "
         f"something else:\n{table}\n{remedy}"
     )
 
 
-def shown(value: object) -> str:
-    """A value of an argument or a key on one line."""
+def format_value(value: object) -> str:
+    """Returns the value of an argument or a key as text on one line."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict | float):

@@ -1,8 +1,8 @@
-"""Pickled files of others, read without running what they might hold.
+"""Reads pickled files from untrusted sources without running code that they might hold.
 
-Megatron-LM's checkpoints hold, beside tensors, the arguments of the run and random states, which
-are objects of many classes. Those that are known to occur are replaced by an empty stand-in, which
-keeps their plain values; a file that names anything else is refused.
+Besides tensors, Megatron-LM's checkpoints hold the arguments of the run and random number states,
+which are objects of many classes. Classes that are known to occur are replaced by an empty
+stand-in, which keeps their plain values; a file that names any other class is refused.
 """
 
 import pickle
@@ -15,12 +15,12 @@ from gengram_megatron.errors import UserError
 _REPLACED = (
     "argparse.Namespace", "types.SimpleNamespace", "pathlib.", "signal.Signals", "_io.BytesIO",
     "collections.deque", "collections.defaultdict", "numpy.", "megatron.", "transformer_engine.",
-    "builtins.getattr",  # so early Pythons 3.11 pickle members of enumerations
+    "builtins.getattr",  # early releases of Python 3.11 pickle enum members with it
 )  # fmt: skip
 
 
 class StandIn:
-    """Takes whatever its original was made from; attributes that are plain values can be read."""
+    """Accepts whatever the original class was built from; its plain attributes can be read."""
 
     def __init__(self, *_, **__): ...
 
@@ -30,26 +30,31 @@ class StandIn:
 
 
 def values_of(arguments: object) -> dict[str, object]:
-    """The arguments of a run by name, which lie in a StandIn, in the Namespace itself where
-    megatron-core has told torch to let it through, or in a dictionary; none where they are
-    missing."""
-    found = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
-    return {str(name): value for name, value in found.items()}
+    """Returns the arguments of a run by name; an empty dict if there are none.
+
+    They are stored in a StandIn, in a dictionary, or in a Namespace, which torch loads as it is
+    once megatron-core has registered the class as safe.
+    """
+    values = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
+    return {str(name): value for name, value in values.items()}
 
 
 def read_untrusted(path: Path) -> dict:
-    """The content of a file of torch.save; its tensors stay on the disk until they are used."""
+    """Returns the content of a file written by torch.save; its tensors stay on disk until used.
+
+    Raises UserError if the file would run code or cannot be read.
+    """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if refused := [name for name in names if not name.startswith(_REPLACED)]:
             raise UserError(
                 f"{path} is refused, as it would run {refused[0]}: save it without that object, "
-                "with tensors and the arguments of the run alone"
+                "with nothing but tensors and the arguments of the run"
             )
         with torch.serialization.safe_globals([(StandIn, name) for name in names]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): if it was cut off or changed, copy or "
-            "download it again"
+            f"{path} cannot be read ({str(error).splitlines()[0]}): if it was cut off or changed, "
+            "copy or download it again"
         ) from None

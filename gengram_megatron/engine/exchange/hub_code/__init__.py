@@ -1,2 +1,3 @@
-"""Files that go into an exported model with memory, for transformers' `trust_remote_code`. They
-stand alone: nothing here imports the package, and nothing of the package imports them."""
+"""Files that are copied into exports of models with Gengram, for transformers'
+`trust_remote_code`. They stand alone: they import nothing from this package, and nothing in this
+package imports them."""

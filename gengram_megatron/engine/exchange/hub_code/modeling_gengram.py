@@ -1,9 +1,9 @@
 """Llama and Mixtral with Gengram k-mer memory (arXiv 2601.22203), in plain torch.
 
-A layer with memory adds to its input what it looks up for the k-mers in the window of each token.
-Memory reaches to the left, so while text is generated it needs the tokens, and the rows that its
-convolution reads, of what came before: they are kept in further layers of transformers' cache,
-behind those of the attention.
+A layer with Gengram looks up embeddings of the k-mers in the window of each token, and adds the
+result to its input. Windows reach to the left, so generation needs the earlier tokens, and the
+earlier inputs of the convolution. They are kept in additional layers of transformers' cache, after
+those of the attention.
 """
 
 import torch
@@ -24,21 +24,22 @@ from transformers.models.mixtral.modeling_mixtral import (
 
 from .configuration_gengram import GengramLlamaConfig, GengramMixtralConfig
 
-COMPLEMENT = (3, 2, 1, 0, 4)  # of the digits of A C G T N
-PADDING = -1  # in the place of a token that the attention mask hides, and before the text
+COMPLEMENT = (3, 2, 1, 0, 4)  # the complements of the digits of A, C, G, T, N
+PADDING = -1  # stands for masked tokens, and for tokens before the text
 
 
 class Kmers:
-    """The rows of the k-mers that end at each of s tokens, and at the `reach` tokens before.
+    """The row ids of the k-mers that end at each of s tokens and at the `reach` tokens before them.
 
-    ids: a table [b, reach + s]; a k-mer that holds another token than A C G T N, or that begins
-    before the text, has the id one past the table's last row.
-    documents: [b, reach + s], or None where memory may look across documents.
+    ids: a tensor [b, reach + s] for each table. A k-mer that contains a token other than A, C, G,
+    T, N, or that starts before the text, has an id one past the table's last row.
+    documents: [b, reach + s], the number of each token's document; None if Gengram may look across
+    documents.
     padding: [b, s], whether each of the s tokens is padding.
     """
 
     def __init__(self, tokens, length: int, gengram: dict):
-        """tokens: [b, at least length], the last `length` of them new; PADDING is no token."""
+        """tokens: [b, n], n >= length; the last `length` are new. Masked tokens are PADDING."""
         self.padding = tokens[:, -length:] == PADDING
         largest = max(table["k"] for table in gengram["tables"])
         self.window, self.dilation = gengram["window"], largest
@@ -55,6 +56,7 @@ class Kmers:
         self.documents = None if eod is None else (tokens == eod).cumsum(1)
 
     def _rows(self, digits, table: dict):
+        """Returns [b, reach + s], the row of the k-mer that ends at each token."""
         k, length = table["k"], digits.shape[1]
         complements = torch.tensor(COMPLEMENT, device=digits.device)
         number, other = torch.zeros_like(digits), torch.zeros_like(digits)
@@ -74,18 +76,21 @@ class Kmers:
         return number.masked_fill(~valid, table["rows"])
 
     def at(self, x, back: int):
-        """The columns of x [b, reach + s] that lie `back` before each of the s tokens."""
+        """Returns [b, s], the values of x [b, reach + s] `back` tokens before each of the s."""
         return x[:, self.reach - back : x.shape[1] - back]
 
     def same_document(self, back: int):
-        """[b, s]: whether no document ends between a token and the one `back` before; or None."""
+        """Returns [b, s], whether each token is in the same document as the one `back` before it.
+
+        Returns None if Gengram may look across documents.
+        """
         if self.documents is None:
             return None
         return self.at(self.documents, back) == self.at(self.documents, 0)
 
 
 def mixed(number, seed: int):
-    """63 well mixed bits of an int64: the finalizer of SplitMix64."""
+    """Returns a 63-bit hash of int64 numbers, by the finalizer of SplitMix64."""
     x = number ^ seed
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * (factor - (1 << 64))
@@ -93,7 +98,7 @@ def mixed(number, seed: int):
 
 
 def rows_of_pairs(k: int, device):
-    """[5^k]: the row of a number that is the smaller of its k-mer's and its reverse complement's."""
+    """Returns [5^k], the row of two reverse complements, by the smaller of their numbers."""
     number = torch.arange(5**k, device=device)
     left, backward = number.clone(), torch.zeros_like(number)
     for _ in range(k):
@@ -103,14 +108,14 @@ def rows_of_pairs(k: int, device):
 
 
 class ShortConvolution(nn.Module):
-    """SiLU of a causal depthwise convolution; its last tap meets the token itself."""
+    """SiLU of a causal depthwise convolution, whose last tap is applied to the token itself."""
 
     def __init__(self, hidden: int, kernel: int, dilation: int):
         super().__init__()
         self.conv = nn.Conv1d(hidden, hidden, kernel, groups=hidden, dilation=dilation, bias=False)
 
     def forward(self, x, kmers: Kmers):
-        """x: [b, earlier + s, h], the rows of the last s tokens and of all before."""
+        """x: [b, earlier + s, h], the gated values of the s new tokens and of all before them."""
         taps = self.conv.weight[:, 0].t()
         length = kmers.ids[0].shape[1] - kmers.reach
         x = F.pad(x, (0, 0, max(length + kmers.reach - x.shape[1], 0), 0))
@@ -124,10 +129,10 @@ class ShortConvolution(nn.Module):
 
 
 class GengramMemory(nn.Module):
-    """Tables, key and value, gate and output of one layer."""
+    """The Gengram of one layer: tables, key and value projections, gate and output."""
 
     def __init__(self, config, place: int):
-        """place: of this layer among those with memory."""
+        """place: the index of this layer among those with Gengram, from 0."""
         super().__init__()
         gengram, hidden = config.gengram, config.hidden_size
         self.tables, self.place = gengram["tables"], place
@@ -149,19 +154,19 @@ class GengramMemory(nn.Module):
             self.norm_o = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
 
     def forward(self, hidden, kmers: Kmers, cache):
-        """hidden: [b, s, h]; returns what is added to it."""
+        """hidden: [b, s, h]; returns [b, s, h], to be added to it."""
         features = self._features(kmers)
         gated = self._gate(hidden, self.key_proj(features)) * self.value_proj(features)
         if self.output == "norm":
             return F.silu(self.norm_o(gated))
         if self.output == "plain":
             return gated
-        # Padding is neither looked up nor convolved, whatever its hidden state is.
+        # Padding must not reach the convolution, whatever its hidden state is.
         gated = gated.masked_fill(kmers.padding[..., None], 0)
         return gated + self.short_conv(remember(cache, gated, self.place), kmers)
 
     def _features(self, kmers: Kmers):
-        """[b, s, number of k * d]: k after k; the heads of one k are interleaved."""
+        """Returns [b, s, number of ks * d], one k after the other, the heads of a k interleaved."""
         means: dict[int, list] = {}
         for table, embedding, ids in zip(self.tables, self.embeddings, kmers.ids):
             mean = self._mean(embedding.weight, ids, table, kmers)
@@ -169,7 +174,7 @@ class GengramMemory(nn.Module):
         return torch.cat([torch.stack(heads, dim=-1).flatten(-2) for heads in means.values()], -1)
 
     def _mean(self, rows, ids, table: dict, kmers: Kmers):
-        """[b, s, d]: the mean over the valid k-mers that lie wholly inside each token's window."""
+        """Returns [b, s, d], the mean over the valid k-mers entirely inside each token's window."""
         span = 1 if kmers.window is None else kmers.window - table["k"] + 1
         total, count = 0, 0
         for back in range(span):
@@ -187,6 +192,7 @@ class GengramMemory(nn.Module):
         return (total / count.clamp(min=1)[..., None]).to(rows.dtype)
 
     def _gate(self, hidden, key):
+        """Returns the gate [b, s, 1] from the hidden state and the key, both [b, s, h]."""
         product = self.norm_q(hidden) * self.norm_k(key)
         agreement = product.sum(-1, keepdim=True, dtype=torch.float32) / hidden.shape[-1] ** 0.5
         if self.signed_sqrt:
@@ -195,13 +201,20 @@ class GengramMemory(nn.Module):
 
 
 class MemoryCache:
-    """The further layers of a model's cache: first the tokens, then a layer each with memory."""
+    """The additional layers of a model's cache: one for the tokens, then one for each layer with
+    Gengram.
+
+    layers: the number of the model's layers, whose cache comes first.
+    """
 
     def __init__(self, cache, layers: int):
         self.cache, self.first = cache, layers
 
     def append(self, x, place: int):
-        """x: [b, s, n], new rows; returns all rows, [b, earlier + s, n]."""
+        """Appends x [b, s, n] to a cache layer, and returns all that is in it, [b, earlier + s, n].
+
+        place: the index of the layer among the additional ones.
+        """
         layers, place = self.cache.layers, self.first + place
         while len(layers) <= place:
             layers.append(DynamicLayer())
@@ -210,12 +223,12 @@ class MemoryCache:
 
 
 def remember(cache: MemoryCache | None, x, place: int):
-    """All rows so far, of a layer's memory."""
+    """Returns all values of the Gengram layer of index `place` so far, the last of which are x."""
     return x if cache is None else cache.append(x, place + 1)
 
 
 class LayerWithMemory:
-    """What a decoder layer gets in front."""
+    """Mixin that runs Gengram before a decoder layer."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -231,7 +244,7 @@ class LayerWithMemory:
 
 
 class ModelWithMemory:
-    """What a decoder gets around."""
+    """Mixin that computes the k-mers of the tokens and passes them to the decoder's layers."""
 
     def forward(
         self,
@@ -244,11 +257,11 @@ class ModelWithMemory:
     ):
         if input_ids is None:
             raise ValueError("memory is looked up by token ids: give input_ids, not inputs_embeds")
-        # Layers that are computed again for their gradients would append to a cache twice.
+        # Layers that are recomputed for gradient checkpointing would append to a cache twice.
         recomputes = self.training and self.gradient_checkpointing
         if use_cache is None:
-            # Training reads no cache, so there is none unless it is asked for: other libraries,
-            # such as FSDP, have layers computed again without a word to the model.
+            # Training reads no cache, so there is none unless requested: other libraries, such as
+            # FSDP, recompute layers without telling the model.
             use_cache = self.config.use_cache and not (self.training and torch.is_grad_enabled())
         if use_cache and past_key_values is None and not recomputes:
             past_key_values = DynamicCache(config=self.config)
@@ -272,10 +285,10 @@ class ModelWithMemory:
 
 
 def visible(input_ids, attention_mask):
-    """input_ids [b, s], with PADDING for those that the mask hides.
+    """Returns input_ids [b, s] with PADDING for masked tokens.
 
-    attention_mask: [b, earlier + s], 0 or False for padding. Masks of other forms say which token
-    sees which, not which are padding, and hide none.
+    attention_mask: [b, earlier + s], 0 or False for padding. A mask of any other shape says which
+    tokens attend to which, not which are padding, and is ignored here.
     """
     if attention_mask is None or getattr(attention_mask, "ndim", 0) != 2:
         return input_ids
@@ -283,11 +296,11 @@ def visible(input_ids, attention_mask):
 
 
 class GengramLlamaLayer(LayerWithMemory, LlamaDecoderLayer):
-    """A dense layer that may have memory."""
+    """A dense layer that may have Gengram."""
 
 
 class GengramLlamaModel(ModelWithMemory, LlamaModel):
-    """Dense layers with memory, without the head."""
+    """A dense model with Gengram, without the language modelling head."""
 
     config_class = GengramLlamaConfig
     _no_split_modules = ("GengramLlamaLayer",)
@@ -301,7 +314,7 @@ class GengramLlamaModel(ModelWithMemory, LlamaModel):
 
 
 class GengramLlamaForCausalLM(LlamaForCausalLM):
-    """A dense model with memory."""
+    """A dense model with Gengram and a language modelling head."""
 
     config_class = GengramLlamaConfig
     _no_split_modules = ("GengramLlamaLayer",)
@@ -313,11 +326,11 @@ class GengramLlamaForCausalLM(LlamaForCausalLM):
 
 
 class GengramMixtralLayer(LayerWithMemory, MixtralDecoderLayer):
-    """A layer of experts that may have memory."""
+    """A mixture-of-experts layer that may have Gengram."""
 
 
 class GengramMixtralModel(ModelWithMemory, MixtralModel):
-    """Layers of experts with memory, without the head."""
+    """A mixture of experts with Gengram, without the language modelling head."""
 
     config_class = GengramMixtralConfig
     _no_split_modules = ("GengramMixtralLayer",)
@@ -331,7 +344,7 @@ class GengramMixtralModel(ModelWithMemory, MixtralModel):
 
 
 class GengramMixtralForCausalLM(MixtralForCausalLM):
-    """A mixture of experts with memory."""
+    """A mixture of experts with Gengram and a language modelling head."""
 
     config_class = GengramMixtralConfig
     _no_split_modules = ("GengramMixtralLayer",)
