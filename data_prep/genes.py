@@ -82,7 +82,7 @@ def near(starts: np.ndarray, ends: np.ndarray, genes: np.ndarray, distance: int)
         starts: the start of each fragment, [n].
         ends: the end of each fragment, [n].
         genes: the start and end of each gene, [genes, 2].
-        distance: bp.
+        distance: the largest distance of a near gene, in bp.
     """
     genes = genes[np.argsort(genes[:, 0])]
     candidates = np.searchsorted(genes[:, 0], ends + distance, side="right")
@@ -239,8 +239,8 @@ def _check_names(
         f"records, and none on its {_few(without)}; "
     )
     # Genes that remain without a record may belong to a record that a proposed mapping would
-    # declare to be without genes. If such records are most of the file, that is more likely than
-    # that most of the file has no genes, so no mapping is proposed.
+    # declare to be without genes. If such records make up most of the file, a missed match is more
+    # likely than a file with so few genes, so no mapping is proposed.
     without_genes = sum(long_enough[name] for name in unmatched)
     if len(pairs) < len(unused) and 2 * without_genes > sum(long_enough.values()):
         raise UserError(
