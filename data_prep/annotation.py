@@ -38,8 +38,8 @@ ACCESSIONS = {
 name."""
 
 LONGEST_LINE = 1 << 24
-"""Characters read at a time, at most: where a genome follows the features, a whole chromosome may be
-on one line."""
+"""The most characters read at a time: if a genome follows the features, a whole chromosome may be on
+one line."""
 
 TRANSCRIPT_ID = re.compile(r'transcript_id[ =]"?([^";\s]+)|\bParent=([^;\s]+)')
 
@@ -266,7 +266,7 @@ def _level_of(kind: str) -> str | None:
 
 
 def _inside(spans: np.ndarray, outer: np.ndarray) -> np.ndarray:
-    """Returns which of the spans [n, 2] lie entirely inside one of the outer spans [m, 2]: [n] bool.
+    """Returns which of the spans [n, 2] lie entirely inside an outer span [m, 2]: [n] bool.
 
     Sorted by start, the outer spans that start at or before a span come first; the largest end
     among them decides whether one of them reaches the end of the span.

@@ -321,7 +321,7 @@ def _source_plans(
 
 
 def _prepare(folder: Path, counts: dict[str, int], config: DataConfig) -> None:
-    """Creates the data set's files in their full size; raises UserError if the disk is too small."""
+    """Creates the data set's files in their full size; UserError if the disk is too small."""
     tokens = config.seq_length + 1
     needed = sum(counts.values()) * (tokens + ORIGIN.itemsize + INDEX_BYTES)
     free = shutil.disk_usage(folder).free

@@ -199,5 +199,5 @@ def program(words: list[str]) -> typer.Typer:
 
 
 def main() -> None:
-    """Runs the command; an error that the user can fix is printed as a sentence, with exit code 2."""
+    """Runs the command; an error that the user can fix is one sentence, with exit code 2."""
     run_program(program(sys.argv[1:]))

@@ -70,7 +70,7 @@ class HashingReader(io.RawIOBase):
         super().close()
 
     def finish(self) -> None:
-        """Reads to the end of the file, which hashes bytes such as padding after compressed data."""
+        """Reads and hashes the rest of the file, such as padding after compressed data."""
         while self.read(BLOCK):
             pass
 

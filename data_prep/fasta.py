@@ -134,8 +134,8 @@ class _Record:
             ) from None
         if b"U" in lines or b"u" in lines:
             raise UserError(
-                f"{self._path}: record {self.name} looks like RNA because it has the letter U; give "
-                "the DNA instead, or replace U with T"
+                f"{self._path}: record {self.name} looks like RNA because it has the letter U; "
+                "give the DNA instead, or replace U with T"
             )
         self.bases += len(ids)
         return ids
@@ -222,7 +222,8 @@ def _text_blocks(path: Path, file: HashingReader | None) -> Iterator[tuple[bytes
                 held = b"\n>" + records.pop()
                 if len(held) > LONGEST_HEADER:
                     raise UserError(
-                        f"{path} is not a FASTA file: a header has more than {LONGEST_HEADER:,} bytes"
+                        f"{path} is not a FASTA file: a header has more than {LONGEST_HEADER:,} "
+                        "bytes"
                     )
             if begun:
                 yield None, lines

@@ -72,7 +72,7 @@ def drop_far(
 
 
 def near(starts: np.ndarray, ends: np.ndarray, genes: np.ndarray, distance: int) -> np.ndarray:
-    """Returns which of the fragments [starts, ends) have a gene at most `distance` bp away: [n] bool.
+    """Returns which fragments [starts, ends) have a gene at most `distance` bp away: [n] bool.
 
     A gene is near if it starts at most `distance` after the fragment's end and ends at most
     `distance` before its start. Sorted by start, the genes that meet the first condition come
@@ -115,8 +115,8 @@ def notes(genes: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def ignored(genes: dict[str, dict[str, Any]]) -> str | None:
-    """Returns a sentence about the features of all sources that do not count as genes; None if there
-    are none.
+    """Returns a sentence about the features of all sources that do not count as genes; None if
+    there are none.
 
     `genes` is what `drop_far` returned for each source.
     """

@@ -108,7 +108,7 @@ def loss_by_weights(fates: dict[str, np.ndarray], weights: Weights, tokens: int)
 
 
 def _share(lost: int, used: int) -> str:
-    """Returns the lost share in percent, rounded down, so that it is 100 only if nothing is used."""
+    """Returns the lost share in percent, rounded down: it is 100 only if nothing is used."""
     return f"{int(1000 * lost / (lost + used)) / 10} %"
 
 

@@ -1,4 +1,4 @@
-"""How far a command is, how fast, and when it will be done: a line at a terminal, lines in a log."""
+"""Shows how far a command is, its speed and the time left: at a terminal or in a log."""
 
 import time
 from collections.abc import Callable

@@ -130,8 +130,8 @@ class Group(Section):
 
     weight: Positive | Literal["size"] = Field(
         1,
-        description="parts of the mix, by tokens; 1 and 1: half each, so that a larger group is cut "
-        "to the smaller one's size. size, in every group: all of every group",
+        description="parts of the mix, by tokens; 1 and 1: half each, so that a larger group is "
+        "cut to the smaller one's size. size, in every group: all of every group",
     )
     sources: dict[SourceName, Source] = Field(min_length=1, description="FASTA files by name")
 

@@ -38,8 +38,10 @@ class BuildDirectory:
         self._replaced = self.folder / "replaced"
 
     def survey_of(self, source: Input, settings: Any) -> Survey | None:
-        """Returns the survey that an earlier start has made of a source with the same settings; None
-        if there is none, or a file of the source has changed since."""
+        """Returns the survey that an earlier start has made of a source with the same settings.
+
+        Returns None if there is none, or a file of the source has changed since.
+        """
         path = self._survey_path(source, settings)
         if not path.is_file():
             return None

@@ -50,10 +50,10 @@ def interrupts_held_back() -> Iterator[None]:
 def as_finished(
     futures: Collection[Future], meanwhile: Callable[[], None] = lambda: None
 ) -> Iterator[Future]:
-    """Yields each future when it is finished; `meanwhile` is called ten times a second, and at least
-    once before each future.
+    """Yields each future when it is finished.
 
-    Like `concurrent.futures.as_completed`, but it can be interrupted anywhere.
+    Calls `meanwhile` ten times a second, and at least once before each future. Like
+    `concurrent.futures.as_completed`, but it can be interrupted anywhere.
     """
     pending = set(futures)
     while pending:

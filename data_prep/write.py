@@ -68,7 +68,7 @@ def draw_reversed(seed: int, source: str, record: str, count: int, share: float)
 
 
 def reverse_complement(fragments: np.ndarray, reverse: np.ndarray) -> np.ndarray:
-    """Returns fragments in which those selected by `reverse` are replaced by their reverse complement.
+    """Returns fragments of which those selected by `reverse` are reverse-complemented.
 
     Args:
         fragments: [count, seq_length] token ids.
@@ -102,8 +102,9 @@ def tokens_path(folder: Path, split: str) -> Path:
 
 
 def prepare_split(folder: Path, split: str, count: int, tokens: int) -> None:
-    """Creates the files of a split of `count` documents of `tokens` tokens each: the index complete,
-    the others in their full size, to be filled by SplitWriters.
+    """Creates the files of a split of `count` documents of `tokens` tokens each.
+
+    The index is complete; the other files have their full size and are filled by SplitWriters.
 
     The index is byte for byte the one that megatron-core's IndexedDatasetBuilder writes. That
     builder keeps a Python number for each document, which is a gigabyte for 25 million documents.

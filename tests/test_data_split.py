@@ -322,8 +322,8 @@ def test_a_total_that_the_sources_do_not_hold():
         "total_tokens is 1,000, but the sources hold fewer for the train split: "
         "group human has 300 tokens of 500 (would be repeated 1.67 times); "
         "group apes has 1,000 tokens of 500 (enough); "
-        "add sources, set total_tokens to at most 600, or set allow_fewer to true to use all that they "
-        "hold"
+        "add sources, set total_tokens to at most 600, or set allow_fewer to true to use all that "
+        "they hold"
     )
     said = balance(fates, {"human": 1, "apes": 1}, 1, 10, 1000, allow_fewer=True)
     assert str(refused.value).startswith(f"{said}; add sources")

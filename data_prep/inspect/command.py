@@ -37,12 +37,12 @@ def sample_table(location: dict[str, Any]) -> Table:
     table = Table(
         title=f"Sample {location['sample']:,} of split {location['split']}", show_header=False
     )
-    bases = location["sequence_bases"]
+    bases, start, end = location["sequence_bases"], location["start"], location["end"]
     strand = {"+": "+ (forward)", "-": "- (stored as the reverse complement)"}
     for name, text in {
         "source": f"{location['source']} ({location['fasta']})",
         "sequence": f"{location['sequence']}, {bases:,} bases",
-        "coordinates": f"{location['start']} to {location['end']} (from 0, half-open, forward strand)",
+        "coordinates": f"{start} to {end} (from 0, half-open, forward strand)",
         "region": f"{location['region']} (from 1, both ends included)",
         "strand": strand[location["strand"]],
         "first bases": location["first_bases"],
@@ -53,7 +53,8 @@ def sample_table(location: dict[str, Any]) -> Table:
 
 
 def _splits(description: Description) -> Table:
-    title = f"{description['folder']}: fragments of {description['seq_length']:,} bases and an end-of-document"
+    bases = f"{description['seq_length']:,} bases"
+    title = f"{description['folder']}: fragments of {bases} and an end-of-document"
     percents = ["reverse %", *(f"{base} %" for base in BASES), "GC %"]
     table = _table(title, "split", ["fragments", "tokens", *percents])
     for name, split in description["splits"].items():

@@ -46,7 +46,7 @@ class SplitContents:
 
 
 def composition(bases: np.ndarray) -> dict[str, Any]:
-    """Returns the shares of A, C, G, T and N in fragments, and that of G and C in all that is not N.
+    """Returns the shares of A, C, G, T and N in fragments, and that of G and C without N.
 
     A share is None if there are no bases.
 
@@ -88,8 +88,8 @@ def _split_contents(data: DataSet, name: str, limit: int | None, report: Report)
     fragments, unknown = count_fragments(split.origins, len(data.sequences))
     if unknown:
         raise UserError(
-            f"{data.folder} is damaged: {unknown:,} fragments of split {name} are of sequences that "
-            f"{RECORDS} does not list"
+            f"{data.folder} is damaged: {unknown:,} fragments of split {name} are of sequences "
+            f"that {RECORDS} does not list"
         )
     indices = np.arange(sample_size) * count // max(sample_size, 1)
     bases = _count_bases(split, indices, report)

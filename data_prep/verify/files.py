@@ -82,8 +82,8 @@ def check_index(path: Path, documents: int, seq_length: int) -> Iterator[str]:
 
 
 def _first_wrong(numbers: np.ndarray, rule: Callable[[np.ndarray], np.ndarray]) -> int | None:
-    """Returns the index of the first number that is not what `rule` gives for its index; None if all
-    are right."""
+    """Returns the index of the first number that is not what `rule` gives for its index; None if
+    all are right."""
     for start in range(0, len(numbers), AT_A_TIME):
         block = numbers[start : start + AT_A_TIME]
         wrong = np.flatnonzero(block != rule(np.arange(start, start + len(block))))
