@@ -38,8 +38,8 @@ ACCESSIONS = {
 name."""
 
 LONGEST_LINE = 1 << 24
-"""The most characters read at a time: if a genome follows the features, a whole chromosome may be on
-one line."""
+"""The most characters read at a time: if a genome follows the features, a line may be a whole
+chromosome."""
 
 TRANSCRIPT_ID = re.compile(r'transcript_id[ =]"?([^";\s]+)|\bParent=([^;\s]+)')
 

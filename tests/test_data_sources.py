@@ -91,7 +91,7 @@ def test_files_beside_those_of_a_pattern(folder):
 def test_patterns_that_cannot_be_meant(folder, sources, message):
     (folder / "an odd name").write_text("")
     if not message:
-        message = "an odd name would be a source called 'an odd name'; rename it"
+        message = "an odd name would be a source called 'an odd name'; rename the file"
     with pytest.raises(UserError, match=message):
         inputs(config_of(sources), folder)
 
