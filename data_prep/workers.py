@@ -189,7 +189,7 @@ class Workers:
         """Yields each task and its result, in the order in which they finish.
 
         `advance` is told how much all workers together have processed. Raises the error of a task
-        that fails, and UserError if a worker process was killed.
+        that fails, and UserError if a worker process ended unexpectedly.
         """
         if self._pool is None:
             yield from ((task, function(task, advance)) for task in tasks)
@@ -201,8 +201,8 @@ class Workers:
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps because memory ran out; run the same command "
-                "again with fewer workers (the key workers); the work that is done is kept"
+                "a worker process ended unexpectedly, perhaps because memory ran out; run the same "
+                "command again with fewer workers (the key workers); finished work is kept"
             ) from None
 
     def _pop_amount(self) -> int:

@@ -48,7 +48,7 @@ def _killed_while_it_counts(_: int, __: Advance) -> None:
 def test_worker_that_is_killed_while_it_counts_stops_nobody():
     with (
         Workers(2) as pool,
-        pytest.raises(UserError, match=r"worker process was killed.*key workers"),
+        pytest.raises(UserError, match=r"worker process ended unexpectedly.*key workers"),
     ):
         list(pool.run(_killed_while_it_counts, [1, 2], lambda bases: None))
 

@@ -19,7 +19,7 @@ from gengram_megatron.errors import UserError
 
 
 class Watcher(Protocol):
-    """Is told about the progress of a download; several threads call `received` at once."""
+    """Receives the progress of a download; `received` is called from several threads at once."""
 
     def received(self, name: str, received: int, size: int | None) -> None:
         """Reports that `received` bytes of a file are on the disk.

@@ -98,8 +98,8 @@ def _composition(axes: Axes, bases: dict[str, np.ndarray]) -> None:
     width = 0.8 / len(bases)
     for index, rows in enumerate(bases.values()):
         shares = rows.sum(axis=0) / max(rows.sum(), 1)
-        left = np.arange(len(BASES)) + (index - (len(bases) - 1) / 2) * width
-        bars = axes.bar(left, shares, width, color=f"C{index}")
+        positions = np.arange(len(BASES)) + (index - (len(bases) - 1) / 2) * width
+        bars = axes.bar(positions, shares, width, color=f"C{index}")
         if len(bases) <= MAX_LABELLED_GROUPS:
             numbers = [f"{100 * share:.1f}" for share in shares]
             upright = {"rotation": 90, "padding": 2} if len(bases) > 2 else {}

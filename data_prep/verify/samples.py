@@ -1,6 +1,6 @@
-"""Checks every fragment of a data set: that it is on the grid, in order, on the strand that was
-drawn and not there twice, that each source has as many as the manifest says, and that its bases are
-those of the FASTA file.
+"""Checks every fragment of a data set: that it is on the grid, in order, unique, on the strand that
+was drawn, and has the bases of the FASTA file; and that each source has as many fragments as the
+manifest says.
 """
 
 from collections.abc import Iterator
