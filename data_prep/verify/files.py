@@ -116,7 +116,7 @@ def check_files(data: DataSet, report: Report) -> Iterator[str]:
         tokens = Tokens(data.seq_length) if name.endswith(".bin") and split in splits else None
         digest = _read(path, tokens, reading)
         if not fault and digest != data.facts.files[name].sha256:
-            yield f"{path}: the checksum of its content differs from the one in {MANIFEST}"
+            yield f"{path}: the checksum of its content is not the one in {MANIFEST}"
         if tokens is not None:
             yield from tokens.problems(path, splits[split].fragments)
 
