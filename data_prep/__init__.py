@@ -1,5 +1,6 @@
 """From FASTA files to a data set that megatron-core reads.
 
-The way of a base: `fasta` reads it, `fragment` lays the grid, `split`, `genes` and `mix` decide
-each fragment's fate, `strand` may turn it, `write` stores it. `build` calls them in that order.
+The path of a base: `fasta` reads it, `fragment` lays the grid, `split`, `genes` and `mix` decide
+each fragment's fate, and `write` stores it, perhaps as its reverse complement. `build` calls them
+in that order.
 """

@@ -1,9 +1,9 @@
-"""Genes of an annotation file: GTF, GFF3 or BED.
+"""Reads the genes of an annotation file: GTF, GFF3 or BED.
 
 Programs disagree on what they call a gene, and many files mix several conventions. So a feature
 has one of four levels: gene, transcript, exon, CDS. A feature that lies inside one of a higher
-level adds nothing; one that lies in none of them counts as a gene itself. In a file that follows
-the rules, the genes are exactly its gene features; in one that does not, no gene is lost.
+level adds nothing; one that lies in none counts as a gene itself. In a file that follows the
+rules, the genes are exactly its gene features; in one that does not, no gene is lost.
 """
 
 import io
@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from data_prep.compressed import reading, unpacked
+from data_prep.compressed import decompressed, explain_read_errors
 from gengram_megatron.errors import UserError
 
 LEVELS = ("gene", "transcript", "exon", "CDS")
@@ -34,46 +34,52 @@ ACCESSIONS = {
     "SO:0000147": "exon",
     "SO:0000316": "CDS",
 }
-"""GFF3 allows a type's accession in the Sequence Ontology in place of its name."""
+"""Type names by accession: GFF3 allows a type's accession in the Sequence Ontology in place of its
+name."""
 
 LONGEST_LINE = 1 << 24
-"""Characters. A genome behind the features may have a whole chromosome on one line."""
+"""The most characters read at a time: if a genome follows the features, a line may be a whole
+chromosome."""
 
 TRANSCRIPT_ID = re.compile(r'transcript_id[ =]"?([^";\s]+)|\bParent=([^;\s]+)')
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """The genes of a file, [genes, 2] for each record: start and end, counted from 0, end
-    excluded. Names of records are decoded: `gi%7C1` is `gi|1`."""
+    """The genes of a file. Names of records are decoded: `gi%7C1` is `gi|1`."""
 
     kind: str
     """The highest level that the file has: gene, transcript, exon or CDS; region for BED."""
     genes: dict[str, np.ndarray]
+    """The start and end of the genes of each record, [genes, 2] int64, counted from 0, end
+    excluded."""
     outside: dict[str, int] = field(default_factory=dict)
-    """How many of them are features of a lower level than `kind`, by level: those that lie in no
-    feature of a higher one."""
+    """How many of the genes are features of a lower level than `kind`, by level; they lie in no
+    feature of a higher level."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """How many features of none of the levels it has, by type."""
+    """How many features of the file have none of the levels, by type."""
     circular: frozenset[str] = frozenset()
-    """The records that the file says are circular: their genes may end after their last base."""
+    """The records that the file marks as circular: their genes may end after their last base."""
 
 
 def read_annotation(path: Path) -> Annotation:
-    """Read a file, compressed or not; its name says whether it is GTF, GFF3 or BED."""
+    """Reads an annotation, compressed or not; its name says whether it is GTF, GFF3 or BED.
+
+    Raises UserError if the name has none of these endings, a line is wrong, or there are no genes.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     bed = ".bed" in suffixes
     if not bed and not {".gtf", ".gff", ".gff3"} & set(suffixes):
         raise UserError(
-            f"{path} is no annotation by its name, which must end in "
-            ".gtf, .gff3, .gff or .bed, with or without that of a compression"
+            f"{path} is not an annotation by its name, which must end in "
+            ".gtf, .gff3, .gff or .bed, perhaps followed by that of a compression"
         )
-    with reading(path, "an annotation"), unpacked(path) as file:
-        found = _read_bed(path, file) if bed else _read_gff(path, file)
-    if found.genes:
-        return found
-    most = [*found.ignored.items()][:8]
-    types = ", ".join(f"{kind} ({count:,})" for kind, count in most)
+    with explain_read_errors(path, "an annotation"), decompressed(path) as file:
+        annotation = _read_bed(path, file) if bed else _read_gff(path, file)
+    if annotation.genes:
+        return annotation
+    most_frequent = [*annotation.ignored.items()][:8]
+    types = ", ".join(f"{kind} ({count:,})" for kind, count in most_frequent)
     raise UserError(
         f"{path} has no genes: no line of BED, and no feature whose type is CDS or ends in gene, "
         f"transcript, RNA or exon; {f'its types are {types}' if types else 'it has no features'}"
@@ -81,23 +87,23 @@ def read_annotation(path: Path) -> Annotation:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
-    """All lines, numbered from 1."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig")  # editors on Windows write a mark first
+    """Yields all lines, numbered from 1."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")  # Windows editors add a byte-order mark
     return enumerate(iter(partial(text.readline, LONGEST_LINE), ""), 1)
 
 
 def _read_bed(path: Path, file: BinaryIO) -> Annotation:
-    """Lines of BED: coordinates count from 0 and exclude the end."""
+    """Reads lines of BED, whose coordinates count from 0 and exclude the end."""
     spans = _Spans()
     for number, text in _lines(file):
         fields = text.split()
-        # track and browser say how a browser shows it
+        # lines that begin with track or browser are display settings for genome browsers
         if not fields or text.startswith("#") or fields[0] in ("track", "browser"):
             continue
         try:
             if len(fields) < 3:
                 raise ValueError(f"has {len(fields)} fields; BED has 3 or more: record, start, end")
-            start, end = _whole(fields[1]), _whole(fields[2])
+            start, end = _coordinate(fields[1]), _coordinate(fields[2])
             _check(start, end, lowest=0, shortest=1)
         except ValueError as error:
             raise UserError(f"{path}: line {number} {error}") from None
@@ -106,7 +112,7 @@ def _read_bed(path: Path, file: BinaryIO) -> Annotation:
 
 
 def _read_gff(path: Path, file: BinaryIO) -> Annotation:
-    """Lines of GTF or GFF3: coordinates count from 1 and include the end."""
+    """Reads lines of GTF or GFF3, whose coordinates count from 1 and include the end."""
     features = _Features()
     for number, text in _features_of(file):
         try:
@@ -117,15 +123,15 @@ def _read_gff(path: Path, file: BinaryIO) -> Annotation:
 
 
 def _features_of(file: BinaryIO) -> Iterator[tuple[int, str]]:
-    """The features of a file that may hold the sequences as well, after its features.
+    """Yields the number and text of each feature line of a file, which may also hold sequences.
 
-    The sequences begin after the line ##FASTA, or without it at the first header. Where several
-    files were put together, features go on after that.
+    The sequences begin after the line ##FASTA, or at the first header if there is no such line. In
+    a file that was concatenated from several, more features may follow.
     """
     in_sequences = False
     for number, line in _lines(file):
         if line.startswith("#"):
-            # MetaGeneMark writes a gene's protein as comments, which may begin with FASTA.
+            # MetaGeneMark writes a gene's protein as comments, and a protein may begin with FASTA.
             if line.startswith("##FASTA"):
                 in_sequences |= line.rstrip() == "##FASTA"
             elif line.startswith("##gff-version"):
@@ -139,23 +145,27 @@ def _features_of(file: BinaryIO) -> Iterator[tuple[int, str]]:
 
 
 class _Features:
-    """The features of a GTF or GFF3 file, as far as they may be genes.
+    """Collects the features of a GTF or GFF3 file that may be genes.
 
-    Most files have a gene's transcripts and exons right after it. Those are dropped as soon as
-    they are read, so that of millions of exons only the few that lie in no gene are kept.
+    In most files, the transcripts and exons of a gene come right after it. Exons and CDS like that
+    are dropped as soon as they are read, so only the few of millions that lie in no gene are kept.
     """
 
     def __init__(self) -> None:
-        self._levels: dict[str, str | None] = {}  # by type, of the types so far
-        self._names: dict[str, str] = {}  # decoded, of the records so far
+        self._levels: dict[str, str | None] = {}  # the level of each type seen so far
+        self._names: dict[str, str] = {}  # the decoded name of each record seen so far
         self._spans = {level: _Spans() for level in LEVELS}
         self._ignored: Counter[str] = Counter()
         self._circular: set[str] = set()
-        self._last = self._farthest = ("", 0, 0)  # the last gene or transcript, and of those of
-        # its record so far the one that ends last
+        # Record, start and end of the last gene or transcript, and of the one among those read so
+        # far of the same record whose end is the largest.
+        self._last = self._farthest = ("", 0, 0)
 
     def add(self, text: str) -> None:
-        """Take in a line; ValueError, as the rest of a sentence, if it is not one of a feature."""
+        """Adds the feature of a line.
+
+        Raises ValueError, whose text completes "line N ...", if the line is not a feature.
+        """
         fields = text.split("\t", 5)
         if len(fields) < 6:
             raise ValueError(f"has {len(fields)} fields between tabs; GTF and GFF3 have 9")
@@ -169,10 +179,10 @@ class _Features:
             if "Is_circular=true" in rest:
                 self._circular.add(self._name(record))
             return
-        start, end = _whole(first) - 1, _whole(last)
+        start, end = _coordinate(first) - 1, _coordinate(last)
         if level in ("exon", "CDS"):
-            for around in (self._last, self._farthest):
-                if around[0] == record and around[1] <= start and end <= around[2]:
+            for outer in (self._last, self._farthest):
+                if outer[0] == record and outer[1] <= start and end <= outer[2]:
                     return
             _check(start + 1, end, lowest=1, shortest=0)
             transcript = TRANSCRIPT_ID.search(rest)
@@ -187,19 +197,19 @@ class _Features:
             self._farthest = self._last
 
     def annotation(self) -> Annotation:
-        """What all lines together say."""
+        """Returns the genes that follow from all lines together."""
         genes: dict[str, np.ndarray] = {}
         counts = dict.fromkeys(LEVELS, 0)
         for level, spans in self._spans.items():
-            for record, own in spans.arrays().items():
+            for record, features in spans.arrays().items():
                 known = genes.get(record, np.empty((0, 2), dtype=np.int64))
-                new = own if level == LEVELS[0] else own[~_inside(own, known)]
+                new = features if level == LEVELS[0] else features[~_inside(features, known)]
                 counts[level] += len(new)
                 if len(new):
                     genes[record] = np.concatenate([known, new])
-        found = {level: count for level, count in counts.items() if count}
-        kind = next(iter(found), LEVELS[0])
-        outside = {level: count for level, count in found.items() if level != kind}
+        present = {level: count for level, count in counts.items() if count}
+        kind = next(iter(present), LEVELS[0])
+        outside = {level: count for level, count in present.items() if level != kind}
         ignored = dict(sorted(self._ignored.items(), key=lambda it: (-it[1], it[0])))
         return Annotation(kind, genes, outside, ignored, frozenset(self._circular))
 
@@ -211,26 +221,29 @@ class _Features:
 
 
 class _Spans:
-    """Start and end of features, by record. Sixteen bytes each, where a tuple would take 150."""
+    """The start and end of features, by record; 16 bytes each, where a tuple would take 150."""
 
     def __init__(self) -> None:
         self._flat: dict[str, array] = {}  # start, end, start, end, ...
-        self._places: dict[tuple[str, str], int] = {}
+        self._offsets: dict[tuple[str, str], int] = {}  # of each record's transcripts in _flat
 
     def add(self, record: str, start: int, end: int, transcript: str | None = None) -> None:
-        """Add a feature. Those of the same transcript become one, from its first base to its last,
-        as introns belong to a gene."""
+        """Adds a feature.
+
+        Features of the same transcript are merged into one, from the transcript's first base to its
+        last, because introns belong to the gene.
+        """
         flat = self._flat.setdefault(record, array("q"))
         if transcript is not None:
-            place = self._places.setdefault((record, transcript), len(flat))
-            if place < len(flat):
-                flat[place] = min(flat[place], start)
-                flat[place + 1] = max(flat[place + 1], end)
+            offset = self._offsets.setdefault((record, transcript), len(flat))
+            if offset < len(flat):
+                flat[offset] = min(flat[offset], start)
+                flat[offset + 1] = max(flat[offset + 1], end)
                 return
         flat.extend((start, end))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The spans of each record, [features, 2] int64."""
+        """Returns the start and end of each record's features, [features, 2] int64."""
         return {
             record: np.array(flat, dtype=np.int64).reshape(-1, 2)
             for record, flat in self._flat.items()
@@ -238,7 +251,10 @@ class _Spans:
 
 
 def _level_of(kind: str) -> str | None:
-    """The level of a feature by its type, such as lnc_RNA or protein_coding_gene."""
+    """Returns the level of a feature from its type, such as lnc_RNA or protein_coding_gene.
+
+    Returns None if the type has no level.
+    """
     name = ACCESSIONS.get(kind.upper(), kind).lower()
     if name.endswith("gene"):
         return "gene"
@@ -249,19 +265,19 @@ def _level_of(kind: str) -> str | None:
     return "CDS" if name == "cds" else None
 
 
-def _inside(spans: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which of the spans lie wholly inside one of the others.
+def _inside(spans: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """Returns which of the spans [n, 2] lie entirely inside an outer span [m, 2]: [n] bool.
 
-    The others that start at or before a span are the first few by start; the largest end among
-    them tells whether one of them reaches to the span's end.
+    Sorted by start, the outer spans that start at or before a span come first; the largest end
+    among them decides whether one of them reaches the end of the span.
     """
-    others = others[np.argsort(others[:, 0])]
-    candidates = np.searchsorted(others[:, 0], spans[:, 0], side="right")
-    reach = np.concatenate([[-1], np.maximum.accumulate(others[:, 1])])[candidates]
+    outer = outer[np.argsort(outer[:, 0])]
+    candidates = np.searchsorted(outer[:, 0], spans[:, 0], side="right")
+    reach = np.concatenate([[-1], np.maximum.accumulate(outer[:, 1])])[candidates]
     return reach >= spans[:, 1]
 
 
-def _whole(text: str) -> int:
+def _coordinate(text: str) -> int:
     try:
         return int(text)
     except ValueError:
@@ -272,4 +288,4 @@ def _check(start: int, end: int, lowest: int, shortest: int) -> None:
     if start < lowest:
         raise ValueError(f"starts at {start}; the first base of a record is {lowest} here")
     if end < start + shortest:
-        raise ValueError(f"starts at {start} and ends before it, at {end}; swap or mend them")
+        raise ValueError(f"starts at {start} and ends before it, at {end}; swap or correct them")

@@ -1,8 +1,8 @@
-"""A whole build, in the order in which it happens.
+"""Builds a data set; the steps stand here in the order in which they happen.
 
-Every source is read twice: once to lay its grid and count, then, when the fate of each fragment
-is known, to write. Between the two the place of each fragment in the data set is known, so each
-source is written to its own place, in any order and by any process.
+Every source is read twice: first to lay its grid and to count, then, when the fate of each fragment
+is known, to write. After the first reading the location of each fragment in the data set is known,
+so sources can be written in any order and by any process, each to its own location.
 """
 
 import os
@@ -23,22 +23,22 @@ from data_prep.progress import Phase, Report
 from data_prep.schema import DataConfig
 from data_prep.sources import Input, inputs
 from data_prep.survey import Survey, changed, survey
-from data_prep.work import BuildDirectory, work_on
+from data_prep.work import BuildDirectory, open_build_directory
 from data_prep.workers import Advance, IncrementalSha256, Workers
 from data_prep.write import (
     INDEX_BYTES,
     ORIGIN,
     SPLITS,
-    Part,
+    SourcePlan,
     prepare_split,
     tokens_path,
-    write_part,
     write_records,
+    write_source,
 )
 from gengram_megatron.errors import UserError
 
 Say = Callable[[str], None]
-"""Is told, in a sentence, what the user should know."""
+"""A callback that gets a sentence for the user."""
 
 
 def build(
@@ -48,32 +48,42 @@ def build(
     report: Report,
     say: Say = lambda text: None,
 ) -> dict[str, Any] | None:
-    """Build the data set and return its manifest; None if it is there and up to date."""
+    """Builds the data set.
+
+    Args:
+        config: what to build.
+        config_folder: the folder of the config file, from which its paths are relative.
+        overwrite: replace an existing data set that has other settings or sources.
+        report: is told about progress.
+        say: gets sentences about what the user should know.
+
+    Returns the manifest, or None if the data set exists and is up to date.
+    """
     output = Path(config.output).absolute()
     sources = inputs(config, config_folder)
     with Workers(_worker_count(config, len(sources))) as workers:
-        keep = partial(_keep, output, config, sources, overwrite, workers, report)
-        if keep():
+        is_up_to_date = partial(_is_up_to_date, output, config, sources, overwrite, workers, report)
+        if is_up_to_date():
             return None
-        with work_on(output) as work:
-            if keep():  # where an earlier replacement was cut off, the old data set is back
+        with open_build_directory(output) as work:
+            if is_up_to_date():  # after an interrupted replacement, the old data set is back
                 return None
             surveys = _survey(sources, config, work, workers, report, say)
-            _check_twins(surveys)
+            _check_duplicates(surveys)
             _say_what_was_missing(sources, surveys, config, say)
             fates = _mix(sources, surveys, config, say)
-            known = _write(sources, surveys, fates, config, work, workers, report, say)
+            checksums = _write(sources, surveys, fates, config, work, workers, report, say)
             counts = _counts(sources, surveys, fates, config)
-            found = manifest.write_manifest(work.data, config, *counts, known)
+            written = manifest.write_manifest(work.data, config, *counts, checksums)
             work.publish(replace=overwrite)
-            return found
+            return written
 
 
 def _worker_count(config: DataConfig, sources: int) -> int:
     return min(config.workers or len(os.sched_getaffinity(0)), sources)
 
 
-def _keep(
+def _is_up_to_date(
     output: Path,
     config: DataConfig,
     sources: list[Input],
@@ -81,27 +91,31 @@ def _keep(
     workers: Workers,
     report: Report,
 ) -> bool:
-    """Whether there is an output that is to stay. Refuses where that is not for us to decide."""
+    """Whether the output exists and is up to date; with `overwrite`, no output counts as such.
+
+    Raises UserError if the output is not a data set, or is a different one and may not be
+    overwritten.
+    """
     if not output.exists():
         return False
     if not (output / manifest.MANIFEST).is_file():
         raise UserError(f"{output} exists and is not a data set; give another output")
     if overwrite:
         return False
-    how = manifest.difference(output, config, partial(_checksums, sources, workers, report))
-    if how is None:
+    difference = manifest.difference(output, config, partial(_checksums, sources, workers, report))
+    if difference is None:
         return True
-    raise UserError(f"{output} {how}; give another output, or --overwrite to replace it")
+    raise UserError(f"{output} {difference}; give another output, or --overwrite to replace it")
 
 
 def _checksums(
     sources: list[Input], workers: Workers, report: Report
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Sizes and checksums of the files of all sources."""
+    """Returns sizes and checksums of the files of all sources, by group/name."""
     size = sum(path.stat().st_size for source in sources for path in source.files.values())
     phase = Phase("checking the sources", size, "bytes")
-    found = workers.run(_facts, sources, partial(report, phase))
-    return {source.key: facts for source, facts in found}
+    results = workers.run(_facts, sources, partial(report, phase))
+    return {source.key: facts for source, facts in results}
 
 
 def _facts(source: Input, advance: Advance) -> dict[str, Any]:
@@ -120,62 +134,68 @@ def _survey(
     report: Report,
     say: Say,
 ) -> dict[str, Survey]:
-    """First reading, of the sources that no earlier start has read: the largest come first, so
-    that no worker is left with one at the end."""
+    """The first reading: surveys the sources that no earlier start has read.
+
+    The largest come first, so that no worker is still busy with a large one at the end.
+    """
     settings = config.model_dump(mode="json", include=set(SURVEYED))
     surveys = {source.key: work.survey_of(source, settings) for source in sources}
-    left = [source for source in sources if surveys[source.key] is None]
-    if len(left) < len(sources):
+    remaining = [source for source in sources if surveys[source.key] is None]
+    if len(remaining) < len(sources):
         say(
-            f"going on from {work.folder}: {len(sources) - len(left)} of {len(sources)} sources "
-            "were looked over"
+            f"resuming from {work.folder}: {len(sources) - len(remaining)} of {len(sources)} "
+            "sources were looked over"
         )
-    left.sort(key=lambda source: source.path.stat().st_size, reverse=True)
-    look_over = partial(_look_over, config=config, work=work, settings=settings)
-    size = sum(source.path.stat().st_size for source in left)
+    remaining.sort(key=lambda source: source.path.stat().st_size, reverse=True)
+    survey_source = partial(_survey_source, config=config, work=work, settings=settings)
+    size = sum(source.path.stat().st_size for source in remaining)
     phase = Phase("looking over", size, "bytes")
-    for source, _ in workers.run(look_over, left, partial(report, phase)):
+    for source, _ in workers.run(survey_source, remaining, partial(report, phase)):
         surveys[source.key] = work.survey_of(source, settings)
         if surveys[source.key] is None:
             raise changed(source.path)
     return surveys
 
 
-def _look_over(
+def _survey_source(
     source: Input, advance: Advance, config: DataConfig, work: BuildDirectory, settings: Any
 ) -> None:
-    """Survey a source and keep what is found. It is not returned, as a worker that is killed while
-    it sends more than the few bytes of one write leaves the first process waiting for the rest."""
+    """Surveys a source and stores the result in the build directory.
+
+    It is not returned: a worker that is killed while it sends more than the few bytes of one write
+    would leave the first process waiting for the rest.
+    """
     work.keep_survey(source, settings, survey(source, advance, config))
 
 
 SURVEYED = ("seq_length", "max_n_fraction", "validation", "validation_blocks", "gene_distance")
-"""The keys of the data set, beside those of the source, that a survey hangs on."""
+"""The keys of the data set that a survey depends on, besides those of the source."""
 
 
-def _check_twins(surveys: dict[str, Survey]) -> None:
-    known: dict[str, str] = {}
-    for key, found in surveys.items():
-        twin = known.setdefault(found.facts["sha256"], key)
-        if twin != key:
-            raise UserError(f"sources {twin} and {key} are the same file, byte for byte")
+def _check_duplicates(surveys: dict[str, Survey]) -> None:
+    """Raises UserError if two sources are the same file."""
+    keys_by_checksum: dict[str, str] = {}
+    for key, source_survey in surveys.items():
+        first = keys_by_checksum.setdefault(source_survey.facts["sha256"], key)
+        if first != key:
+            raise UserError(f"sources {first} and {key} are the same file, byte for byte")
 
 
 def _say_what_was_missing(
     sources: list[Input], surveys: dict[str, Survey], config: DataConfig, say: Say
 ) -> None:
-    """Name the sources to which a rule of the config does not apply, for lack of what it needs, and
-    what was left unread or read in place of something else."""
+    """Names the sources to which a rule of the config cannot apply because something is missing,
+    the data that was ignored, and the features that count as genes without being called so."""
     for source in sources:
         for key, count in surveys[source.key].facts.get("bytes_after_compressed_data", {}).items():
             say(
-                f"{source.files[key]} goes on for {count:,} bytes after its compressed data; they "
-                f"are no part of it and were ignored, as gunzip does (source {source.key})"
+                f"{source.files[key]} has {count:,} bytes after its compressed data; they are not "
+                f"part of it and were ignored, as gunzip does (source {source.key})"
             )
     without = [it.key for it in sources if "without_annotation" in surveys[it.key].facts["genes"]]
     if without:
         say(f"without annotation, so that gene_distance cannot apply: {', '.join(without)}")
-    for sentence in notes({key: found.facts["genes"] for key, found in surveys.items()}):
+    for sentence in notes({key: it.facts["genes"] for key, it in surveys.items()}):
         say(sentence)
     whole = [
         source.key
@@ -183,22 +203,23 @@ def _say_what_was_missing(
         if source.settings.validation_headers and not surveys[source.key].facts["held_out_bases"]
     ]
     if whole:
-        say(f"no header is like validation_headers, so nothing is held out: {', '.join(whole)}")
+        say(f"no header matches validation_headers, so nothing is held out: {', '.join(whole)}")
 
 
 def _mix(
     sources: list[Input], surveys: dict[str, Survey], config: DataConfig, say: Say
 ) -> dict[str, np.ndarray]:
-    """The fates of each source's fragments once the groups are balanced."""
+    """Balances the groups; returns the fates of each source's fragments after that, by
+    group/name."""
     groups = {
         group: np.concatenate([surveys[it.key].fates for it in sources if it.group == group])
         for group in config.groups
     }
     weights = {name: group.weight for name, group in config.groups.items()}
     tokens, total = config.seq_length + 1, config.total_tokens
-    fewer = mix.balance(groups, weights, config.seed, tokens, total, config.allow_fewer)
-    if fewer:
-        say(f"{fewer}; all that there are is taken")
+    shortage = mix.balance(groups, weights, config.seed, tokens, total, config.allow_fewer)
+    if shortage:
+        say(f"{shortage}; all that they hold is used")
     if loss := mix.loss_by_weights(groups, weights, tokens):
         say(loss)
     fates = {}
@@ -218,58 +239,65 @@ def _write(
     report: Report,
     say: Say,
 ) -> dict[str, dict[str, Any]]:
-    """Second reading: the fragments of each source go to their place, in the order of the
-    sources. Returns sizes and checksums of the largest files."""
-    parts = _parts(sources, surveys, fates)
+    """The second reading: writes the fragments of each source to their location, which follows the
+    order of the sources. Returns sizes and checksums of the token files, by name."""
+    plans = _source_plans(sources, surveys, fates)
     counts = {
         split: sum(int(np.count_nonzero(fate == kept)) for fate in fates.values())
         for split, kept in SPLITS.items()
     }
-    plan = [manifest.settings_of(config), [surveys[source.key].facts for source in sources]]
-    work.prepare_data(plan, partial(_prepare, counts=counts, config=config))
-    left = [part for part in parts if not work.is_written(part.source)]
-    if len(left) < len(parts):
-        say(f"{len(parts) - len(left)} of {len(parts)} sources were written")
-    left.sort(key=lambda part: len(part.fates), reverse=True)
-    write = partial(write_part, folder=work.data, config=config)
-    with _following(parts, counts, work.data, config.seq_length + 1) as files:
-        for part in parts:
-            if work.is_written(part.source):
-                _tell(files, part)
-        bases = sum(int(part.survey.lengths.sum()) for part in left)
+    identity = [manifest.settings_of(config), [surveys[source.key].facts for source in sources]]
+    work.prepare_data(identity, partial(_prepare, counts=counts, config=config))
+    remaining = [plan for plan in plans if not work.is_written(plan.source)]
+    if len(remaining) < len(plans):
+        say(f"{len(plans) - len(remaining)} of {len(plans)} sources were written")
+    remaining.sort(key=lambda plan: len(plan.fates), reverse=True)
+    write = partial(write_source, folder=work.data, config=config)
+    with _hashed_while_written(plans, counts, work.data, config.seq_length + 1) as files:
+        for plan in plans:
+            if work.is_written(plan.source):
+                _mark_written(files, plan)
+        bases = sum(int(plan.survey.lengths.sum()) for plan in remaining)
         phase = Phase("writing", bases, "bases")
-        for part, _ in workers.run(write, left, partial(report, phase)):
-            work.mark_written(part.source)
-            _tell(files, part)
+        for plan, _ in workers.run(write, remaining, partial(report, phase)):
+            work.mark_written(plan.source)
+            _mark_written(files, plan)
         _write_records(sources, surveys, work.data)
         hashed = [file.hashed for file in files]
-        rest = sum(file.path.stat().st_size for file in files) - sum(hashed)
-        hashing = partial(report, Phase("computing checksums", rest, "bytes"))
-        return {file.path.name: file.facts(hashing, told) for file, told in zip(files, hashed)}
+        unhashed = sum(file.path.stat().st_size for file in files) - sum(hashed)
+        advance = partial(report, Phase("computing checksums", unhashed, "bytes"))
+        return {file.path.name: file.facts(advance, done) for file, done in zip(files, hashed)}
 
 
 @contextmanager
-def _following(
-    parts: list[Part], counts: dict[str, int], folder: Path, tokens: int
+def _hashed_while_written(
+    plans: list[SourcePlan], counts: dict[str, int], folder: Path, tokens: int
 ) -> Iterator[list[IncrementalSha256]]:
-    """The files with the documents of the splits, each of so many tokens."""
+    """Opens the token file of each split to be hashed while the sources are written to it.
+
+    Args:
+        plans: the plans of all sources, in order.
+        counts: the number of documents of each split.
+        folder: the folder of the files.
+        tokens: the number of tokens of a document.
+    """
     with ExitStack() as stack:
         files = []
         for split, count in counts.items():
-            firsts = [*(part.first[split] for part in parts), count]
+            firsts = [*(plan.first[split] for plan in plans), count]
             ends = [first * tokens for first in firsts[1:]]
             files.append(stack.enter_context(IncrementalSha256(tokens_path(folder, split), ends)))
         yield files
 
 
-def _tell(files: list[IncrementalSha256], part: Part) -> None:
-    """Say that a part is written."""
+def _mark_written(files: list[IncrementalSha256], plan: SourcePlan) -> None:
+    """Tells the files that a source is written."""
     for file in files:
-        file.written(part.number)
+        file.written(plan.index)
 
 
 def _write_records(sources: list[Input], surveys: dict[str, Survey], folder: Path) -> None:
-    """Write records.tsv."""
+    """Writes records.tsv."""
     rows = [
         (source.key, name, length)
         for source in sources
@@ -278,29 +306,29 @@ def _write_records(sources: list[Input], surveys: dict[str, Survey], folder: Pat
     write_records(folder, rows)
 
 
-def _parts(
+def _source_plans(
     sources: list[Input], surveys: dict[str, Survey], fates: dict[str, np.ndarray]
-) -> list[Part]:
-    """What each source adds to the data set, and where."""
-    parts, row, first = [], 0, dict.fromkeys(SPLITS, 0)
-    for number, source in enumerate(sources):
-        found, fate = surveys[source.key], fates[source.key]
-        parts.append(Part(number, source, found, fate, row, dict(first)))
-        row += len(found.names)
+) -> list[SourcePlan]:
+    """Returns what each source adds to the data set, and where."""
+    plans, row, first = [], 0, dict.fromkeys(SPLITS, 0)
+    for index, source in enumerate(sources):
+        source_survey, fate = surveys[source.key], fates[source.key]
+        plans.append(SourcePlan(index, source, source_survey, fate, row, dict(first)))
+        row += len(source_survey.names)
         for split, kept in SPLITS.items():
             first[split] += int(np.count_nonzero(fate == kept))
-    return parts
+    return plans
 
 
 def _prepare(folder: Path, counts: dict[str, int], config: DataConfig) -> None:
-    """Make the data set's files in their full size, if the disk has room for them."""
+    """Creates the data set's files in their full size; UserError if the disk is too small."""
     tokens = config.seq_length + 1
     needed = sum(counts.values()) * (tokens + ORIGIN.itemsize + INDEX_BYTES)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{Path(config.output).absolute()} will take {decimal(needed)} and its disk has {decimal(free)} of "
-            "free space; make room, give another output, or set total_tokens"
+            f"{Path(config.output).absolute()} will take {decimal(needed)} and its disk has "
+            f"{decimal(free)} of free space; make room, give another output, or set total_tokens"
         )
     for split, count in counts.items():
         prepare_split(folder, split, count, tokens)
@@ -312,33 +340,33 @@ def _counts(
     fates: dict[str, np.ndarray],
     config: DataConfig,
 ) -> tuple[dict[str, dict], dict[str, dict], dict[str, dict]]:
-    """What the manifest says of sources, groups and splits."""
-    of_source, of_group = {}, {group: {} for group in config.groups}
+    """Returns what the manifest says of sources, groups and splits, each by name."""
+    by_source, by_group = {}, {group: {} for group in config.groups}
     for source in sources:
-        found = surveys[source.key]
-        counts = _source_counts(found, fates[source.key], config.seq_length)
-        facts = {"fasta": source.settings.fasta, **found.facts}
-        of_source[source.key] = {**facts, **counts}
-        sums = of_group[source.group]
+        source_survey = surveys[source.key]
+        counts = _source_counts(source_survey, fates[source.key], config.seq_length)
+        facts = {"fasta": source.settings.fasta, **source_survey.facts}
+        by_source[source.key] = {**facts, **counts}
+        sums = by_group[source.group]
         sums.update({name: sums.get(name, 0) + count for name, count in counts.items()})
-    of_split = {
+    by_split = {
         name: {
-            "fragments": sum(group[name] for group in of_group.values()),
-            "tokens": sum(group[f"{name}_tokens"] for group in of_group.values()),
+            "fragments": sum(group[name] for group in by_group.values()),
+            "tokens": sum(group[f"{name}_tokens"] for group in by_group.values()),
         }
         for name in SPLITS
     }
-    return of_source, of_group, of_split
+    return by_source, by_group, by_split
 
 
-def _source_counts(found: Survey, fates: np.ndarray, seq_length: int) -> dict[str, int]:
-    bases = int(found.lengths.sum())
-    kept = np.bincount(fates, minlength=len(Fate)).tolist()
+def _source_counts(source_survey: Survey, fates: np.ndarray, seq_length: int) -> dict[str, int]:
+    bases = int(source_survey.lengths.sum())
+    by_fate = np.bincount(fates, minlength=len(Fate)).tolist()
     return {
-        "records": len(found.names),
+        "records": len(source_survey.names),
         "bases": bases,
         "remainder_bases": bases - len(fates) * seq_length,
         "fragments": len(fates),
-        **{fate.name.lower(): kept[fate] for fate in Fate},
-        **{f"{split}_tokens": kept[fate] * (seq_length + 1) for split, fate in SPLITS.items()},
+        **{fate.name.lower(): by_fate[fate] for fate in Fate},
+        **{f"{split}_tokens": by_fate[fate] * (seq_length + 1) for split, fate in SPLITS.items()},
     }

@@ -39,8 +39,8 @@ def build(
         bool,
         typer.Option(
             "--keys",
-            help="list every key, what it may be, its default and its meaning, or those that are "
-            "named in place of CONFIG; build nothing",
+            help="list every key (or only those named in place of CONFIG) with its allowed values, "
+            "default and meaning; build nothing",
         ),
     ] = False,
     as_json: Annotated[
@@ -55,22 +55,22 @@ def build(
     repeating a fragment. Blocks spread over each record (or the records or regions you name) are
     held out for validation; fragments that cross a border of one are dropped.
 
-    A config in full, with every key; `--keys` says of each what it may be:
+    A complete config with every key; `--keys` lists the allowed values of each:
 
     \b
         output: datasets/apes          # relative to the current folder
-        seq_length: 8192               # bases a fragment, and so a sample
+        seq_length: 8192               # bases per fragment, and so per sample
         seed: 1234                     # decides what the mix leaves out, and strands
         validation: 0.05               # share held out
-        validation_blocks: 20          # blocks a record; 1: the end of each file
+        validation_blocks: 20          # blocks per record; 1: the end of each file
         validation_headers: null       # a pattern, as under `others` below
         max_n_fraction: 0.1            # fragments with more N are dropped
         gene_distance: 5120            # and those farther than this from every gene
         without_annotation: drop       # all of a source without genes; or keep
-        total_tokens: 50000000000      # of train, at most; null: all there are
-        allow_fewer: false             # true: where there are fewer, take them all
+        total_tokens: 50000000000      # of train, at most; null: all available
+        allow_fewer: false             # true: if there are fewer, use them all
         reverse_complement: 0          # share of fragments written as other strand
-        workers: 8                     # processes; null: the cores
+        workers: 8                     # processes; null: one per core
         groups:
           human:
             weight: 1                  # parts of the mix; size in all groups: all of each
@@ -79,7 +79,7 @@ def build(
                 fasta: genomes/chm13.fa.gz
                 validation_records: [chr20]
                 annotation: genomes/chm13.gff3.gz
-                annotation_names: {chrM: MT}   # record: its name there
+                annotation_names: {chrM: MT}   # record: name in the annotation
           apes:
             weight: 1
             sources:
@@ -95,31 +95,31 @@ def build(
             sources:
               "*":                     # many files, each named by what * stands for
                 fasta: genomes/*.fna.gz
-                only: [GCA_0237, GCF_9]        # those whose names begin so
+                only: [GCA_0237, GCF_9]        # those whose names begin like this
                 annotation: genomes/*.gff.gz
                 chromosomes: genomes/*.chromAlias.txt  # for the headers
                 validation_headers: "chromosome 20[^0-9]"
 
-    A relative fasta or annotation is looked for from the folder of the file that names it, or from
-    the current folder if the command line does. The output appears only when it is complete; if it
-    exists and is up to date, nothing is done. Run it again after an interruption: until it is
-    complete, what is done lies in OUTPUT.building, and it goes on from there.
+    A relative path of a fasta or annotation is resolved from the folder of the file that names it,
+    or from the current folder if the command line names it. The output appears only when it is
+    complete; if it exists and is up to date, nothing is done. After an interruption, run the same
+    command again: unfinished work is kept in OUTPUT.building and the build resumes from there.
     """
     if keys:
         print_keys(DataConfig, [*filter(None, [config]), *(overrides or [])], as_json)
         return
     if config is None:
-        raise UserError("gengram-data build takes a CONFIG; name its file, or ask for --keys")
+        raise UserError("gengram-data build takes a CONFIG; name its file, or use --keys")
     path = Path(config)
-    words = [*(overrides or [])]
-    words += [f"workers={workers}"] if workers is not None else []
-    settings = load_config(path, words, DataConfig)
+    changes = [*(overrides or [])]
+    changes += [f"workers={workers}"] if workers is not None else []
+    settings = load_config(path, changes, DataConfig)
     start = time.perf_counter()
     with Display(Console(stderr=True)) as display:
         try:
             manifest = build_data_set(settings, path.parent, overwrite, display.report, display.say)
         except KeyboardInterrupt:
-            display.say("interrupted; the same command goes on from here")
+            display.say("interrupted; run the same command again to resume")
             raise typer.Exit(130) from None
     if as_json:
         print(_as_json(Path(settings.output), manifest))
@@ -134,7 +134,12 @@ def build(
 
 
 def _as_json(output: Path, written: dict | None) -> str:
-    """What a data set holds, and whether this build has written it or found it up to date."""
+    """Returns the data set's counts as JSON, and whether this build wrote it or it was up to date.
+
+    Args:
+        output: the folder of the data set.
+        written: its manifest if this build wrote it; None if it was up to date.
+    """
     manifest = written or read_manifest(output)
     counts = {key: manifest[key] for key in ("splits", "groups", "sources")}
     facts = {"output": str(output.absolute()), "written": written is not None, **counts}
@@ -142,7 +147,7 @@ def _as_json(output: Path, written: dict | None) -> str:
 
 
 def _summary(manifest: dict) -> Table:
-    """What became of the fragments of each source and group."""
+    """Returns a table of what became of the fragments of each source and group."""
     length = manifest["settings"]["seq_length"]
     table = Table(title=f"What became of the fragments of {length:,} bases")
     table.add_column("source or group", no_wrap=True)
@@ -156,9 +161,9 @@ def _summary(manifest: dict) -> Table:
         is_group = name in manifest["groups"]
         style = "bold" if is_group else None
         table.add_row(name, f"{counts['fragments']:,}", *cells, style=style, end_section=is_group)
-    rest = sum(group["remainder_bases"] for group in manifest["groups"].values())
-    ends = f"{rest:,} bases at the ends of records are too few for a fragment."
-    table.caption = f"{table.caption} {ends}" if table.caption else ends
+    remainder_bases = sum(group["remainder_bases"] for group in manifest["groups"].values())
+    remainder = f"{remainder_bases:,} bases at the ends of records are too few for a fragment."
+    table.caption = f"{table.caption} {remainder}" if table.caption else remainder
     return table
 
 
@@ -168,7 +173,7 @@ COMMANDS = {
     "inspect": "data_prep.inspect.command",
     "verify": "data_prep.verify.command",
 }
-"""The module of each command, which has a function of its name."""
+"""The module of each command; the function that runs it has the command's name."""
 
 
 def commands() -> None:
@@ -176,8 +181,11 @@ def commands() -> None:
 
 
 def program(words: list[str]) -> typer.Typer:
-    """The commands; only one, if the command line begins with it, as to import all takes as long as
-    100 Mbp."""
+    """Returns the command-line program for the words of a command line.
+
+    If the first word is a command, only that one is imported: importing all of them takes as long
+    as preparing 100 Mbp.
+    """
     app = typer.Typer(
         context_settings=HELP_OPTIONS,
         no_args_is_help=True,
@@ -191,5 +199,5 @@ def program(words: list[str]) -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command; an error that the user can mend is a sentence and exit code 2."""
+    """Runs the command; an error that the user can fix is one sentence, with exit code 2."""
     run_program(program(sys.argv[1:]))

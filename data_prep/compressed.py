@@ -1,4 +1,4 @@
-"""Files that may be compressed: opening them, and their errors in the user's words."""
+"""Opens files that may be compressed, and turns errors of reading them into UserErrors."""
 
 import bz2
 import hashlib
@@ -18,11 +18,12 @@ from xopen import xopen
 from gengram_megatron.errors import UserError
 
 BLOCK = 1 << 20
-"""Bytes read at a time: some processor caches hold them from one step to the next."""
+"""Bytes read at a time: few enough that some processor caches hold them from one step to the
+next."""
 
 
-FED = 1 << 14
-"""Bytes given to a decompressor at a time: of the best compressed ones it makes 100 MB."""
+COMPRESSED_BLOCK = 1 << 14
+"""Bytes given to a decompressor at a time: at the highest compression ratios they become 100 MB."""
 
 GZIP = b"\x1f\x8b"
 
@@ -31,23 +32,24 @@ STREAMS: dict[bytes, Callable[[], Any]] = {
     b"BZh": bz2.BZ2Decompressor,
     b"\xfd7zXZ\x00": lzma.LZMADecompressor,
 }
-"""What decompresses one stream, by its first bytes; a file has one stream or several."""
+"""What makes a decompressor for one stream, by the stream's first bytes. A file has one or more
+streams."""
 
 HEADERS = {
     GZIP: re.compile(rb"\x1f\x8b\x08[\x00-\x1f]"),
     b"BZh": re.compile(rb"BZh[1-9]1AY&SY"),
     b"\xfd7zXZ\x00": re.compile(rb"\xfd7zXZ\x00"),
 }
-"""More of a stream's first bytes, so that hardly any other bytes look like them."""
+"""A pattern for more of a stream's first bytes, which other data is very unlikely to match."""
 
 LONGEST_HEADER = 10
 
 _bytes_after: dict[Path, int] = {}
-"""What `bytes_after` returns, of the files that have any."""
+"""What `bytes_after` returns, for the files that have such bytes."""
 
 
-class Hashed(io.RawIOBase):
-    """A file that is hashed as it is read, so that a checksum costs no reading of its own."""
+class HashingReader(io.RawIOBase):
+    """A file that is hashed while it is read, so that its checksum needs no second reading."""
 
     def __init__(self, path: Path):
         self._file = path.open("rb", buffering=0)
@@ -68,28 +70,31 @@ class Hashed(io.RawIOBase):
         super().close()
 
     def finish(self) -> None:
-        """Read what is left, such as the padding after compressed data."""
+        """Reads and hashes the rest of the file, such as padding after compressed data."""
         while self.read(BLOCK):
             pass
 
     def facts(self) -> dict[str, int | str]:
-        """Size and SHA-256 of what was read."""
+        """Returns the size in bytes and the SHA-256 of what was read."""
         return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
 
 @contextmanager
-def unpacked(path: Path, file: Hashed | None = None) -> Iterator[BinaryIO]:
-    """The text of a file, decompressed if need be. Given `file`, which reads `path`, all of it is
-    read through that.
+def decompressed(path: Path, file: HashingReader | None = None) -> Iterator[BinaryIO]:
+    """Opens a file for reading its text, decompressed if necessary.
 
-    Reads plain files, gzip (bgzip too), bzip2, xz and zstd. Bytes after the last stream of gzip,
-    bzip2 or xz are ignored, as gunzip does; `bytes_after` tells of them.
+    Reads plain files, gzip (also bgzip), bzip2, xz and zstd. Bytes after the last stream of gzip,
+    bzip2 or xz are ignored, as gunzip does; `bytes_after` returns their number.
+
+    Args:
+        path: the file.
+        file: if given, a reader of `path` through which all of the file is read.
     """
     with path.open("rb") as start:
         first = start.read(max(map(len, STREAMS)))
     if path.suffix.lower() in (".gz", ".bgz") and first and not first.startswith(GZIP):
         raise UserError(
-            f"{path} is not compressed with gzip, whatever its name says; download it again, or "
+            f"{path} is not compressed with gzip, although its name says so; download it again, or "
             "rename it if it is plain text"
         )
     magic = next((magic for magic in STREAMS if first.startswith(magic)), None)
@@ -100,24 +105,26 @@ def unpacked(path: Path, file: Hashed | None = None) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _opened(path: Path, file: Hashed | None, magic: bytes | None) -> Iterator[BinaryIO]:
-    """The text of a file that begins with `magic`; None for one that is plain or zstd."""
+def _opened(path: Path, file: HashingReader | None, magic: bytes | None) -> Iterator[BinaryIO]:
+    """Opens the text of a file that begins with `magic`, which is None for plain text and zstd."""
     with io.BufferedReader(file, BLOCK) if file else path.open("rb") as stored:
         if magic in (None, GZIP):
-            with xopen(stored, "rb", threads=0) as text:  # no cores beside the workers' own
+            with xopen(stored, "rb", threads=0) as text:  # the workers use all cores already
                 yield io.BufferedReader(_GzipReader(path, text), BLOCK) if magic else text
         else:
             yield io.BufferedReader(_BlockReader(_streams(path, stored, magic)), BLOCK)
 
 
 def bytes_after(path: Path) -> int:
-    """How many bytes that are no part of it follow the compressed data of a file, which this
-    process has read to its end."""
+    """Returns how many bytes follow the compressed data of a file without being part of it.
+
+    This process must have read the file to its end.
+    """
     return _bytes_after.get(path, 0)
 
 
 class _BlockReader(io.RawIOBase):
-    """A file that reads from an iterator of byte blocks."""
+    """A readable file over an iterator of byte blocks."""
 
     def __init__(self, blocks: Iterator[bytes]):
         self._blocks = blocks
@@ -139,33 +146,39 @@ class _BlockReader(io.RawIOBase):
 
 
 class _GzipReader(_BlockReader):
-    """The text of a gzip file. The fast reader does not tell bytes after the stream from damage, so
-    where it fails, the file is read once more by a slower one that does."""
+    """The text of a gzip file.
+
+    The fast reader cannot tell bytes after the stream from damage, so if it fails, the file is read
+    again with a slower one that can.
+    """
 
     def __init__(self, path: Path, text: BinaryIO):
         super().__init__(self._read(path, text))
 
     @staticmethod
     def _read(path: Path, text: BinaryIO) -> Iterator[bytes]:
-        given = 0
+        yielded = 0
         try:
             while block := text.read(BLOCK):
-                given += len(block)
+                yielded += len(block)
                 yield block
             return
         except Exception as error:  # each library has errors of its own
             if isinstance(error, OSError) and error.errno is not None:
                 raise
         with path.open("rb") as file:
-            for part in _streams(path, file, GZIP):
-                known = min(given, len(part))
-                given -= known
-                yield part[known:]
+            for block in _streams(path, file, GZIP):
+                skipped = min(yielded, len(block))
+                yielded -= skipped
+                yield block[skipped:]
 
 
 def _streams(path: Path, file: BinaryIO, magic: bytes) -> Iterator[bytes]:
-    """The text of all streams of a file that begins with one."""
-    blocks = iter(partial(file.read, FED), b"")
+    """Yields the text of all streams of a file whose first one begins with `magic`.
+
+    Raises EOFError if a stream is cut off, or if other bytes lie between two streams.
+    """
+    blocks = iter(partial(file.read, COMPRESSED_BLOCK), b"")
     rest = b""
     while True:
         stream = STREAMS[magic]()
@@ -184,35 +197,38 @@ def _streams(path: Path, file: BinaryIO, magic: bytes) -> Iterator[bytes]:
         return
     if magic.startswith(rest):
         raise EOFError("it ends in the middle of its compressed data")
-    count, before = 0, b""
+    count, window = 0, b""
     for block in chain([rest], blocks):
         count += len(block)
-        before = before[-LONGEST_HEADER:] + block
-        if HEADERS[magic].search(
-            before
-        ):  # then it is the beginning of a stream in between that is damaged
-            raise EOFError("something else lies between its compressed data")
+        window = window[-LONGEST_HEADER:] + block
+        # Another stream after these bytes means that a stream in between has a damaged beginning.
+        if HEADERS[magic].search(window):
+            raise EOFError("it has other bytes between its compressed data")
     _bytes_after[path] = count
 
 
 @contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
-    """Turn what goes wrong in the block, which reads `path` unpacked, into UserErrors; `kind`
-    says what the text is meant to be, such as "a FASTA file"."""
+def explain_read_errors(path: Path, kind: str) -> Iterator[None]:
+    """Turns errors in the block, which reads `path` with `decompressed`, into UserErrors.
+
+    Args:
+        path: the file that the block reads.
+        kind: what the text should be, such as "a FASTA file".
+    """
     try:
         yield
     except (UserError, MemoryError):
         raise
     except UnicodeDecodeError:
         raise UserError(f"{path} is not {kind}: it is not text") from None
-    except ImportError:  # the one compression that a Python may lack
+    except ImportError:  # zstd is the one compression that Python may lack
         raise UserError(
             f"{path} is compressed with zstd, which this Python cannot read: "
-            "pip install backports.zstd, or unpack the file"
+            "pip install backports.zstd, or decompress the file"
         ) from None
     except Exception as error:  # each decompressor has errors of its own
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         raise UserError(
-            f"{path} cannot be decompressed, it is truncated or damaged: {error}"
+            f"{path} cannot be decompressed because it is truncated or damaged: {error}"
         ) from None

@@ -1,7 +1,7 @@
 """`manifest.json`: what a data set was made from, how, and what it holds.
 
-It has no time, user or machine in it, so the same build gives the same bytes. What became of the
-fragments has the same words in it as in all tables.
+It contains no time, user or machine, so the same build gives the same bytes. FATES connects the
+names that it has for what became of the fragments with the columns of all tables.
 """
 
 import json
@@ -31,38 +31,38 @@ FATES = {
     "far from genes": (("far_from_genes",), "farther than gene_distance"),
     "straddles": (("straddles",), "on both sides of a border between train and validation"),
 }
-"""Of each column of a table, the fates that it counts, as the manifest calls them, and why fragments
-are dropped there."""
+"""For each column of a table: the fates that it counts, as the manifest calls them, and why such
+fragments are dropped (None if they are used)."""
 
 
 def add_fates(table: Table, counts: Sequence[Mapping[str, int]]) -> list[list[str]]:
-    """Add a column for each fate that any fragment has, and say in the caption what it means.
+    """Adds a column for each fate that any fragment has, and explains the columns in the caption.
 
     Args:
-        counts: fragments by fate, of each row.
+        table: the table, which has no rows yet.
+        counts: the number of fragments by fate, for each row.
 
     Returns the cells of these columns for each row.
     """
     shown = {
         heading: fates
         for heading, (fates, why) in FATES.items()
-        if why is None or any(own[fate] for own in counts for fate in fates)
+        if why is None or any(row[fate] for row in counts for fate in fates)
     }
     for heading in shown:
         table.add_column(heading, justify="right")
     reasons = [f"{heading}, {FATES[heading][1]}" for heading in shown if FATES[heading][1]]
     table.caption = f"Not used: {'; '.join(reasons)}." if reasons else None
-    return [[f"{sum(own[fate] for fate in fates):,}" for fates in shown.values()] for own in counts]
+    return [[f"{sum(row[fate] for fate in fates):,}" for fates in shown.values()] for row in counts]
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """Returns the size in bytes and the SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": checksum(path)}
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
-    """The settings that decide a data set's content: all but where and by how
-    many processes it is written."""
+    """Returns the settings that decide a data set's content: all but `output` and `workers`."""
     return config.model_dump(mode="json", exclude={"output", "workers"})
 
 
@@ -74,8 +74,16 @@ def write_manifest(
     splits: dict[str, dict],
     known: dict[str, dict],
 ) -> dict[str, Any]:
-    """Write the manifest of a folder whose other files are all there, and return it; `known` are
-    those of which size and checksum are known."""
+    """Writes the manifest of a folder whose other files are complete, and returns it.
+
+    Args:
+        folder: the folder of the data set.
+        config: its config.
+        sources: what the manifest says of each source, by group/name.
+        groups: the counts of each group, by name.
+        splits: the counts of each split, by name.
+        known: size and checksum of the files for which they need not be computed again, by name.
+    """
     files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
     manifest = {
         "format": FORMAT,
@@ -98,35 +106,39 @@ def write_manifest(
 def difference(
     folder: Path, config: DataConfig, facts_of_sources: Callable[[], dict[str, dict]]
 ) -> str | None:
-    """How a data set differs from what a build with this config and these source files would
-    write, in words; None if it is up to date. Its files are compared by size: reading them all
-    is the work of a verification. The sources are read only if all else agrees."""
-    manifest, settings = read_manifest(folder), settings_of(config)
-    earlier = _with_defaults(manifest["settings"], config)
-    other = [key for key in settings if settings[key] != earlier.get(key)]
-    if other:
-        return f"was built with other settings ({', '.join(other)})"
+    """Returns how a data set differs from what a build with this config and these source files
+    would write, as the end of a sentence; None if it is up to date.
+
+    Its files are compared by size only: reading all of them is what `gengram-data verify` does. The
+    sources are read only if everything else agrees.
+    """
+    recorded, settings = read_manifest(folder), settings_of(config)
+    earlier = _with_defaults(recorded["settings"], config)
+    differing = [key for key in settings if settings[key] != earlier.get(key)]
+    if differing:
+        return f"was built with other settings ({', '.join(differing)})"
     damaged = [
         name
-        for name, facts in manifest["files"].items()
+        for name, facts in recorded["files"].items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != facts["bytes"]
     ]
     if damaged:
         return f"is damaged ({', '.join(damaged)})"
-    sources = facts_of_sources()
+    current = facts_of_sources()
     changed = [
         key
-        for key in dict.fromkeys([*manifest["sources"], *sources])
-        if not _contains(manifest["sources"].get(key), sources.get(key))
+        for key in dict.fromkeys([*recorded["sources"], *current])
+        if not _contains(recorded["sources"].get(key), current.get(key))
     ]
     return f"was built from other sources ({', '.join(changed)} changed)" if changed else None
 
 
 def _with_defaults(settings: dict[str, Any], config: DataConfig) -> dict[str, Any]:
-    """Settings of a manifest with the defaults of keys that came later, which change nothing.
+    """Returns the settings of a manifest, with the keys that were added in later versions set to
+    values that describe the same data set.
 
-    A data set from before validation_blocks was split by the rule that is now 1, unless nothing
-    was held out by a share: then any number is as good.
+    A data set from before validation_blocks was split by the rule that is now called 1. If nothing
+    was held out by a share, the number makes no difference, and that of `config` is used.
     """
     by_share = any(
         source.is_split_by_share(config.validation_headers)
@@ -142,7 +154,7 @@ def _with_defaults(settings: dict[str, Any], config: DataConfig) -> dict[str, An
 
 
 def _contains(recorded: dict | None, facts: dict | None) -> bool:
-    """Whether the manifest says the same of a source as what was found now."""
+    """Whether what the manifest recorded of a source includes all of these facts."""
     if recorded is None or facts is None:
         return False
     return all(recorded.get(name) == fact for name, fact in facts.items())

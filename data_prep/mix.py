@@ -1,4 +1,4 @@
-"""The groups' shares of a split, exact to the fragment, and the size of the training split."""
+"""The mix of groups in each split, exact to the fragment, and the size of the training split."""
 
 from itertools import pairwise
 from math import ceil
@@ -15,10 +15,10 @@ LEFT_OUT = {
 }
 
 Weights = dict[str, int | Literal["size"]]
-"""The weight of each group: a number for all of them, or size for all of them."""
+"""The weight of each group: a number for every group, or "size" for every group."""
 
-WORTH_SAYING = 0.1
-"""The share of a group that the weights may leave out without a sentence about it."""
+LOSS_WORTH_REPORTING = 0.1
+"""The share of a group above which its loss to the weights is reported to the user."""
 
 
 def balance(
@@ -29,44 +29,55 @@ def balance(
     total_tokens: int | None,
     allow_fewer: bool = False,
 ) -> str | None:
-    """Leave out fragments until the groups stand in the ratio of their weights in each split.
+    """Leaves out fragments until the groups are in the ratio of their weights in each split.
 
-    `fates` holds each group's fragments and is changed in place. All fragments have the same
-    length, so a ratio of fragments is one of tokens. The group that is scarcest for its weight
-    keeps all it can; the others lose fragments at random, the seed deciding which. Where the
-    weights are size, all keep all. With `total_tokens` all lose them, until the training split has
-    as many as go into that total; a fragment has `tokens`. If the groups hold fewer, that is an
-    error; with `allow_fewer` all that they hold is taken, and a sentence about it returned.
+    All fragments have the same length, so a ratio of fragments is a ratio of tokens. The group that
+    is scarcest for its weight keeps all it can; the others lose fragments at random, and the seed
+    decides which. If the weights are "size", every group keeps everything. With `total_tokens`,
+    groups lose fragments until the training split fits into that total.
+
+    Args:
+        fates: the fate of each fragment of each group, [fragments] uint8; changed in place.
+        weights: the weight of each group.
+        seed: decides which fragments are left out.
+        tokens: the number of tokens of a fragment.
+        total_tokens: the number of tokens that the training split may have; None for no limit.
+        allow_fewer: if the groups hold fewer than `total_tokens`, use all they hold and return a
+            sentence that says so. If false, this raises UserError.
+
+    Raises UserError if a group has too few fragments for a split, or `total_tokens` is too small
+    for one fragment of each part of the weights.
     """
-    fewer = None
+    shortage = None
     for split, left_out in LEFT_OUT.items():
-        have = {group: int(np.count_nonzero(fate == split)) for group, fate in fates.items()}
-        for group, count in have.items():
+        available = {group: int(np.count_nonzero(fate == split)) for group, fate in fates.items()}
+        for group, count in available.items():
             needed = 1 if weights[group] == "size" else weights[group]
             if count < needed:
                 raise UserError(_too_few(split, group, needed, fates[group]))
-        keep = _most(have, weights)
+        kept = _largest_mix(available, weights)
         if split == Fate.TRAIN and total_tokens is not None:
-            most, keep = keep, _of_total(have, weights, tokens, total_tokens)
-            if any(keep[group] > most[group] for group in have):
-                fewer = _too_few_tokens(have, keep, tokens, total_tokens)
+            largest, kept = kept, _mix_for_total(available, weights, tokens, total_tokens)
+            if any(kept[group] > largest[group] for group in available):
+                shortage = _too_few_tokens(available, kept, tokens, total_tokens)
                 if not allow_fewer:
-                    raise UserError(f"{fewer}; {_remedy(sum(most.values()) * tokens)}")
-                keep = most
-        for place, (group, fate) in enumerate(fates.items()):
-            surplus = have[group] - keep[group]
-            random = np.random.default_rng([seed, split, place])
-            # One group after the other: of millions of fragments, numbers take hundreds of MB.
-            surplus_ones = random.choice(have[group], surplus, replace=False)
-            fate[np.flatnonzero(fate == split)[surplus_ones]] = left_out
-    return fewer
+                    raise UserError(f"{shortage}; {_remedy(sum(largest.values()) * tokens)}")
+                kept = largest
+        for index, (group, fate) in enumerate(fates.items()):
+            surplus = available[group] - kept[group]
+            random = np.random.default_rng([seed, split, index])
+            # One group at a time: the indices of millions of fragments take hundreds of MB.
+            dropped = random.choice(available[group], surplus, replace=False)
+            fate[np.flatnonzero(fate == split)[dropped]] = left_out
+    return shortage
 
 
 def loss_by_weights(fates: dict[str, np.ndarray], weights: Weights, tokens: int) -> str | None:
-    """Say which groups lose much to their weights, and how to keep it; None if none does.
+    """Returns which groups lose much to the weights, and how to avoid it; None if none does.
 
-    `fates` is what balance has left. What total_tokens leaves out is not the weights' doing: as
-    long as every group has fragments to spare, the mix could be larger.
+    `fates` are those that `balance` has changed. Fragments that are left out because of
+    total_tokens do not count: as long as every group has fragments to spare, the weights alone
+    would allow a larger mix.
     """
     if "size" in weights.values():
         return None
@@ -83,85 +94,93 @@ def loss_by_weights(fates: dict[str, np.ndarray], weights: Weights, tokens: int)
             f"tokens; used: {used[group]:,} fragments, {used[group] * tokens:,} tokens), because "
             f"group {scarcest} has no more for its weight"
             for group in fates
-            if lost[group] >= weights[group]  # fewer is its own rest, not for another's lack
-            and lost[group] > WORTH_SAYING * (lost[group] + used[group])
+            if lost[group] >= weights[group]  # fewer are its own remainder, not another's shortage
+            and lost[group] > LOSS_WORTH_REPORTING * (lost[group] + used[group])
         ]
     if not losses:
         return None
     ratio = ", ".join(f"{group} {weight}" for group, weight in weights.items())
     return (
-        f"by the weights ({ratio}), {'; '.join(losses)}. To use all of every group, set weight: "
+        f"with the weights ({ratio}), {'; '.join(losses)}. To use all of every group, set weight: "
         "size in each; to keep the ratio as well, build each group as a data set of its own and "
         "train on data.blend, which repeats the smaller ones"
     )
 
 
 def _share(lost: int, used: int) -> str:
-    """The lost part of a whole, in percent, never rounded up to all of it."""
+    """Returns the lost share in percent, rounded down: it is 100 only if nothing is used."""
     return f"{int(1000 * lost / (lost + used)) / 10} %"
 
 
-def _most(have: dict[str, int], weights: Weights) -> dict[str, int]:
-    """The most fragments of each group that make up a split, of those that it has."""
+def _largest_mix(available: dict[str, int], weights: Weights) -> dict[str, int]:
+    """Returns the number of fragments of each group in the largest mix that the available ones
+    allow."""
     if "size" in weights.values():
-        return dict(have)
-    unit = min(count // weights[group] for group, count in have.items())
-    return {group: unit * weights[group] for group in have}
+        return dict(available)
+    unit = min(count // weights[group] for group, count in available.items())
+    return {group: unit * weights[group] for group in available}
 
 
-def _of_total(
-    have: dict[str, int], weights: Weights, tokens: int, total_tokens: int
+def _mix_for_total(
+    available: dict[str, int], weights: Weights, tokens: int, total_tokens: int
 ) -> dict[str, int]:
-    """The fragments of each group that make up the total, whether it has them or not. By size they
-    are in the ratio of what the groups have, exact to a fragment."""
+    """Returns the number of fragments of each group that make up the total, whether the group has
+    that many or not.
+
+    With weights of "size" they are in the ratio of what the groups have, exact to a fragment.
+    """
     by_size = "size" in weights.values()
     parts = 1 if by_size else sum(weights.values())
     if total_tokens < parts * tokens:
         raise UserError(
             f"total_tokens is {total_tokens:,}; it must be at least {parts * tokens:,}, "
-            f"{_least(by_size, tokens)}"
+            f"{_smallest_total(by_size, tokens)}"
         )
     unit = total_tokens // (parts * tokens)
     if not by_size:
-        return {group: unit * weights[group] for group in have}
-    ends = np.cumsum([0, *have.values()]).tolist()
+        return {group: unit * weights[group] for group in available}
+    ends = np.cumsum([0, *available.values()]).tolist()
     ends = [unit * end // ends[-1] for end in ends]
-    return {group: end - start for group, (start, end) in zip(have, pairwise(ends))}
+    return {group: end - start for group, (start, end) in zip(available, pairwise(ends))}
 
 
-def _least(by_size: bool, tokens: int) -> str:
-    """Say in words what the smallest total is."""
+def _smallest_total(by_size: bool, tokens: int) -> str:
+    """Returns the smallest possible total in words."""
     each = "" if by_size else " for each part of the groups' weights"
     return f"one fragment of {tokens:,} tokens{each}"
 
 
 def _too_few_tokens(
-    have: dict[str, int], keep: dict[str, int], tokens: int, total_tokens: int
+    available: dict[str, int], needed: dict[str, int], tokens: int, total_tokens: int
 ) -> str:
-    """Say what each group has of what the total takes from it."""
-    said = [_has(group, count * tokens, keep[group] * tokens) for group, count in have.items()]
+    """Returns, in words, how many tokens each group has of those that the total needs from it."""
+    by_group = [
+        _available_of_needed(group, count * tokens, needed[group] * tokens)
+        for group, count in available.items()
+    ]
     return (
-        f"total_tokens is {total_tokens:,}, and the sources hold fewer for the train split: "
-        f"{'; '.join(said)}"
+        f"total_tokens is {total_tokens:,}, but the sources hold fewer for the train split: "
+        f"{'; '.join(by_group)}"
     )
 
 
 def _remedy(possible: int) -> str:
     return (
-        f"add sources, ask for at most {possible:,}, or set allow_fewer to true for all that "
-        "there are"
+        f"add sources, set total_tokens to at most {possible:,}, or set allow_fewer to true to use "
+        "all that they hold"
     )
 
 
-def _has(group: str, have: int, need: int) -> str:
-    """What a group has of what it needs, in tokens."""
-    times = ceil(100 * need / have) / 100
-    lack = f"would be repeated {times:,.2f} times" if need > have else "enough"
-    return f"group {group} has {have:,} tokens of {need:,} ({lack})"
+def _available_of_needed(group: str, available: int, needed: int) -> str:
+    """Returns, in words, how many of the tokens that it needs a group has."""
+    times = ceil(100 * needed / available) / 100
+    verdict = f"would be repeated {times:,.2f} times" if needed > available else "enough"
+    return f"group {group} has {available:,} tokens of {needed:,} ({verdict})"
 
 
 def _too_few(split: Fate, group: str, weight: int, fate: np.ndarray) -> str:
-    """Say where the fragments of a group have gone that has too few for a split."""
+    """Returns an error text for a group with too few fragments for a split: where its fragments
+    went."""
     other = Fate.VALIDATION if split == Fate.TRAIN else Fate.TRAIN
     elsewhere = {
         f"are in the {other.name.lower()} split (keys validation...)": (other, LEFT_OUT[other]),
@@ -170,8 +189,9 @@ def _too_few(split: Fate, group: str, weight: int, fate: np.ndarray) -> str:
         "were dropped for their distance from genes (gene_distance)": (Fate.FAR_FROM_GENES,),
     }
     counts = {words: int(np.isin(fate, fates).sum()) for words, fates in elsewhere.items()}
-    gone = ", ".join(f"{count:,} {words}" for words, count in counts.items() if count)
+    where = ", ".join(f"{count:,} {words}" for words, count in counts.items() if count)
     return (
         f"group {group} has {np.count_nonzero(fate == split)} fragments for the "
-        f"{split.name.lower()} split and needs at least {weight}: of its {len(fate):,} fragments {gone}"
+        f"{split.name.lower()} split and needs at least {weight}: of its {len(fate):,} fragments "
+        f"{where}"
     )

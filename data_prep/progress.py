@@ -1,4 +1,4 @@
-"""How far a command is, how fast, and when it will be done: a line at a terminal, lines in a log."""
+"""Shows how far a command is, its speed and the time left: at a terminal or in a log."""
 
 import time
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Where lines are printed, because there is no terminal on which one could be kept up to date."""
+"""The time between two progress lines in a log, where no line can be updated in place."""
 
 UNITS = {"bases": (1e6, "Mbp"), "bytes": (1e6, "MB")}
-"""How many of a unit make one of the unit that is shown, and the name of that one."""
+"""For each unit: how many of them make one of the unit that is displayed, and its name."""
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,19 @@ class Phase:
 
     name: str
     total: int
-    unit: str  # of the total, a key of UNITS or a plural that is shown as it is
+    unit: str  # the unit of `total`: a key of UNITS, or a plural that is displayed as it is
 
 
 Report = Callable[[Phase, int], None]
-"""Is told what is being done, and how much more of it was done."""
+"""A callback that is told which phase is running and how much more of it is done."""
 
 
 def share_done(phase: Phase, done: int, seconds: float) -> dict[str, str]:
-    """What is shown of a phase: share, amount, speed and time left, as texts."""
+    """Returns what is displayed of a phase: share, amount, speed and time left, as text."""
     scale, unit = UNITS.get(phase.unit, (1, phase.unit))
     digits = 1 if scale > 1 else 0
     share = min(done / phase.total, 1.0) if phase.total else 1.0
-    left = ""  # nothing is known before something is done
+    left = ""  # unknown until something is done
     if share:
         left = f"{timedelta(seconds=round(seconds * (1 - share) / share))} left"
     return {
@@ -45,15 +45,15 @@ def share_done(phase: Phase, done: int, seconds: float) -> dict[str, str]:
 
 
 class Display:
-    """A line that says what is being done, and lines that stay.
+    """Shows one line with the progress, and above it messages that stay.
 
-    At a terminal the line is kept up to date. In a log file, a pipe, or a terminal that cannot move
-    its cursor (TERM=dumb), such a line is printed now and then.
+    At a terminal the progress line is updated in place. In a log file, a pipe, or a terminal that
+    cannot move its cursor (TERM=dumb), a progress line is printed now and then.
 
     Args:
-        console: where to.
-        seconds_between_lines: of a log.
-        clock: seconds, counted from any moment.
+        console: where to print.
+        seconds_between_lines: the time between two progress lines in a log.
+        clock: returns seconds, counted from any moment.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class Display:
         )
 
     def __enter__(self) -> "Display":
-        return self  # the line starts with the first report, when the workers are there
+        return self  # the line starts with the first report, after the workers were forked
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def report(self, phase: Phase, amount: int) -> None:
-        """So much more of a phase is done; a phase that was not reported before begins with it."""
+        """Reports that `amount` more of a phase is done; a phase begins with its first report."""
         now = self._clock()
         if phase != self._phase:
             self._phase, self._done, self._begun = phase, 0, now
@@ -100,14 +100,14 @@ class Display:
             self.say(f"{phase.name}: {', '.join(filter(None, shown.values()))}")
 
     def say(self, text: str) -> None:
-        """Show a line that stays."""
+        """Prints a line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _begin(self, phase: Phase) -> None:
         if self._prints_lines:
             return
         self._progress.start()
-        for before in self._progress.task_ids:
-            self._progress.remove_task(before)
+        for finished in self._progress.task_ids:
+            self._progress.remove_task(finished)
         shown = share_done(phase, 0, 0)
         self._progress.add_task(phase.name, total=phase.total, **shown)

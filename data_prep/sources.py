@@ -1,4 +1,4 @@
-"""The FASTA files of a data set, those that a pattern stands for among them."""
+"""The FASTA files of a data set, including those that a pattern stands for."""
 
 import os
 import re
@@ -17,20 +17,23 @@ class Input:
     group: str
     name: str
     settings: Source  # complete: with the data set's defaults, without patterns
-    files: dict[str, Path]  # all that the source is read from, by the key that names it
+    files: dict[
+        str, Path
+    ]  # every file that is read for the source, by the config key that names it
 
     @property
     def key(self) -> str:
-        """The source's name in the whole data set."""
+        """The source's name in the whole data set: group/name."""
         return f"{self.group}/{self.name}"
 
     @property
     def path(self) -> Path:
-        """The FASTA file."""
+        """The path of the FASTA file."""
         return self.files["fasta"]
 
     def stamps(self) -> dict[str, list[int]]:
-        """Size and time of change of the files: as long as these stay, so do the files."""
+        """Returns size and modification time of each file: while these stay the same, the files are
+        taken to be unchanged."""
         try:
             facts = {key: os.stat(path) for key, path in self.files.items()}
         except OSError as error:
@@ -39,44 +42,49 @@ class Input:
 
 
 def inputs(config: DataConfig, folder: Path) -> list[Input]:
-    """All sources of a config file that lies in `folder`, in its order; UserError if a file is not
-    there."""
-    found: dict[str, Input] = {}
+    """Returns all sources of a config file that lies in `folder`, in the order of the config.
+
+    Raises UserError if a file is missing.
+    """
+    sources: dict[str, Input] = {}
     for group_name, group in config.groups.items():
         for name, settings in group.sources.items():
             complete = _complete(settings, config)
-            for own_name, own in _expanded(f"{group_name}/{name}", complete, folder):
-                source = Input(group_name, own_name, own, _files(own, config, folder))
-                if source.key in found:
+            for file_name, filled in _expanded(f"{group_name}/{name}", complete, folder):
+                source = Input(group_name, file_name, filled, _files(filled, config, folder))
+                if source.key in sources:
                     raise UserError(
                         f"two sources are called {source.key}, one by the * of "
-                        f"groups.{group_name}.sources; call the other one something else"
+                        f"groups.{group_name}.sources; give the other one another name"
                     )
                 _check_files(source)
-                found[source.key] = source
-    return list(found.values())
+                sources[source.key] = source
+    return list(sources.values())
 
 
 def _expanded(key: str, settings: Source, folder: Path) -> Iterator[tuple[str, Source]]:
-    """The names and settings of the files that a source stands for."""
+    """Yields the name and settings of each file that a source stands for."""
     name = key.rpartition("/")[2]
     if "*" not in settings.fasta:
         if name == "*":
-            raise UserError(f"source {key}: its fasta has no *; call the source something else")
+            raise UserError(f"source {key}: its fasta has no *; give the source another name")
         yield name, settings
         return
     texts = _texts(key, settings, folder)
     if name != "*" and len(texts) > 1:
         raise UserError(
-            f"source {key} is one file, and {settings.fasta} stands for {len(texts)}; make it more "
-            "precise, or call the source * to have them all"
+            f"source {key} is one file, but {settings.fasta} matches {len(texts)}; make it more "
+            "precise, or call the source * to use them all"
         )
     for text in texts:
         yield (text if name == "*" else name), _filled(settings, text, folder)
 
 
 def _texts(key: str, settings: Source, folder: Path) -> list[str]:
-    """What the * of fasta stands for, one text for each file that is wanted, in order."""
+    """Returns the text that the * of fasta stands for in each selected file, sorted.
+
+    Raises UserError if no file matches, or a text cannot be the name of a source.
+    """
     pattern = folder / settings.fasta
     before, after = pattern.name.split("*")
     paths = pattern.parent.glob(pattern.name)
@@ -93,14 +101,14 @@ def _texts(key: str, settings: Source, folder: Path) -> list[str]:
         if not re.fullmatch(r"[\w.+-]+", text, re.ASCII):
             raise UserError(
                 f"{pattern.parent / f'{before}{text}{after}'} would be a source called {text!r}; "
-                "rename it with letters, digits, and any of . _ + -"
+                "rename the file: the part for the * may have letters, digits, and . _ + -"
             )
     return texts
 
 
 def _filled(settings: Source, text: str, folder: Path) -> Source:
-    """The settings of one file: `text` for every *, and nothing for an optional file that is not
-    there."""
+    """Returns the settings of one file, with `text` in place of every *, and None for an optional
+    file that does not exist."""
     optional = {"chromosomes"} | ({"annotation"} if settings.without_annotation else set())
     filled = {}
     for key in STARRED:
@@ -112,7 +120,7 @@ def _filled(settings: Source, text: str, folder: Path) -> Source:
 
 
 def _complete(settings: Source, config: DataConfig) -> Source:
-    """The settings with the data set's defaults, where they are regular ones."""
+    """Returns the settings of a source, completed with the data set's defaults."""
     defaults = {"without_annotation": settings.without_annotation or config.without_annotation}
     if not settings.has_validation_rule:
         defaults["validation_headers"] = config.validation_headers
@@ -120,7 +128,7 @@ def _complete(settings: Source, config: DataConfig) -> Source:
 
 
 def _files(settings: Source, config: DataConfig, folder: Path) -> dict[str, Path]:
-    """The files that the build reads for a source."""
+    """Returns the files that the build reads for a source, by the config key that names them."""
     used = {
         "fasta": True,
         "annotation": config.gene_distance is not None,
@@ -133,21 +141,23 @@ def _files(settings: Source, config: DataConfig, folder: Path) -> dict[str, Path
 def _check_files(source: Input) -> None:
     for path in source.files.values():
         if not path.is_file():
-            raise UserError(f"{os.path.abspath(path)}: {_what_it_is(path)} (source {source.key})")
+            raise UserError(
+                f"{os.path.abspath(path)}: {_why_unreadable(path)} (source {source.key})"
+            )
         if not os.access(path, os.R_OK):
             raise UserError(f"{path} may not be read by this user (source {source.key})")
 
 
-def _what_it_is(path: Path) -> str:
-    """Why a path that is no regular file cannot be read, as the end of a sentence."""
+def _why_unreadable(path: Path) -> str:
+    """Returns why a path that is not a regular file cannot be read, as the end of a sentence."""
     if path.is_dir():
         return "it is a folder"
     kinds = {
-        "a pipe, as <(...) makes them": path.is_fifo(),
+        "a pipe, like those of <(...)": path.is_fifo(),
         "a device": path.is_block_device() or path.is_char_device(),
         "a socket": path.is_socket(),
     }
-    for kind, so in kinds.items():
-        if so:
-            return f"it is {kind}, and a build reads its sources more than once; store it in a file"
+    for kind, is_kind in kinds.items():
+        if is_kind:
+            return f"it is {kind}, but a build reads its sources more than once; store it in a file"
     return "there is no such file"

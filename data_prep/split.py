@@ -1,13 +1,13 @@
-"""Train and validation, divided so that no base is in both.
+"""Divides fragments into train and validation so that no base is in both.
 
-What is held out are regions of records, [start, end) counted from 0. A fragment inside them is
-for validation, one outside is for training, and one that crosses a border is dropped.
+Regions of records, [start, end) counted from 0, are held out. A fragment inside such a region is
+for validation, one outside of all is for training, and one that crosses a border is dropped.
 
 By default a share of each source is held out in blocks of fragments, evenly spread over its
-records: the ends of chromosomes are telomeres, whose composition is not that of the rest.
+records: the ends of chromosomes are telomeres, whose composition differs from that of the rest.
 
-Regions name chromosomes. HPRC names its contigs by accession; the chromosome of each record is then
-read from a table such as its chromAlias.txt, which has a line for each:
+A config may hold out chromosomes by name. HPRC names its contigs by accession; the chromosome of
+each record is then read from a table such as its chromAlias.txt, with a line for each record:
 `HG00097#1#CM094060.1  chr1  CM094060.1`.
 """
 
@@ -18,22 +18,24 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.compressed import reading, unpacked
+from data_prep.compressed import decompressed, explain_read_errors
 from data_prep.fragment import Fate, Record
 from data_prep.schema import DataConfig, Source
 from gengram_megatron.errors import UserError
 
 
 def with_chromosomes(records: list[Record], path: Path) -> list[Record]:
-    """The records, each with what the table says of it at the end of its header. UserError if the
-    table has none of them; those that it lacks stay as they are."""
-    with reading(path, "a table of chromosomes"), unpacked(path) as file:
+    """Returns the records, each with the rest of its line in the table appended to its header.
+
+    Records that the table lacks stay as they are. Raises UserError if it has none of the records.
+    """
+    with explain_read_errors(path, "a table of chromosomes"), decompressed(path) as file:
         lines = [line.split(maxsplit=1) for line in file.read().decode().splitlines()]
     table = {line[0]: line[1].strip() for line in lines if len(line) == 2}
     if not any(record.name in table for record in records):
         raise UserError(
-            f"{path} has none of the records of this source, such as {records[0].name}; its first "
-            "column must have their names"
+            f"{path} has none of the records of this source, such as {records[0].name}; the first "
+            "column must contain their names"
         )
     return [
         replace(record, header=f"{record.header} {table[record.name]}")
@@ -44,7 +46,7 @@ def with_chromosomes(records: list[Record], path: Path) -> list[Record]:
 
 
 Regions = dict[str, list[tuple[int, int]]]
-"""The held-out regions of each record that has any, in order and disjoint."""
+"""The held-out regions [start, end) of each record that has any, in order and disjoint."""
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -52,12 +54,12 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 def held_out(
     source: Source, config: DataConfig, records: list[Record], kept: list[np.ndarray]
 ) -> Regions:
-    """The regions of a source that are held out, by the one rule that its settings choose.
+    """Returns the held-out regions of a source, by the one rule that its settings choose.
 
     Args:
-        source: its settings.
-        config: those of the data set, whose defaults hold where the source has none.
-        records: of the source.
+        source: the settings of the source.
+        config: the settings of the data set; its defaults apply where the source has none.
+        records: the records of the source.
         kept: for each record, which fragments of its grid no other rule drops, [fragments] bool.
     """
     lengths = {record.name: record.length for record in records}
@@ -68,10 +70,10 @@ def held_out(
     if source.validation_regions is not None:
         return _named_regions(source, lengths)
     if source.validation_headers is not None:
-        found = [
+        matches = [
             record for record in records if re.search(source.validation_headers, record.header)
         ]
-        return {record.name: [(0, record.length)] for record in found}
+        return {record.name: [(0, record.length)] for record in matches}
     share = config.validation if source.validation is None else source.validation
     blocks = source.validation_blocks or config.validation_blocks
     if blocks == 1:
@@ -80,10 +82,19 @@ def held_out(
 
 
 def assign(fates: np.ndarray, record: Record, regions: Regions, seq_length: int) -> None:
-    """Give the fragments of a record the fate that the split decides, in place: those in TRAIN that
-    are held out, and all that cross a border, dropped ones among them."""
+    """Sets the fates of a record's fragments that the split decides, in place.
+
+    Fragments in TRAIN that are held out become VALIDATION. All that cross a border become
+    STRADDLES, even those that another rule has dropped.
+
+    Args:
+        fates: the fates of the fragments of the record's grid, [fragments] uint8.
+        record: the record.
+        regions: the held-out regions of all records.
+        seq_length: the number of bases of a fragment.
+    """
     starts = np.arange(len(fates)) * seq_length
-    inside = np.zeros(len(fates), dtype=np.int64)  # bases of the fragment that are held out
+    inside = np.zeros(len(fates), dtype=np.int64)  # held-out bases of each fragment
     for start, end in regions.get(record.name, []):
         overlap = np.minimum(end, starts + seq_length) - np.maximum(start, starts)
         inside += np.maximum(overlap, 0)
@@ -94,8 +105,11 @@ def assign(fates: np.ndarray, record: Record, regions: Regions, seq_length: int)
 def _in_blocks(
     records: list[Record], kept: list[np.ndarray], share: float, blocks: int, seq_length: int
 ) -> Regions:
-    """The share of the kept fragments of all records, exact to half a fragment: of long records in
-    blocks, of short ones as whole records. Borders lie between fragments, so none crosses one."""
+    """Returns regions that hold out a share of all kept fragments, exact to half a fragment.
+
+    Long records are held out in blocks, short ones whole. Borders lie between fragments, so no
+    fragment crosses one.
+    """
     sizes = [int(np.count_nonzero(mask)) for mask in kept]
     counts = _held_out_of_each(sizes, share, blocks)
     regions: Regions = {}
@@ -103,83 +117,93 @@ def _in_blocks(
         if count and count == size:
             regions[record.name] = [(0, record.length)]
         elif count:
-            numbers = np.flatnonzero(mask)
+            kept_indices = np.flatnonzero(mask)
             regions[record.name] = [
-                (int(numbers[first]) * seq_length, (int(numbers[last - 1]) + 1) * seq_length)
-                for first, last in _evenly(size, count, min(blocks, count))
+                (
+                    int(kept_indices[first]) * seq_length,
+                    (int(kept_indices[end - 1]) + 1) * seq_length,
+                )
+                for first, end in _evenly_spread(size, count, min(blocks, count))
             ]
     return regions
 
 
 def _held_out_of_each(sizes: list[int], share: float, blocks: int) -> list[int]:
-    """How many fragments of each record are held out, of as many as `sizes` says.
+    """Returns how many fragments of each record are held out; `sizes` is how many each record has.
 
-    Each long record gives its share. The short ones give theirs together: some are held out whole,
-    and of one more the fragments that are still missing.
+    Each long record contributes its own share. The short ones contribute theirs together: some are
+    held out whole, and one more contributes the fragments that are still missing.
     """
     long = _long_records(sizes, share, blocks)
-    counts, seen, given = [0] * len(sizes), 0, 0
-    for number in long:
-        seen += sizes[number]
-        counts[number] = round(share * seen) - given
-        given += counts[number]
-    missing = round(share * sum(sizes)) - given
-    # Multiples of the golden ratio fill the unit interval evenly. So the records that come first
-    # by its fractional part are spread evenly over the file, however many of them are needed, and
-    # whatever their lengths are.
+    counts, seen, held_out_so_far = [0] * len(sizes), 0, 0
+    for index in long:
+        seen += sizes[index]
+        counts[index] = round(share * seen) - held_out_so_far
+        held_out_so_far += counts[index]
+    missing = round(share * sum(sizes)) - held_out_so_far
+    # The fractional parts of the multiples of the golden ratio fill the unit interval evenly. So
+    # the records with the smallest fractional parts are spread evenly over the file, however many
+    # of them are needed, and whatever their lengths are.
     short = sorted(set(range(len(sizes))) - set(long), key=lambda n: (n + 1) * GOLDEN_RATIO % 1)
-    for number in short:
-        counts[number] = min(missing, sizes[number])
-        missing -= counts[number]
+    for index in short:
+        counts[index] = min(missing, sizes[index])
+        missing -= counts[index]
     return counts
 
 
 def _long_records(sizes: list[int], share: float, blocks: int) -> list[int]:
-    """The numbers of the records that are cut, in the order of the file: those whose share has a
-    fragment for each block, and those that are longer than all that the shorter ones are to give
-    together, so that they could not be held out whole."""
-    rest, found = sum(sizes), []
-    for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-        if share * sizes[number] < blocks and sizes[number] <= share * rest:
+    """Returns the indices of the records that are cut into blocks, in the order of the file.
+
+    These are the records whose share has a fragment for each block, and those that are longer than
+    what they and all shorter records contribute together, so that they cannot be held out whole.
+    """
+    remaining, long = sum(sizes), []
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        if share * sizes[index] < blocks and sizes[index] <= share * remaining:
             break
-        found.append(number)
-        rest -= sizes[number]
-    return sorted(found)
+        long.append(index)
+        remaining -= sizes[index]
+    return sorted(long)
 
 
-def _evenly(size: int, count: int, blocks: int) -> list[tuple[int, int]]:
-    """`count` of `size` fragments in so many blocks, as [first, last) of each. Between two blocks
-    is as much of the others as before the first one and after the last one together."""
-    others = size - count
+def _evenly_spread(size: int, count: int, blocks: int) -> list[tuple[int, int]]:
+    """Returns `count` of `size` fragments in evenly spread blocks, as [first, end) of each block.
+
+    The gap between two blocks is as large as those before the first and after the last block
+    together.
+    """
+    outside = size - count
     return [
         (
-            others * (2 * block + 1) // (2 * blocks) + count * block // blocks,
-            others * (2 * block + 1) // (2 * blocks) + count * (block + 1) // blocks,
+            outside * (2 * block + 1) // (2 * blocks) + count * block // blocks,
+            outside * (2 * block + 1) // (2 * blocks) + count * (block + 1) // blocks,
         )
         for block in range(blocks)
     ]
 
 
 def _at_the_end(lengths: dict[str, int], share: float) -> Regions:
-    """The last `share` of all bases, which is what validation_blocks: 1 means: whole records from
-    the end of the file as long as they fit, and of the record that does not fit its own end, but
-    only if the record is longer than the share itself. So chromosomes are cut and short segments
-    stay whole."""
+    """Returns regions that hold out the last `share` of all bases, which is validation_blocks: 1.
+
+    Whole records are held out from the end of the file as long as they fit. The end of the first
+    record that does not fit is held out too, but only if that record is longer than the whole
+    share. So chromosomes are cut and short segments stay whole.
+    """
     budget = round(share * sum(lengths.values()))
     regions: Regions = {}
-    left = budget
+    remaining = budget
     for name, length in reversed(lengths.items()):
-        if length > left:
-            if length > budget and left > 0:
-                regions[name] = [(length - left, length)]
+        if length > remaining:
+            if length > budget and remaining > 0:
+                regions[name] = [(length - remaining, length)]
             break
         regions[name] = [(0, length)]
-        left -= length
+        remaining -= length
     return regions
 
 
 def _named_regions(source: Source, lengths: dict[str, int]) -> Regions:
-    """Parse `record:first-last` (counted from 1, both ends included)."""
+    """Parses `record:first-last` (counted from 1, both ends included) and returns the regions."""
     regions: Regions = {}
     for text in source.validation_regions:
         match = re.fullmatch(r"(.+):([\d,]+)-([\d,]+)", text)

@@ -1,4 +1,4 @@
-"""The first reading of a source: what it holds, and what becomes of its fragments before the mix."""
+"""The first reading of a source: what it holds, and the fates of its fragments before the mix."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import fragment, genes, split
-from data_prep.compressed import Hashed, bytes_after
+from data_prep.compressed import HashingReader, bytes_after
 from data_prep.fasta import read_counts
 from data_prep.fragment import Fate, Record
 from data_prep.manifest import file_facts
@@ -23,16 +23,16 @@ from gengram_megatron.tokenizer import BASES
 
 @dataclass(frozen=True)
 class Survey:
-    """All that is kept of a source once it was read: no bases."""
+    """What is kept of a source after it was read: everything except its bases."""
 
-    facts: dict[str, Any]  # sizes and checksums of the files, genes and composition
-    names: list[str]  # of the records
-    lengths: np.ndarray  # of the records, [records] int64
-    fates: np.ndarray  # of the fragments, record after record, [fragments] uint8
-    stamps: dict[str, list[int]]  # of the files
+    facts: dict[str, Any]  # what the manifest says of it: files, genes, composition
+    names: list[str]  # names of the records
+    lengths: np.ndarray  # [records] int64, bases of each record
+    fates: np.ndarray  # [fragments] uint8, the fates of the fragments, record after record
+    stamps: dict[str, list[int]]  # size and modification time of each file, see Input.stamps
 
     def save(self, path: Path) -> None:
-        """Write it to a file, which load reads."""
+        """Writes the survey to a file that `load` can read."""
         about = {"facts": self.facts, "names": self.names, "stamps": self.stamps}
         with path.open("wb") as file:
             np.savez(
@@ -41,24 +41,27 @@ class Survey:
 
     @classmethod
     def load(cls, path: Path) -> "Survey":
-        """Read what save has written."""
+        """Reads a file that `save` has written."""
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].item())
             return cls(lengths=arrays["lengths"], fates=arrays["fates"], **about)
 
 
 def survey(source: Input, advance: Advance, config: DataConfig) -> Survey:
-    """Read a source, and decide for each fragment what the source alone decides."""
+    """Reads a source and sets the fate of each fragment as far as it depends on this source only.
+
+    Raises UserError if a file is damaged or changes meanwhile, or the source has no fragment.
+    """
     stamps = source.stamps()
     facts, records, composition = _read(source, config.seq_length, advance)
     if "chromosomes" in source.files:
         records = with_chromosomes(records, source.files["chromosomes"])
     bases = sum(record.length for record in records)
     if composition["N"] == bases:
-        raise UserError(f"{source.path} has no base but N")
+        raise UserError(f"{source.path} contains only N")
     fragment.check_longest(source.path, records, config.seq_length)
     fates = [np.full(len(record.n_bases), Fate.TRAIN, dtype=np.uint8) for record in records]
-    found_genes = _drop(fates, source, config, records)
+    gene_facts = _drop(fates, source, config, records)
     kept = [fate == Fate.TRAIN for fate in fates]
     held_out = split.held_out(source.settings, config, records, kept)
     for record, fate in zip(records, fates):
@@ -71,7 +74,7 @@ def survey(source: Input, advance: Advance, config: DataConfig) -> Survey:
     return Survey(
         facts={
             **facts,
-            "genes": found_genes,
+            "genes": gene_facts,
             "composition": composition,
             "held_out_bases": held_out_bases,
         },
@@ -83,26 +86,26 @@ def survey(source: Input, advance: Advance, config: DataConfig) -> Survey:
 
 
 def check_unchanged(source: Input, stamps: dict[str, list[int]]) -> None:
-    """Refuse a source whose files are not what they were."""
-    found = source.stamps()
+    """Raises UserError if a file of the source has changed since `stamps` were taken."""
+    current = source.stamps()
     for kind, path in source.files.items():
-        if found[kind] != stamps[kind]:
+        if current[kind] != stamps[kind]:
             raise changed(path)
 
 
 def changed(path: Path) -> UserError:
-    """What is said of a file that is not what it was at the first reading."""
+    """Returns the error for a file that has changed since it was first read."""
     return UserError(f"{path} was changed while it was read; start again")
 
 
 def _read(
     source: Input, seq_length: int, advance: Advance
 ) -> tuple[dict[str, Any], list[Record], dict[str, int]]:
-    """Size and checksum of the FASTA, its records, and how often it has each base."""
+    """Returns size and checksum of the FASTA file, its records, and how often it has each base."""
     composition = np.zeros(len(BASES), dtype=np.int64)
     records: list[Record] = []
-    told = 0  # bytes of the file
-    with Hashed(source.path) as file:
+    reported = 0  # bytes of the file
+    with HashingReader(source.path) as file:
         all_blocks = read_counts(source.path, file)
         for (name, header), blocks in groupby(all_blocks, key=lambda it: (it.name, it.header)):
             length, with_n = 0, []
@@ -112,19 +115,21 @@ def _read(
                     with_n.append(fragment.count_n(length, block.ids, seq_length))
                 length += bases
                 composition += block.composition
-                advance(file.bytes - told)
-                told = file.bytes
+                advance(file.bytes - reported)
+                reported = file.bytes
             n_bases = fragment.add_n(with_n, length, seq_length)
             records.append(Record(name, length, n_bases, header))
-        advance(file.bytes - told)
+        advance(file.bytes - reported)
         return file.facts(), records, dict(zip(BASES, composition.tolist()))
 
 
 def _drop(
     fates: list[np.ndarray], source: Input, config: DataConfig, records: list[Record]
 ) -> dict[str, Any]:
-    """Give the fragments of each record that the config does not want their fate; returns what the
-    manifest says of the genes."""
+    """Marks the fragments of each record that the filters of the config drop, in place.
+
+    Returns what the manifest says of the genes.
+    """
     for record, fate in zip(records, fates):
         fragment.drop_n(fate, record, config.seq_length, config.max_n_fraction)
     if config.gene_distance is None:

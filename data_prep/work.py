@@ -1,12 +1,12 @@
-"""The folder in which a data set comes into being, and from which an interrupted build goes on.
+"""The folder in which a data set is built, and from which an interrupted build resumes.
 
-Beside the output `NAME` it is called `NAME.building`, and holds
+It lies beside the output `NAME`, is called `NAME.building`, and contains
 
     lock         held by the process that builds
-    surveys/     of each source that was read once, what is known of it
-    data/        the files of the data set, which get their place when they are complete
-    written/     of each source whose fragments are in data/, an empty file
-    replaced/    for a moment, the data set that stood there before
+    surveys/     the survey of each source that was read once
+    data/        the files of the data set, which becomes the output when they are complete
+    written/     an empty file for each source whose fragments are in data/
+    replaced/    for a moment, the data set that is being replaced
 """
 
 import hashlib
@@ -28,7 +28,7 @@ LOCK = "lock"
 
 
 class BuildDirectory:
-    """The folder of a build that is under way; see `work_on`."""
+    """The folder of a build in progress; see `open_build_directory`."""
 
     def __init__(self, output: Path):
         self._output = output
@@ -38,29 +38,34 @@ class BuildDirectory:
         self._replaced = self.folder / "replaced"
 
     def survey_of(self, source: Input, settings: Any) -> Survey | None:
-        """What an earlier start has found out about a source with the same settings, if its files
-        are still the same."""
+        """Returns the survey that an earlier start has made of a source with the same settings.
+
+        Returns None if there is none, or a file of the source has changed since.
+        """
         path = self._survey_path(source, settings)
         if not path.is_file():
             return None
-        found = Survey.load(path)
-        return found if found.stamps == source.stamps() else None
+        survey = Survey.load(path)
+        return survey if survey.stamps == source.stamps() else None
 
     def keep_survey(self, source: Input, settings: Any, survey: Survey) -> None:
-        """Keep what was found out about a source."""
+        """Stores the survey of a source."""
         self._surveys.mkdir(exist_ok=True)
         path = self._survey_path(source, settings)
         with replacing(path) as beside:
             survey.save(beside)
 
     def _survey_path(self, source: Input, settings: Any) -> Path:
-        own = [source.key, source.settings.model_dump(mode="json"), settings]
-        return self._surveys / f"{_digest(own)}.npz"
+        identity = [source.key, source.settings.model_dump(mode="json"), settings]
+        return self._surveys / f"{_digest(identity)}.npz"
 
-    def prepare_data(self, plan: Any, prepare: Callable[[Path], None]) -> None:
-        """Make data/ ready for the data set that `plan` stands for: what an earlier start has
-        written of it stays, else data/ is emptied and `prepare` called with it."""
-        marker = self._written / _digest(plan)
+    def prepare_data(self, identity: Any, prepare: Callable[[Path], None]) -> None:
+        """Makes data/ ready for the data set that `identity` describes.
+
+        What an earlier start has written of the same data set stays; otherwise data/ is emptied,
+        and `prepare` is called with its path.
+        """
+        marker = self._written / _digest(identity)
         if marker.exists() and self.data.exists():
             return
         for folder in (self._written, self.data):
@@ -74,7 +79,8 @@ class BuildDirectory:
         return self._written_path(source).exists()
 
     def mark_written(self, source: Input) -> None:
-        """Have the disk hold the fragments of a source, which are in data/, and remember it."""
+        """Flushes the fragments of a source, which are in data/, to the disk and records that they
+        are written."""
         for path in self.data.iterdir():
             flush(path)
         self._written_path(source).touch()
@@ -83,8 +89,11 @@ class BuildDirectory:
         return self._written / f"{source.group}.{source.name}"
 
     def publish(self, replace: bool) -> None:
-        """Give the complete data set its place; one that came to be there in the meantime stays,
-        and that is an error, unless it is to be replaced."""
+        """Moves the complete data set to the output path and removes this folder.
+
+        Raises OSError if another data set was created there in the meantime, unless `replace` is
+        set.
+        """
         for path in [*self.data.iterdir(), self.data]:
             flush(path)
         if replace and self._output.exists():
@@ -94,7 +103,7 @@ class BuildDirectory:
         shutil.rmtree(self.folder)
 
     def restore(self) -> None:
-        """Undo half of a replacement, or end it, if an earlier start was killed just there."""
+        """Undoes or completes a replacement during which an earlier start was killed."""
         if self._output.exists():
             shutil.rmtree(self._replaced, ignore_errors=True)
         elif self._replaced.exists():
@@ -102,10 +111,11 @@ class BuildDirectory:
 
 
 @contextmanager
-def work_on(output: Path) -> Iterator[BuildDirectory]:
-    """The folder of the build of `output`, for this process alone.
+def open_build_directory(output: Path) -> Iterator[BuildDirectory]:
+    """Opens the folder of the build of `output`, for this process alone.
 
-    After an error it stays for the next start if a source has been surveyed, else it goes.
+    After an error it is kept for the next start if a source has been surveyed, otherwise removed.
+    Raises UserError if another process builds the same output, or writing fails.
     """
     work = BuildDirectory(output)
     try:
@@ -122,21 +132,21 @@ def work_on(output: Path) -> Iterator[BuildDirectory]:
 
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
-    """Hold the folder's lock."""
+    """Holds the folder's lock; raises UserError if another process holds it."""
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             try:
                 file = held.enter_context(lock(path))
-            except FileNotFoundError:  # a build has ended this moment, and removed its folder
+            except FileNotFoundError:  # a build has just ended and removed its folder
                 continue
             except Locked as holder:
                 raise UserError(
                     f"{output} is being built by another process, {holder}; wait for it, or give "
                     "another output"
                 ) from None
-            if os.fstat(file.fileno()).st_nlink:  # else it went with the folder of such a build
+            if os.fstat(file.fileno()).st_nlink:  # otherwise it was removed with such a folder
                 yield
                 return
 

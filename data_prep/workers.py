@@ -1,5 +1,5 @@
-"""Work on many sources by several processes, the checksum of a file that they are still writing,
-and Ctrl-C, which may end all of it at any moment.
+"""Runs tasks in several processes and hashes a file that they are still writing; Ctrl-C may end all
+of it at any moment.
 """
 
 import hashlib
@@ -24,25 +24,25 @@ from typing import Any, TypeVar
 from gengram_megatron.errors import UserError
 
 POLL = 0.1
-"""Seconds between two looks at how far the work is, and until a Ctrl-C takes effect."""
+"""Seconds between two checks of the progress, and until a Ctrl-C takes effect."""
 
 
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """A Ctrl-C that comes in this block takes effect at its end.
+    """Delays a Ctrl-C that arrives in this block until its end.
 
-    An executor's threads share locks with the one that uses it. A KeyboardInterrupt at the wrong
-    line of that one leaves a lock taken, and the others wait for it for ever.
+    An executor's threads share locks with the thread that uses it. A KeyboardInterrupt at the wrong
+    line of that thread leaves a lock acquired, and the others wait for it forever.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is ever interrupted
         return
     received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    previous = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
         if received:
             signal.raise_signal(signal.SIGINT)
 
@@ -50,12 +50,15 @@ def interrupts_held_back() -> Iterator[None]:
 def as_finished(
     futures: Collection[Future], meanwhile: Callable[[], None] = lambda: None
 ) -> Iterator[Future]:
-    """Each future when it is finished; `meanwhile` is called ten times a second, and at least once
-    before each. What `concurrent.futures.as_completed` does, but can be interrupted anywhere."""
-    left = set(futures)
-    while left:
+    """Yields each future when it is finished.
+
+    Calls `meanwhile` ten times a second, and at least once before each future. Like
+    `concurrent.futures.as_completed`, but it can be interrupted anywhere.
+    """
+    pending = set(futures)
+    while pending:
         with interrupts_held_back():
-            done, left = wait(left, POLL, FIRST_COMPLETED)
+            done, pending = wait(pending, POLL, FIRST_COMPLETED)
         meanwhile()
         yield from done
 
@@ -65,14 +68,17 @@ AT_A_TIME = 1 << 20
 
 
 class IncrementalSha256:
-    """A file whose parts are written in any order, by any process, and hashed meanwhile.
+    """Hashes a file while its parts are being written, in any order and by any process.
 
-    SHA-256 goes through a file from its beginning, on one core, so at the end all others would
-    wait for it: a thread hashes as far as the file is complete.
+    SHA-256 has to process a file from its beginning, on one core. If it began after the writing,
+    all other cores would wait for it, so a thread hashes the file as far as it is complete.
+
+    Args:
+        path: the file, which must exist.
+        ends: the offset in bytes at which each part ends, in ascending order.
     """
 
     def __init__(self, path: Path, ends: list[int]):
-        """`ends` are the bytes at which the parts end, one after the other."""
         self.path = path
         self._ends = ends
         self._missing = set(range(len(ends)))
@@ -83,7 +89,7 @@ class IncrementalSha256:
 
     @property
     def hashed(self) -> int:
-        """How many bytes have been gone through."""
+        """The number of bytes hashed so far."""
         return self._file.tell()
 
     def __enter__(self) -> "IncrementalSha256":
@@ -96,7 +102,7 @@ class IncrementalSha256:
         self._file.close()
 
     def written(self, part: int) -> None:
-        """Say that a part, by its number, is in the file."""
+        """Records that a part, given by its index, is in the file."""
         self._missing.discard(part)
         complete = min(self._missing, default=len(self._ends))
         if complete:
@@ -104,21 +110,25 @@ class IncrementalSha256:
                 self._thread.submit(self._hash_to, self._ends[complete - 1])
 
     def facts(
-        self, advance: Callable[[int], None] = lambda count: None, told: int = 0
+        self, advance: Callable[[int], None] = lambda count: None, reported: int = 0
     ) -> dict[str, Any]:
-        """Size and SHA-256 of the whole file, to be asked for when all parts are written; `advance`
-        is told meanwhile how many more bytes were gone through, from byte `told` on."""
+        """Returns size and SHA-256 of the whole file. All parts must be written.
+
+        Args:
+            advance: is told, while this hashes the rest, how many more bytes were hashed.
+            reported: the number of bytes that `advance` need not be told about.
+        """
         size = self.path.stat().st_size
 
-        def print_message() -> None:
-            nonlocal told
+        def report_progress() -> None:
+            nonlocal reported
             hashed = self.hashed
-            advance(hashed - told)
-            told = hashed
+            advance(hashed - reported)
+            reported = hashed
 
         with interrupts_held_back():
             rest = self._thread.submit(self._hash_to, size)
-        for future in as_finished([rest], print_message):
+        for future in as_finished([rest], report_progress):
             future.result()
         return {"bytes": size, "sha256": self._digest.hexdigest()}
 
@@ -130,22 +140,22 @@ class IncrementalSha256:
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
-"""Is told how much more was gone through, in bases or in bytes of files."""
+"""A callback that is told how much more was processed, in bases or in bytes of files."""
 
 KEPT = 16 << 20
-"""Bytes."""
+"""Bytes of the block that `_keep_freed_memory` allocates and frees."""
 
 
 class Stopped(Exception):
-    """Another worker has failed, or the user has had enough."""
+    """Ends a task because another worker has failed, or the user has interrupted the program."""
 
 
 class Workers:
-    """Processes that go through tasks; with `count` 1 it is this one.
+    """A pool of processes that run tasks; with a `count` of 1 they run in this process.
 
-    A task's function is called as function(task, advance). What it raises, the caller gets, and
-    the others end soon: each time that they report their advance they look whether they may go on.
-    Workers end by themselves when this process does, however it ends.
+    A task's function is called as function(task, advance). If it raises an error, the caller gets
+    it, and the other tasks end soon: they check for this each time they report their progress.
+    Workers exit by themselves when this process does, however it ends.
     """
 
     def __init__(self, count: int):
@@ -155,8 +165,8 @@ class Workers:
     def __enter__(self) -> "Workers":
         _keep_freed_memory()
         if self._count > 1:
-            # Forked, because to import all anew takes longer than a chromosome; and at once, as
-            # long as no progress is drawn by a thread and no lock is held.
+            # Forked, because importing everything again takes longer than processing a chromosome;
+            # and right now, while no thread draws the progress and no lock is held.
             context = multiprocessing.get_context("fork")
             self._amount = context.Value("Q", 0)
             self._stop = context.Value("b", 0, lock=False)
@@ -176,25 +186,30 @@ class Workers:
     def run(
         self, function: Callable[[Task, Advance], Result], tasks: list[Task], advance: Advance
     ) -> Iterator[tuple[Task, Result]]:
-        """Each task and its result, in the order in which they are finished. `advance` is told
-        how much all workers together went through."""
+        """Yields each task and its result, in the order in which they finish.
+
+        `advance` is told how much all workers together have processed. Raises the error of a task
+        that fails, and UserError if a worker process ended unexpectedly.
+        """
         if self._pool is None:
             yield from ((task, function(task, advance)) for task in tasks)
             return
         with interrupts_held_back():
             futures = {self._pool.submit(_run, function, task): task for task in tasks}
         try:
-            for future in as_finished(futures, lambda: advance(self._taken())):
+            for future in as_finished(futures, lambda: advance(self._pop_amount())):
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was ended from outside, perhaps because memory ran out; start "
-                "again with fewer workers (the key workers), the work that is done is kept"
+                "a worker process ended unexpectedly, perhaps because memory ran out; run the same "
+                "command again with fewer workers (the key workers); finished work is kept"
             ) from None
 
-    def _taken(self) -> int:
-        """How much workers went through since the last look; 0 if that cannot be said now, as a
-        worker that was killed holds the lock for ever."""
+    def _pop_amount(self) -> int:
+        """Returns how much the workers have processed since the last call.
+
+        Returns 0 if the lock is not available: a worker that was killed may hold it forever.
+        """
         lock = self._amount.get_lock()
         with interrupts_held_back():
             if not lock.acquire(timeout=POLL):
@@ -205,22 +220,23 @@ class Workers:
 
 
 def _keep_freed_memory() -> None:
-    """Have this process, and those that are forked from it, keep freed memory for the next block.
+    """Makes this process, and those that are forked from it, keep freed memory for the next block.
 
-    Else the C library gives each block of text and ids back to the kernel, which maps the next
-    one anew, page by page: a sixth of the time of a build. Once it has freed a block as large as
-    this one, it keeps up to twice as much (mallopt(3), on M_MMAP_THRESHOLD).
+    Otherwise the C library returns each block of text and ids to the kernel, which maps the next
+    one again, page by page: a sixth of the time of a build. Once it has freed a block as large as
+    this one, it keeps up to twice as much (see mallopt(3) on M_MMAP_THRESHOLD).
     """
     bytes(KEPT)
 
 
 _shared: dict[str, Any] = {}
-"""A worker's view of what all share: how much was gone through, and whether to stop."""
+"""What a worker shares with all others: how much was processed (amount), and whether to stop."""
 
 
 def _start_worker(amount: Any, stop: Any) -> None:
     _shared.update(amount=amount, stop=stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; one process answers
+    # Ctrl-C reaches all processes; the first one handles it and stops the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

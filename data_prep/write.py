@@ -1,9 +1,9 @@
-"""The second reading of a source: its fragments go to their place in the data set, some of them as
-their reverse complement, with the files that lead from a fragment back to its coordinates.
+"""The second reading of a source: writes its fragments to their location in the data set, some of
+them as their reverse complement, and the files that lead from a fragment back to its coordinates.
 
-`records.tsv` lists the records of all sources, a row each: source, record, bases.
+`records.tsv` has a row for each record of all sources: source, record, bases.
 `<split>.origins.npy` has for each document the row number, the start in that record, and the
-strand: `-` where the document is the reverse complement of those bases, else `+`.
+strand: `-` if the document is the reverse complement of those bases, else `+`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 
 from data_prep import fragment
-from data_prep.fasta import TokenRange, read_pieces
+from data_prep.fasta import TokenRange, read_token_ranges
 from data_prep.fragment import Fate
 from data_prep.schema import DataConfig
 from data_prep.sources import Input
@@ -32,18 +32,19 @@ RECORDS = "records.tsv"
 
 
 def origins_path(folder: Path, split: str) -> Path:
-    """The file with the origins of a split."""
+    """Returns the path of the file with the origins of a split."""
     return folder / f"{split}.origins.npy"
 
 
 def write_records(folder: Path, rows: list[tuple[str, str, int]]) -> None:
-    """Write records.tsv; a row is source, record and bases."""
+    """Writes records.tsv; a row is source, record and number of bases."""
     lines = ["source\trecord\tbases", *("\t".join(map(str, row)) for row in rows)]
     (folder / RECORDS).write_text("\n".join(lines) + "\n")
 
 
 def _complements() -> np.ndarray:
-    """The complement of each token id; those that are no base stay."""
+    """Returns the complement of each token id, [EOD + 1] uint8; ids that are not bases map to
+    themselves."""
     table = np.arange(EOD + 1, dtype=np.uint8)
     table[DnaTokenizer().encode("ACGTN")] = DnaTokenizer().encode("TGCAN")
     return table
@@ -53,59 +54,67 @@ _COMPLEMENTS = _complements()
 
 
 def draw_reversed(seed: int, source: str, record: str, count: int, share: float) -> np.ndarray:
-    """Whether each of the `count` fragments of a record's grid is turned, with probability
+    """Draws which of the `count` fragments of a record's grid are reversed, each with probability
     `share`: [count] bool.
 
-    Philox counts instead of keeping a state: its i-th number is a hash of i under its key, here
-    the seed, source and record. So a fragment's strand hangs on its place alone, not on which
-    others are there or on the order of work.
+    Philox is counter-based: its i-th number is a hash of i under its key, here the seed, source and
+    record. So a fragment's strand depends only on its position, not on which other fragments exist
+    or on the order of the work.
     """
-    place = "\0".join((str(seed), source, record)).encode()
-    key = int.from_bytes(hashlib.blake2b(place, digest_size=16).digest(), "little")
+    identity = "\0".join((str(seed), source, record)).encode()
+    key = int.from_bytes(hashlib.blake2b(identity, digest_size=16).digest(), "little")
     uniform = (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53
     return uniform < share
 
 
 def reverse_complement(fragments: np.ndarray, reverse: np.ndarray) -> np.ndarray:
-    """Fragments [count, seq_length] of token ids, those of `reverse` [count] turned; the same array if
-    there are none."""
+    """Returns fragments of which those selected by `reverse` are reverse-complemented.
+
+    Args:
+        fragments: [count, seq_length] token ids.
+        reverse: [count] bool.
+
+    Returns [count, seq_length] token ids; `fragments` itself if none is selected.
+    """
     if not reverse.any():
         return fragments
-    turned = fragments.copy()
-    turned[reverse] = _COMPLEMENTS[fragments[reverse, ::-1]]
-    return turned
+    oriented = fragments.copy()
+    oriented[reverse] = _COMPLEMENTS[fragments[reverse, ::-1]]
+    return oriented
 
 
 SPLITS = {"train": Fate.TRAIN, "validation": Fate.VALIDATION}
+"""The splits, with the fate of the fragments that each of them holds."""
 
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION, UINT8 = 1, 1
 INDEX_BYTES = 4 + 8 + 8
-"""Of a document in the index: its length, where it starts, and its number."""
+"""Bytes per document in the index: for its length, its offset and its number."""
 
 AT_A_TIME = 1 << 20
 """Entries of an index that are written at a time."""
 
 
 def tokens_path(folder: Path, split: str) -> Path:
-    """The file with the documents of a split."""
+    """Returns the path of the file with the documents of a split."""
     return folder / f"{split}.bin"
 
 
 def prepare_split(folder: Path, split: str, count: int, tokens: int) -> None:
-    """Make the files of a split of `count` documents of `tokens` tokens: its index whole, the
-    others in their full size for SplitWriters to fill.
+    """Creates the files of a split of `count` documents of `tokens` tokens each.
 
-    The index is that of megatron-core's IndexedDatasetBuilder, byte for byte. That one keeps a
-    Python number for each document, which is a gigabyte for 25 million.
+    The index is complete; the other files have their full size and are filled by SplitWriters.
+
+    The index is byte for byte the one that megatron-core's IndexedDatasetBuilder writes. That
+    builder keeps a Python number for each document, which is a gigabyte for 25 million documents.
     """
     with (folder / f"{split}.idx").open("wb") as file:
         file.write(INDEX_MAGIC + struct.pack("<QBQQ", INDEX_VERSION, UINT8, count, count + 1))
         for scale, offset, kind, entries in (
-            (0, tokens, np.int32, count),  # lengths of the sequences
-            (tokens, 0, np.int64, count),  # where they start, bytes
-            (1, 0, np.int64, count + 1),  # the first sequence of each document, and their number
+            (0, tokens, np.int32, count),  # length of each sequence
+            (tokens, 0, np.int64, count),  # offset of each sequence in bytes
+            (1, 0, np.int64, count + 1),  # first sequence of each document, then their number
         ):
             for start in range(0, entries, AT_A_TIME):
                 numbers = np.arange(start, min(start + AT_A_TIME, entries))
@@ -119,8 +128,8 @@ def prepare_split(folder: Path, split: str, count: int, tokens: int) -> None:
 
 
 class SplitWriter:
-    """Writes documents of a split, from number `first` on: a fragment's bases and EOD to
-    `<split>.bin`, where it comes from to `<split>.origins.npy`. Several may fill one split."""
+    """Writes documents of a split, from number `first` on: the bases of a fragment and EOD to
+    `<split>.bin`, its origin to `<split>.origins.npy`. Several writers may fill one split."""
 
     def __init__(self, folder: Path, split: str, first: int = 0):
         self._first = first
@@ -136,8 +145,14 @@ class SplitWriter:
     def add(
         self, fragments: np.ndarray, record: int, starts: np.ndarray, reverse: np.ndarray
     ) -> None:
-        """Append fragments [count, seq_length] of one record, a row number of records.tsv, and
-        say where they start in it and which are its reverse complement (both [count])."""
+        """Appends fragments of one record.
+
+        Args:
+            fragments: [count, seq_length] token ids.
+            record: the record's row number in records.tsv.
+            starts: where each fragment starts in the record, [count].
+            reverse: which fragments are reverse complements, [count] bool.
+        """
         count, seq_length = fragments.shape
         tokens = np.empty((count, seq_length + 1), dtype=np.uint8)
         tokens[:, :-1], tokens[:, -1] = fragments, EOD
@@ -157,62 +172,63 @@ class SplitWriter:
         trace: TracebackType | None,
     ) -> None:
         for file in (self._tokens, self._origins):
-            # The disk may be full: what is still in the buffer fails again, and is not wanted.
+            # The disk may be full: writing what is buffered would fail again, and is not needed.
             with suppress(OSError) if kind else nullcontext():
                 file.close()
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePlan:
     """What one source adds to a data set, and where."""
 
-    number: int  # among the sources
+    index: int  # the source's position among all sources
     source: Input
     survey: Survey
-    fates: np.ndarray  # of its fragments, after the mix
-    first_row: int  # of its records in records.tsv
+    fates: np.ndarray  # [fragments] uint8, the fates of its fragments after the mix
+    first_row: int  # the row of its first record in records.tsv
     first: dict[str, int]  # the number of its first document in each split
 
 
-def write_part(part: Part, advance: Advance, folder: Path, config: DataConfig) -> None:
-    """Read a source once more and write its fragments into the prepared files of `folder`."""
-    check_unchanged(part.source, part.survey.stamps)
+def write_source(plan: SourcePlan, advance: Advance, folder: Path, config: DataConfig) -> None:
+    """Reads a source again and writes its fragments into the prepared files of `folder`."""
+    check_unchanged(plan.source, plan.survey.stamps)
     with ExitStack() as stack:
         writers = {
-            fate: stack.enter_context(SplitWriter(folder, split, part.first[split]))
+            fate: stack.enter_context(SplitWriter(folder, split, plan.first[split]))
             for split, fate in SPLITS.items()
         }
-        for row, piece, fates, reverse in _fragments(part, config):
-            fragments = fragment.grid(piece.ids, config.seq_length)
+        for row, token_range, fates, reverse in _fragments(plan, config):
+            fragments = fragment.grid(token_range.ids, config.seq_length)
             for fate, writer in writers.items():
                 chosen = np.flatnonzero(fates == fate)
                 if len(chosen) == 0:
                     continue
-                # Most pieces go to one split whole, and need not be copied for it.
+                # Most ranges go to one split entirely, and then need no copy.
                 kept = fragments if len(chosen) == len(fragments) else fragments[chosen]
-                turned = reverse_complement(kept, reverse[chosen])
-                starts = piece.start + chosen * config.seq_length
-                writer.add(turned, part.first_row + row, starts, reverse[chosen])
-            advance(len(piece.ids))
-    check_unchanged(part.source, part.survey.stamps)
+                oriented = reverse_complement(kept, reverse[chosen])
+                starts = token_range.start + chosen * config.seq_length
+                writer.add(oriented, plan.first_row + row, starts, reverse[chosen])
+            advance(len(token_range.ids))
+    check_unchanged(plan.source, plan.survey.stamps)
 
 
 def _fragments(
-    part: Part, config: DataConfig
+    plan: SourcePlan, config: DataConfig
 ) -> Iterator[tuple[int, TokenRange, np.ndarray, np.ndarray]]:
-    """The pieces of a source, each with the number of its record, and of its whole fragments the
-    fates and whether they are turned, both [fragments]."""
-    source, survey, length = part.source, part.survey, config.seq_length
+    """Yields the token ranges of a source: the index of the record, the range, and for its whole
+    fragments their fates [fragments] and whether they are reversed [fragments]."""
+    source, survey, length = plan.source, plan.survey, config.seq_length
     ends = np.cumsum(survey.lengths // length)
-    pieces = read_pieces(source.path, length)
-    for row, (name, own) in enumerate(groupby(pieces, key=lambda piece: piece.name)):
+    all_ranges = read_token_ranges(source.path, length)
+    for row, (name, token_ranges) in enumerate(groupby(all_ranges, key=lambda it: it.name)):
         if survey.names[row : row + 1] != [name]:
             raise changed(source.path)
         count = int(survey.lengths[row]) // length
-        fates = part.fates[ends[row] - count : ends[row]]
+        fates = plan.fates[ends[row] - count : ends[row]]
         reverse = draw_reversed(config.seed, source.key, name, count, config.reverse_complement)
-        for piece in own:
-            if piece.start + len(piece.ids) > survey.lengths[row]:
+        for token_range in token_ranges:
+            end = token_range.start + len(token_range.ids)
+            if end > survey.lengths[row]:
                 raise changed(source.path)
-            here = slice(piece.start // length, (piece.start + len(piece.ids)) // length)
-            yield row, piece, fates[here], reverse[here]
+            covered = slice(token_range.start // length, end // length)
+            yield row, token_range, fates[covered], reverse[covered]

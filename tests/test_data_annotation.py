@@ -289,8 +289,8 @@ def test_an_annotation_of_more_than_the_file_has_is_welcome(tmp_path):
     ("data", "names", "message"),
     [
         (gtf(("r1", 5, 101)), {}, "has bases 5 to 101, but record r1 of x.fa has only 100"),
-        (gtf(("r1", 5, 9)), {"r9": "r1"}, "annotation_names has r9, which is no record of x.fa"),
-        (gtf(("r1", 5, 9)), {"r1": "r9"}, "reads r1 as r9, on which a.gtf has no genes"),
+        (gtf(("r1", 5, 9)), {"r9": "r1"}, "annotation_names has r9, which is not a record of x.fa"),
+        (gtf(("r1", 5, 9)), {"r1": "r9"}, "maps r1 to r9, on which a.gtf has no genes"),
     ],
 )
 def test_an_annotation_of_another_assembly_is_refused(tmp_path, data, names, message):

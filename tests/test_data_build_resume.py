@@ -271,7 +271,7 @@ def test_an_interrupted_build_ends_at_once_and_goes_on(genomes, expected, tmp_pa
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does, to the workers too
     shown = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert shown.splitlines() == ["interrupted; the same command goes on from here"]
+    assert shown.splitlines() == ["interrupted; run the same command again to resume"]
     assert start(genomes, tmp_path).wait(timeout=300) == 0
     assert files_of(tmp_path / "out") == expected
 
@@ -282,7 +282,7 @@ def test_a_worker_that_is_killed_is_a_sentence(genomes, tmp_path):
     psutil.Process(process.pid).children()[0].kill()
     shown = process.communicate(timeout=60)[1]
     assert process.returncode == 2
-    assert "a worker process was ended from outside" in shown and "Traceback" not in shown
+    assert "a worker process ended unexpectedly" in shown and "Traceback" not in shown
 
 
 def test_two_builds_of_one_output_at_once(genomes, tmp_path):

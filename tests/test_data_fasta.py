@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import fasta
-from data_prep.compressed import Hashed, bytes_after
-from data_prep.fasta import read_counts, read_fasta, read_pieces
+from data_prep.compressed import HashingReader, bytes_after
+from data_prep.fasta import read_counts, read_fasta, read_token_ranges
 from data_prep.manifest import file_facts
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS
@@ -100,7 +100,7 @@ def test_against_a_slow_reading_of_the_same_text(records, width, end, packed, bl
         path = Path(folder) / "x.fa"
         path.write_bytes(gzip.compress(data) if packed else data)
         assert read(path) == slow
-        pieces = list(read_pieces(path, multiple))
+        pieces = list(read_token_ranges(path, multiple))
         counted = list(read_counts(path))
     for name, bases in slow:
         blocks = [block for block in counted if block.name == name]
@@ -141,7 +141,7 @@ def test_counting_finds_the_errors_of_reading(lines, other, place, block):
         patch.setattr(fasta, "BLOCK", block)
         path = Path(folder) / "x.fa"
         path.write_bytes(data)
-        error = error_of(lambda path: read_pieces(path, 1), path)
+        error = error_of(lambda path: read_token_ranges(path, 1), path)
         assert error_of(read_counts, path) == error
     if other in ("X", "U", "u", "-", "*", "\x01", "é"):
         assert error is not None
@@ -150,8 +150,8 @@ def test_counting_finds_the_errors_of_reading(lines, other, place, block):
 def test_the_checksum_of_what_was_read(tmp_path):
     path = tmp_path / "x.fa.gz"
     path.write_bytes(gzip.compress(TEXT) + bytes(1000))  # padding, as of tapes
-    with Hashed(path) as file:
-        assert [piece.name for piece in read_pieces(path, 1, file)] == ["one", "two"]
+    with HashingReader(path) as file:
+        assert [piece.name for piece in read_token_ranges(path, 1, file)] == ["one", "two"]
     assert file.facts() == file_facts(path)
 
 
@@ -188,8 +188,8 @@ def test_a_truncated_file_never_passes(tmp_path, kind, cut):
 def test_bytes_after_the_compressed_data_are_no_part_of_it(tmp_path, kind, after, count):
     path = tmp_path / f"x.fa.{kind}"
     path.write_bytes(PACKERS.get(kind, bgzip)(TEXT) + after)
-    with Hashed(path) as file:
-        assert [piece.ids.tolist() for piece in read_pieces(path, 1, file)] == BASES
+    with HashingReader(path) as file:
+        assert [piece.ids.tolist() for piece in read_token_ranges(path, 1, file)] == BASES
     assert bytes_after(path) == count
     assert file.facts() == file_facts(path)
     assert read(path) == EXPECTED

@@ -275,8 +275,8 @@ def test_distributions_in_the_report(here, monkeypatch, tmp_path):
             ["out", "--sample", "1", "--split", "test"],
             "no split test; its splits are train and val",
         ),
-        (["out", "--split", "train"], "--split goes with --sample"),
-        (["out", "--sample", "1", "--all"], "--sample answers alone"),
+        (["out", "--split", "train"], "--split needs --sample"),
+        (["out", "--sample", "1", "--all"], "--sample shows only one sample; leave out --report"),
         (["out", "--report", "train.bin"], r"train\.bin: the name must end in \.png"),
         (["out", "--report", "no/a.png"], r"no/a\.png: there is no folder no"),
     ],
@@ -327,4 +327,4 @@ def test_origins_that_do_not_fit(built, monkeypatch, capsys, tmp_path):
     assert "sample 0 of train is of sequence 99" in capsys.readouterr().err
     (out / "train.origins.npy").write_bytes(b"x" * (out / "train.origins.npy").stat().st_size)
     assert run(monkeypatch, "inspect", str(out)) == 2
-    assert "it is no table of origins" in capsys.readouterr().err
+    assert "it is not a table of origins" in capsys.readouterr().err

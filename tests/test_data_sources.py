@@ -79,7 +79,7 @@ def test_files_beside_those_of_a_pattern(folder):
     [
         ({"*": {"fasta": "*.fasta"}}, r"has no file \*\.fasta \(source g/\*\); fetch it with"),
         ({"*": {"fasta": "*.fa", "only": ["a", "z"]}}, r"has no file z\*\.fa \(source g/\*\)"),
-        ({"x": {"fasta": "a*.fa"}}, r"source g/x is one file, and a\*\.fa stands for 2"),
+        ({"x": {"fasta": "a*.fa"}}, r"source g/x is one file, but a\*\.fa matches 2"),
         ({"*": {"fasta": "b_v1.fa"}}, r"source g/\*: its fasta has no \*"),
         (
             {"*": {"fasta": "*.fa"}, "b_v1": {"fasta": "b_v1.fa"}},
@@ -91,7 +91,7 @@ def test_files_beside_those_of_a_pattern(folder):
 def test_patterns_that_cannot_be_meant(folder, sources, message):
     (folder / "an odd name").write_text("")
     if not message:
-        message = "an odd name would be a source called 'an odd name'; rename it"
+        message = "an odd name would be a source called 'an odd name'; rename the file"
     with pytest.raises(UserError, match=message):
         inputs(config_of(sources), folder)
 
@@ -101,9 +101,9 @@ def test_patterns_that_cannot_be_meant(folder, sources, message):
     [
         ({"fasta": "*/a.fa"}, "one \\*, in the file's name"),
         ({"fasta": "*_*.fa"}, "one \\*, in the file's name"),
-        ({"fasta": "a.fa", "annotation": "*.bed"}, "annotation has a \\* and fasta has none"),
-        ({"fasta": "a.fa", "only": ["a"]}, "only chooses among the files"),
-        ({"fasta": "a.fa", "validation_headers": "chr("}, "no regular expression"),
+        ({"fasta": "a.fa", "annotation": "*.bed"}, "annotation has a \\*, but fasta has none"),
+        ({"fasta": "a.fa", "only": ["a"]}, r"only needs a fasta with a \*"),
+        ({"fasta": "a.fa", "validation_headers": "chr("}, "not a regular expression"),
     ],
 )
 def test_sources_that_cannot_be_meant(source, message):

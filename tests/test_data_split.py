@@ -319,10 +319,11 @@ def test_a_total_that_the_sources_do_not_hold():
     with pytest.raises(UserError) as refused:
         balance(fates, {"human": 1, "apes": 1}, 1, 10, 1000)
     assert str(refused.value) == (
-        "total_tokens is 1,000, and the sources hold fewer for the train split: "
+        "total_tokens is 1,000, but the sources hold fewer for the train split: "
         "group human has 300 tokens of 500 (would be repeated 1.67 times); "
         "group apes has 1,000 tokens of 500 (enough); "
-        "add sources, ask for at most 600, or set allow_fewer to true for all that there are"
+        "add sources, set total_tokens to at most 600, or set allow_fewer to true to use all that "
+        "they hold"
     )
     said = balance(fates, {"human": 1, "apes": 1}, 1, 10, 1000, allow_fewer=True)
     assert str(refused.value).startswith(f"{said}; add sources")

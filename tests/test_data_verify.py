@@ -159,7 +159,7 @@ def test_files_of_two_splits_swapped(copy, monkeypatch, capsys):
     found = "\n".join(problems(monkeypatch, capsys))
     for name in ("train", "validation"):
         assert re.search(rf"out/{name}\.bin has .* bytes and should have", found)
-        assert re.search(rf"out/{name}\.bin holds .* documents of 9 tokens, and", found)
+        assert re.search(rf"out/{name}\.bin holds .* documents of 9 tokens, but", found)
 
 
 def token(place: int, value: int) -> Callable[[bytearray], None]:
@@ -202,7 +202,7 @@ def test_an_index_that_says_something_else(copy, monkeypatch, capsys, place, sen
 
 def test_an_index_that_goes_on(copy, monkeypatch, capsys):
     change_knowingly("train.idx", lambda data: data.extend(b"12345678"))
-    assert problems(monkeypatch, capsys) == ["out/train.idx goes on after the last document"]
+    assert problems(monkeypatch, capsys) == ["out/train.idx has more data after the last document"]
 
 
 def set_field(field: str, row: int, value) -> Callable[[np.ndarray], None]:
@@ -212,17 +212,23 @@ def set_field(field: str, row: int, value) -> Callable[[np.ndarray], None]:
 @pytest.mark.parametrize(
     ("edit", "sentence"),
     [
-        (set_field("start", 3, 1), "document 3 at a place that is not on the grid of a sequence"),
-        (set_field("start", 3, 8 << 40), "document 3 at a place that is not on the grid"),
-        (set_field("record", 3, 99), "document 3 at a place that is not on the grid"),
-        (lambda own: own.__setitem__(4, own[3]), "document 4 at a place that another document has"),
+        (
+            set_field("start", 3, 1),
+            "document 3 at a position that is not on the grid of a sequence",
+        ),
+        (set_field("start", 3, 8 << 40), "document 3 at a position that is not on the grid"),
+        (set_field("record", 3, 99), "document 3 at a position that is not on the grid"),
+        (
+            lambda own: own.__setitem__(4, own[3]),
+            "document 4 at a position that another document has",
+        ),
         (
             lambda own: own.__setitem__([7, 8], own[[8, 7]]),
-            "document 8 before its place in the order of the sources",
+            "document 8 not in the order of the sources",
         ),
         (
             lambda own: own["strand"].__setitem__(5, b"-" if own["strand"][5] == b"+" else b"+"),
-            "document 5 not on the strand that the seed draws for its place",
+            "document 5 not on the strand that the seed draws for its position",
         ),
     ],
 )
@@ -237,7 +243,7 @@ def test_a_fragment_in_both_splits(copy, monkeypatch, capsys):
     held = np.load("out/validation.origins.npy")
     change_origins(lambda origins: origins.__setitem__(0, held[0]))
     found = problems(monkeypatch, capsys)
-    assert any("split validation: document 0 at a place that another" in one for one in found)
+    assert any("split validation: document 0 at a position that another" in one for one in found)
 
 
 def test_fragments_of_another_source(copy, monkeypatch, capsys):
@@ -247,7 +253,7 @@ def test_fragments_of_another_source(copy, monkeypatch, capsys):
     change_origins(lambda origins: origins.__setitem__(last, (2, 0, b"+")))
     found = "\n".join(problems(monkeypatch, capsys))
     for source in ("human/a", "apes/b"):
-        assert re.search(rf"split train has \d+ fragments of source {source}, and", found)
+        assert re.search(rf"split train has \d+ fragments of source {source}, but", found)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +261,8 @@ def test_fragments_of_another_source(copy, monkeypatch, capsys):
     [
         (("splits", "train", "tokens"), 5, "tokens of split train are not those of its fragments"),
         (("splits", "train", "fragments"), 5, "fragments of split train are not the sum of"),
-        (("splits", "train", "fragments"), 5, r"train\.bin holds \d+ documents of 9 tokens, and"),
-        (("sources", "apes/b", "train"), 5, r"train has \d+ fragments of source apes/b, and .* 5"),
+        (("splits", "train", "fragments"), 5, r"train\.bin holds \d+ documents of 9 tokens, but"),
+        (("sources", "apes/b", "train"), 5, r"train has \d+ fragments of source apes/b, but .* 5"),
         (("sources", "apes/b", "train"), 5, "train of group apes is not the sum of its sources'"),
         (("sources", "apes/b", "train"), 5, "of source apes/b does not sum to their number"),
         (("sources", "apes/b", "bases"), 5, "fragments and remainder of source apes/b do not sum"),
@@ -338,7 +344,7 @@ def test_a_source_that_goes_on(copy, monkeypatch, capsys):
     with Path("a.fa").open("a") as file:
         file.write(">chr3\nACGT\n")
     found = problems(monkeypatch, capsys, "--against-sources", "data.yaml")
-    assert "has sequence chr3 of 4 bases where the data set has no more sequence" in found[-1]
+    assert "has sequence chr3 of 4 bases where the data set has no further sequence" in found[-1]
 
 
 def test_more_problems_than_are_listed(copy, monkeypatch, capsys):

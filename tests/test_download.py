@@ -231,7 +231,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2_000_000, 1_100_000, 900_000))
     result = download(files=[{"url": f"{server.url}/a"}])
-    check_refused(result, r"out has 900.0 kB of free space and 1.0 MB are to come; make room")
+    check_refused(result, r"out has 900.0 kB of free space, but 1.0 MB are .*; make room")
     assert not server.gets
 
 
@@ -273,7 +273,7 @@ def test_a_folder_in_the_way_is_not_touched(server, download, known):
 def test_an_output_that_is_a_file_is_refused(server, download):
     server.add("a", BODY)
     Path("out").write_text("a file")
-    check_refused(download(files=[{"url": f"{server.url}/a"}]), "out cannot be made: .*--out")
+    check_refused(download(files=[{"url": f"{server.url}/a"}]), "out cannot be created: .*--out")
 
 
 def test_a_file_of_another_address_is_not_overwritten(server, download):
@@ -326,7 +326,7 @@ def test_a_second_download_into_one_folder_is_refused(server, download):
         while not Path("out/a.partial").exists():
             assert process.poll() is None
             time.sleep(0.01)
-        check_refused(download(files=files), "another download is filling out; wait")
+        check_refused(download(files=files), "another download is writing to out; wait")
         process.send_signal(signal.SIGINT)
         assert process.wait(20) != 0
     finally:

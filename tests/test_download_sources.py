@@ -62,10 +62,10 @@ def test_which_annotation_is_taken(ncbi, download, annotation, ends):
     [
         (
             "GCA_000001405.2",
-            "GCA_000001405.2 is not in .*there is GCA_000001405.1 and GCA_00000140",
+            "GCA_000001405.2 is not in .* GCA_000001405.1 and GCA_00000140",
         ),
         ("GCA_999999999.1", "999/999/999/ does not exist"),
-        ("GCF_000000001.2", "GCF_000000001.2 has no genome at .*take another version"),
+        ("GCF_000000001.2", "GCF_000000001.2 has no genome at .*use another version"),
         (
             "GCA_000001405",
             r"ncbi.assemblies entry 1 is the text 'GCA_000001405'; it must be .*pattern",
@@ -120,9 +120,12 @@ def test_a_checksum_of_a_table_is_checked(server, download, table):
     [
         ({"table": "no.csv"}, "indexes.hprc.table: no.csv cannot be read: No such file"),
         ({"url": "path"}, "hprc.csv has no column 'path'; its columns are sample_id, assembly_md5"),
-        ({"rows": {"sample_id": ["HG1", "HG3"]}}, "no row is taken whose sample_id is 'HG3'"),
-        ({"url": "sample_id"}, "indexes.hprc, line 2: sample_id is 'HG1' and no URL of a file"),
-        ({"md5": "sample_id"}, "line 2: HG1 is no MD5, nor the address of one; set md5: null"),
+        (
+            {"rows": {"sample_id": ["HG1", "HG3"]}},
+            "hprc.rows: no selected row has 'HG3' as its sample_id",
+        ),
+        ({"url": "sample_id"}, "indexes.hprc, line 2: sample_id is 'HG1', which is not the URL"),
+        ({"md5": "sample_id"}, "line 2: HG1 is not an MD5 .*; set md5: null"),
     ],
 )
 def test_tables_that_cannot_be_used(server, download, table, change, message):

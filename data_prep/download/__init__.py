@@ -1,1 +1,1 @@
-"""`gengram-data download`: genomes and their annotations from where they are published."""
+"""`gengram-data download`: fetches genomes and their annotations from where they are published."""

@@ -1,4 +1,4 @@
-"""The command `gengram-data download`: bars while it runs, and the list of a dry run."""
+"""The command `gengram-data download`: progress bars while it runs, and the list of a dry run."""
 
 import json
 from pathlib import Path
@@ -28,13 +28,13 @@ from gengram_megatron.config.load import load_config
 
 
 class Bars:
-    """A bar for all files and one for each that is coming, and a line for each that has come.
+    """Shows a bar for all files, one for each file being fetched, and a line for each fetched file.
 
-    Where there is no terminal, such as in a log file, only the lines are shown.
+    Without a terminal, such as in a log file, only the lines are shown.
     """
 
     def __init__(self, console: Console, items: list[Item]):
-        sizes = [item.size for item in items if not item.here]
+        sizes = [item.size for item in items if not item.complete]
         self._console = console
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -48,7 +48,7 @@ class Bars:
         )
         self._all = self._bars.add_task("all", total=None if None in sizes else sum(sizes))
         self._tasks: dict[str, TaskID] = {}
-        self._here: dict[str, int] = {}
+        self._received: dict[str, int] = {}  # bytes of each file
 
     def __enter__(self) -> "Bars":
         self._bars.start()
@@ -57,36 +57,39 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def received(self, name: str, here: int, size: int | None) -> None:
-        """So many bytes of a file are there; of how many, if that is known."""
+    def received(self, name: str, received: int, size: int | None) -> None:
+        """Shows that `received` bytes of a file are on the disk.
+
+        `size` is that of the whole file, if known.
+        """
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name)
-        self._bars.update(self._tasks[name], completed=here, total=size)
-        self._bars.update(self._all, advance=here - self._here.get(name, 0))
-        self._here[name] = here
+        self._bars.update(self._tasks[name], completed=received, total=size)
+        self._bars.update(self._all, advance=received - self._received.get(name, 0))
+        self._received[name] = received
 
     def stored(self, name: str, size: int) -> None:
-        """A file is whole and in its place."""
+        """Shows that a file is complete and has its final name."""
         self.received(name, size, size)
         self._bars.update(self._tasks[name], visible=False)
         self._console.print(f"{name}: {decimal(size)}", highlight=False, soft_wrap=True)
 
 
 def listing(items: list[Item]) -> Table:
-    """All files of a download list and how they stand."""
+    """Returns a table of all files of a download list and their state."""
     table = Table("file", "size", "checksum", "state", "from")
     for item in items:
         size = "unknown" if item.size is None else decimal(item.size)
-        part = f"{decimal(item.partial)} here" if item.partial else "to fetch"
-        state = "here" if item.here else part
-        kinds = ", ".join(item.wanted.checksums) or "none"
-        table.add_row(item.wanted.name, size, kinds, state, item.wanted.url)
+        missing = f"{decimal(item.partial)} present" if item.partial else "to fetch"
+        state = "complete" if item.complete else missing
+        kinds = ", ".join(item.file.checksums) or "none"
+        table.add_row(item.file.name, size, kinds, state, item.file.url)
     return table
 
 
 def totals(items: list[Item]) -> str:
-    """How much is to come, in a sentence."""
-    missing = [item for item in items if not item.here]
+    """Returns a sentence about how much is to be fetched."""
+    missing = [item for item in items if not item.complete]
     size = sum(item.size - item.partial for item in missing if item.size)
     unknown = sum(item.size is None for item in missing)
     more = f" and {files(unknown)} of unknown size" if unknown else ""
@@ -94,7 +97,7 @@ def totals(items: list[Item]) -> str:
 
 
 def files(count: int) -> str:
-    """A number of files in words."""
+    """Returns a number of files in words."""
     return f"{count} file" if count == 1 else f"{count} files"
 
 
@@ -113,9 +116,9 @@ def download(
 ) -> None:
     """Fetch genomes and their annotations, and verify them.
 
-    Takes assemblies of NCBI by accession (the genome as FASTA, and the annotation where there is
-    one), tables of addresses such as HPRC's index of its assemblies, and single URLs. Run it
-    again after an interruption: whole files are kept, and partial ones are gone on with.
+    Fetches assemblies of NCBI by accession (the genome as FASTA, and the annotation if there is
+    one), files listed in tables of URLs such as HPRC's index of its assemblies, and single URLs.
+    Run it again after an interruption: complete files are kept, and partial downloads are resumed.
 
     A download list in full:
 
@@ -132,26 +135,26 @@ def download(
         indexes:
           hprc:
             table: hprc.index.csv    # CSV or TSV; path relative to this file, or URL
-            url: assembly            # column of the files' addresses: http, https or s3
-            md5: assembly_md5        # column of checksums, or of addresses of .md5 files
-            rows:                    # only these; all rows without it
+            url: assembly            # column of the files' URLs: http, https or s3
+            md5: assembly_md5        # column of checksums, or of URLs of .md5 files
+            rows:                    # only these; without it, all rows
               sample_id: [HG00408, HG00597]
         files:
           - url: https://example.org/chm13.fa.gz
-            name: chm13v2.fa.gz      # the URL's last part without it
+            name: chm13v2.fa.gz      # without it, the last part of the URL
             md5: 0123456789abcdef0123456789abcdef       # or sha256, or neither
 
-    A file has its own name only when it is whole and its checksum is right; until then it is
-    NAME.partial. URL, size and checksums of each are in downloads.json beside the files.
-    https_proxy and no_proxy in the environment are heeded.
+    A file gets its final name only when it is complete and its checksum is right; until then it is
+    NAME.partial. URL, size and checksums of each file are in downloads.json beside the files. The
+    environment variables https_proxy and no_proxy are used.
     """
-    words = [*(overrides or [])]
-    words += [f"output={json.dumps(out)}"] if out is not None else []  # 2024 is a folder too
-    words += [f"parallel={parallel}"] if parallel is not None else []
-    settings = load_config(config, words, DownloadConfig)
+    changes = [*(overrides or [])]
+    changes += [f"output={json.dumps(out)}"] if out is not None else []  # a name may be 2024
+    changes += [f"parallel={parallel}"] if parallel is not None else []
+    settings = load_config(config, changes, DownloadConfig)
     web = Web(settings.retries, settings.backoff, settings.timeout)
     console = Console(stderr=True)
-    with console.status("asking for sizes and checksums"):
+    with console.status("requesting sizes and checksums"):
         items = run.plan(settings, config.parent, web)
     if dry_run:
         Console().print(listing(items))

@@ -1,7 +1,8 @@
-"""One file from its server to its place on the disk: resumed, retried, verified, and recorded.
+"""Fetches one file from its server: resumes, retries, verifies and records it.
 
-What has come so far of a file lies beside its place, with a note of which version of the file it
-belongs to. `downloads.json` records what a folder's files are and where they are from.
+The bytes received so far lie beside the file's final path, with a note of the version of the file
+that they belong to. `downloads.json` records what the files of a folder are and where they come
+from.
 """
 
 import hashlib
@@ -23,16 +24,16 @@ from gengram_megatron.files import flush, replacing
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The name a file is stored as, where it comes from, and its checksums where known."""
+class RemoteFile:
+    """A file to fetch."""
 
-    name: str
+    name: str  # the name to store it as
     url: str
-    checksums: dict[str, str]  # by hashlib's names, lower case
+    checksums: dict[str, str]  # those that are known, by hashlib's names, in lower case
 
 
 def web_address(url: str) -> str:
-    """The https address of an object in a public S3 bucket; any other URL as it is."""
+    """Returns the https URL of an object in a public S3 bucket; any other URL unchanged."""
     if not url.startswith("s3://"):
         return url
     bucket, _, key = url.removeprefix("s3://").partition("/")
@@ -40,16 +41,16 @@ def web_address(url: str) -> str:
 
 
 def name_in(url: str) -> str:
-    """The last part of a URL's path."""
+    """Returns the last part of a URL's path."""
     return unquote(PurePosixPath(urlsplit(url).path).name)
 
 
 class Partial:
-    """`<name>.partial`, and beside it `<name>.partial.json`, which tells if it can be gone on with.
+    """The file `<name>.partial`, and `<name>.partial.json`, which decides if it can be resumed.
 
-    The version is the server's ETag or date. It goes back as If-Range, so a server whose file has
-    changed sends all of the new one, not the rest of another. Without a version there is no
-    telling, and the file starts anew.
+    The latter holds the file's version: the server's ETag or date. It is sent back as If-Range, so
+    that a server whose file has changed sends the whole new file, not the rest of another one.
+    Without a version, the download starts again from the beginning.
     """
 
     def __init__(self, folder: Path, name: str, url: str):
@@ -59,20 +60,22 @@ class Partial:
 
     @property
     def size(self) -> int:
-        """Bytes that need not be asked for again."""
+        """The number of bytes that need not be requested again."""
         return self.path.stat().st_size if self.path.exists() and self._version() else 0
 
     def request_headers(self) -> dict[str, str]:
-        """What asks for the rest of the file, or for all of it if nothing is there."""
+        """Returns headers that request the rest of the file, or all of it if nothing is here."""
         if not self.size:
             return {}
         return {"Range": f"bytes={self.size}-", "If-Range": self._version()}
 
     def prepare(self, response: requests.Response) -> int | None:
-        """Be ready to append the body of an answer, and give the bytes that the whole file has.
+        """Prepares the partial file so that the body of a response can be appended to it.
 
-        A body that is not the rest of what is here replaces it: the file has changed, or the
-        server ignores ranges.
+        If the body is not the missing rest, what was received before is discarded: the file has
+        changed, or the server ignores ranges.
+
+        Returns the size of the whole file in bytes; None if it is not known.
         """
         if response.status_code == 206:
             return self._total(response)
@@ -84,40 +87,43 @@ class Partial:
         return int(length) if length else None
 
     def _total(self, response: requests.Response) -> int | None:
-        """The whole size that comes with a part; ProtocolError if it is not the part asked for."""
+        """Returns the size of the whole file from the response to a range request; None if unknown.
+
+        Raises ProtocolError if the response is not the requested part.
+        """
         match = re.match(r"bytes (\d+)-\d+/(\d+|\*)$", response.headers.get("Content-Range", ""))
-        # Some servers heed Range and not If-Range, but still say which version they send.
+        # Some servers support Range but not If-Range, and still tell which version they send.
         same = _version_of(response) in (None, self._version())
         if not match or int(match[1]) != self.size or not same:
             self.discard()
-            raise ProtocolError("the server sent another part of the file than it was asked for")
+            raise ProtocolError("the server sent another part of the file than requested")
         return None if match[2] == "*" else int(match[2])
 
     def is_whole(self, response: requests.Response) -> bool:
-        """Whether the answer 416, no such range, means that there is no more to come."""
+        """Whether a response with status 416 (no such range) means that the file is complete."""
         return response.headers.get("Content-Range") == f"bytes */{self.size}"
 
-    def become(self, path: Path) -> None:
-        """Take the file's own name."""
+    def rename(self, path: Path) -> None:
+        """Moves the file to its final path."""
         self.path.replace(path)
         self._version_path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Forget it all."""
+        """Deletes all that was received."""
         self.path.unlink(missing_ok=True)
         self._version_path.unlink(missing_ok=True)
 
     def _version(self) -> str | None:
         try:
-            known = json.loads(self._version_path.read_text())
-            return known["version"] if known["url"] == self._url else None
+            stored = json.loads(self._version_path.read_text())
+            return stored["version"] if stored["url"] == self._url else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
 
 def _version_of(response: requests.Response) -> str | None:
     etag = response.headers.get("ETag")
-    if etag and not etag.startswith("W/"):  # a weak one does not promise the same bytes
+    if etag and not etag.startswith("W/"):  # a weak ETag does not promise identical bytes
         return etag
     return response.headers.get("Last-Modified")
 
@@ -126,7 +132,7 @@ RECORD = "downloads.json"
 
 
 class Record:
-    """URL, size and checksums of the files of a folder by name, kept on the disk at each change."""
+    """URL, size and checksums of a folder's files by name; each change is stored at once."""
 
     def __init__(self, folder: Path):
         self._path = folder / RECORD
@@ -137,15 +143,16 @@ class Record:
                 self._files = json.loads(self._path.read_text())["files"]
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{self._path} is damaged; move it away, and the files that have no checksum"
+                    f"{self._path} is damaged; move it away, together with the files that have no "
+                    "checksum in the download list"
                 ) from None
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """What is known of a file."""
+        """Returns what is recorded of a file; None if nothing."""
         return self._files.get(name)
 
     def add(self, name: str, url: str, size: int, checksums: dict[str, str]) -> None:
-        """Add a file or replace what was known of it."""
+        """Records a file, replacing what was recorded of it before."""
         with self._lock:
             self._files[name] = {"url": url, "bytes": size, **checksums}
             files = {"files": dict(sorted(self._files.items()))}
@@ -154,90 +161,100 @@ class Record:
 
 
 BLOCK = 1 << 20
-RECEIVED = 1 << 16
-"""Bytes written at a time; what of them has come when a connection breaks is lost."""
+RECEIVE_BLOCK = 1 << 16
+"""Bytes received and written at a time; an incomplete block is lost when a connection breaks."""
 
 Report = Callable[[int, int | None], None]
-"""Told how many bytes of a file are there, and how many it has if that is known."""
+"""A callback that is told how many bytes of a file are received, and the file's size if known."""
 
 
 class Stopped(Exception):
-    """Another thread wants the downloads to end."""
+    """Ends a download because another thread has asked all of them to stop."""
 
 
-def fetch(wanted: Wanted, folder: Path, web: Web, stop: Event, report: Report) -> dict[str, str]:
-    """Fetch all that is missing of a file's partial, verify it, and give its checksums."""
-    partial = Partial(folder, wanted.name, wanted.url)
+def fetch(file: RemoteFile, folder: Path, web: Web, stop: Event, report: Report) -> dict[str, str]:
+    """Fetches what is missing of a file into its partial file and verifies it.
+
+    Returns its checksums by hashlib's names. Raises UserError if a known checksum differs after the
+    whole file was received in one go, or the connection breaks off too often.
+    """
+    partial = Partial(folder, file.name, file.url)
     while True:
-        resumed = _receive(wanted, partial, web, stop, report)
-        found = checksums(partial.path, {"sha256", *wanted.checksums}, stop)
-        wrong = [kind for kind in wanted.checksums if found[kind] != wanted.checksums[kind]]
+        resumed = _receive(file, partial, web, stop, report)
+        computed = checksums(partial.path, {"sha256", *file.checksums}, stop)
+        wrong = [kind for kind in file.checksums if computed[kind] != file.checksums[kind]]
         if not wrong:
             flush(partial.path)
-            return found
+            return computed
         partial.discard()
         if not resumed:
             kind = wrong[0]
             raise UserError(
-                f"{wanted.url} has {kind} {found[kind]} and not {wanted.checksums[kind]}; "
-                "the file has changed or the checksum is of another one"
+                f"{file.url} has {kind} {computed[kind]} and not {file.checksums[kind]}; "
+                "the file has changed or the checksum is that of another file"
             )
 
 
 def checksums(path: Path, kinds: set[str], stop: Event) -> dict[str, str]:
-    """Checksums of a file by the names of hashlib, in one reading."""
+    """Returns checksums of a file by hashlib's names, in one reading."""
     digests = {kind: hashlib.new(kind) for kind in sorted(kinds)}
     with path.open("rb") as file:
         while block := file.read(BLOCK):
-            _check(stop)
+            _check_stop(stop)
             for digest in digests.values():
                 digest.update(block)
     return {kind: digest.hexdigest() for kind, digest in digests.items()}
 
 
-def _receive(wanted: Wanted, partial: Partial, web: Web, stop: Event, report: Report) -> bool:
-    """Have the partial hold the whole file; whether some of it was there before.
+def _receive(file: RemoteFile, partial: Partial, web: Web, stop: Event, report: Report) -> bool:
+    """Receives the whole file into the partial file; returns whether the last request resumed it.
 
-    Tries are counted from the last one that got farther than all before it, so a long file over a
-    bad line arrives, and a server that breaks off at the same place each time is given up.
+    Failures are counted from the last one that got farther than all before it. So a large file is
+    received even over a bad connection, but a server that always breaks off at the same byte is
+    given up.
     """
     farthest, failures = partial.size, 0
     while True:
         try:
-            return _receive_rest(wanted, partial, web, stop, report)
+            return _receive_rest(file, partial, web, stop, report)
         except HTTPError as error:
             if partial.size > farthest:
                 farthest, failures = partial.size, 0
             if failures == web.retries:
                 raise UserError(
-                    f"{wanted.url} broke off after {partial.size:,} bytes, {failures + 1} times in "
-                    f"a row: {error}; run the same command again to go on"
+                    f"{file.url} broke off after {partial.size:,} bytes, {failures + 1} times in "
+                    f"a row: {error}; run the same command again to resume"
                 ) from error
             failures += 1
             stop.wait(web.pause(failures))
 
 
-def _receive_rest(wanted: Wanted, partial: Partial, web: Web, stop: Event, report: Report) -> bool:
-    """One request for what is missing; HTTPError if the body breaks off."""
-    with web.get(wanted.url, partial.request_headers()) as response:
+def _receive_rest(
+    file: RemoteFile, partial: Partial, web: Web, stop: Event, report: Report
+) -> bool:
+    """Sends one request for what is missing; returns whether some bytes were there before.
+
+    Raises HTTPError if the body breaks off.
+    """
+    with web.get(file.url, partial.request_headers()) as response:
         if response.status_code == 416:
             if partial.is_whole(response):
                 return True
             partial.discard()
             raise ProtocolError("the server has no such range")
         total = partial.prepare(response)
-        here = before = partial.path.stat().st_size
-        with partial.path.open("ab") as file:
-            for block in response.raw.stream(RECEIVED, decode_content=False):
-                file.write(block)
-                here += len(block)
-                report(here, total)
-                _check(stop)
-    if total is not None and here != total:
-        raise ProtocolError(f"{here:,} of {total:,} bytes came")
-    return before > 0
+        received = start = partial.path.stat().st_size
+        with partial.path.open("ab") as partial_file:
+            for block in response.raw.stream(RECEIVE_BLOCK, decode_content=False):
+                partial_file.write(block)
+                received += len(block)
+                report(received, total)
+                _check_stop(stop)
+    if total is not None and received != total:
+        raise ProtocolError(f"only {received:,} of {total:,} bytes were received")
+    return start > 0
 
 
-def _check(stop: Event) -> None:
+def _check_stop(stop: Event) -> None:
     if stop.is_set():
         raise Stopped

@@ -11,13 +11,13 @@ from urllib3 import Retry
 
 from gengram_megatron.errors import UserError
 
-PASSING = (429, 500, 502, 503, 504)
-"""Statuses that may be others a moment later."""
+TEMPORARY = (429, 500, 502, 503, 504)
+"""Statuses that may be gone a moment later, so that the request is tried again."""
 
 BUSY = (429, 502, 503, 504)
-"""Statuses that are the same for any kind of request."""
+"""Statuses that do not depend on the kind of the request."""
 
-LONGEST_PAUSE = 120.0
+LONGEST_PAUSE = 120.0  # seconds
 
 
 class Web:
@@ -29,35 +29,38 @@ class Web:
             total=retries,
             backoff_factor=backoff,
             backoff_max=LONGEST_PAUSE,
-            status_forcelist=PASSING,
-            raise_on_status=False,  # the last answer has a status to tell of
+            status_forcelist=TEMPORARY,
+            raise_on_status=False,  # the status of the last response goes into the error message
         )
         self._timeout = timeout
-        self._own = threading.local()  # requests does not promise that threads can share a session
+        self._local = (
+            threading.local()
+        )  # requests does not promise that threads can share a session
 
     def text(self, url: str) -> str:
-        """The whole of a small text file."""
+        """Returns the whole content of a small text file."""
         failures = 0
         while True:
             with self.get(url) as response:
                 try:
                     return response.text
-                except requests.RequestException:  # cut off in the middle
+                except requests.RequestException:  # the connection broke off
                     if failures == self.retries:
                         raise
             failures += 1
             time.sleep(self.pause(failures))
 
     def pause(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
+        """Returns the seconds to wait after a number of failures in a row."""
         return min(self.backoff * 2 ** (failures - 1), LONGEST_PAUSE)
 
     def size(self, url: str) -> int | None:
-        """How many bytes a file has, if the server tells before sending it.
+        """Returns the size of a file in bytes; None if the server does not tell before sending it.
 
-        Some servers refuse HEAD and answer GET: a signed address of S3 answers 403, as its
-        signature is for GET. So where HEAD is refused, the first byte is asked for, and where that
-        is refused too, the whole file, of which nothing is read. What this is refused with counts.
+        Some servers refuse HEAD but answer GET: a signed URL of S3 answers 403, because its
+        signature is for GET. So if HEAD is refused, this requests the first byte, and if that is
+        refused too, the whole file, without reading its body. Only the error of this last request
+        is reported.
         """
         try:
             with self._request("HEAD", url, {}) as response:
@@ -69,7 +72,7 @@ class Web:
                 if response.status_code in (206, 416):
                     total = response.headers.get("Content-Range", "").rpartition("/")[2]
                     return int(total) if total.isdecimal() else None
-                if response.status_code < 400:  # a server that does not know ranges
+                if response.status_code < 400:  # the server does not support ranges
                     return _content_length(response)
         except requests.RequestException as error:
             raise _unreachable(url, error) from error
@@ -78,8 +81,11 @@ class Web:
 
     @contextmanager
     def get(self, url: str, headers: dict[str, str] | None = None) -> Iterator[requests.Response]:
-        """An answer whose body is still to be read: whole, a part, or 416 if `headers` ask for a
-        part that does not exist."""
+        """Opens a response whose body is not read yet.
+
+        The body is the whole file, or the part that `headers` ask for; if that part does not exist,
+        the status is 416. Raises UserError if the request fails.
+        """
         try:
             with self._request("GET", url, headers or {}) as response:
                 if response.status_code != 416:
@@ -94,14 +100,14 @@ class Web:
         )
 
     def _session(self) -> requests.Session:
-        if not hasattr(self._own, "session"):
+        if not hasattr(self._local, "session"):
             session = requests.Session()
-            # Sizes, ranges and checksums are of the file as stored, not of a compressed answer.
+            # Sizes, ranges and checksums are those of the file, not of a compressed response.
             session.headers["Accept-Encoding"] = "identity"
             for scheme in ("http://", "https://"):
                 session.mount(scheme, HTTPAdapter(max_retries=self._retry))
-            self._own.session = session
-        return self._own.session
+            self._local.session = session
+        return self._local.session
 
 
 def _content_length(response: requests.Response) -> int | None:
@@ -115,7 +121,7 @@ def _check(url: str, response: requests.Response) -> None:
         raise UserError(f"{url} does not exist (status {status}); correct it in the config")
     if status in (401, 403):
         raise UserError(
-            f"{url} may not be read (status {status}): it needs a login, or it is a signed address "
+            f"{url} may not be read (status {status}): it needs a login, or it is a signed URL "
             "that has expired"
         )
     if status >= 400:
@@ -124,5 +130,5 @@ def _check(url: str, response: requests.Response) -> None:
 
 def _unreachable(url: str, error: requests.RequestException) -> UserError:
     reason = error.args[0] if error.args else error
-    reason = getattr(reason, "reason", reason)  # of urllib3's MaxRetryError: what went wrong last
-    return UserError(f"{url} cannot be reached: {reason}; run the same command again to go on")
+    reason = getattr(reason, "reason", reason)  # urllib3's MaxRetryError has the last failure here
+    return UserError(f"{url} cannot be reached: {reason}; run the same command again to resume")

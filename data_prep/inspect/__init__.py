@@ -1,1 +1,1 @@
-"""What is in a built data set: counts, composition, and where each sample comes from."""
+"""Shows what is in a built data set: counts, composition, and where each sample comes from."""

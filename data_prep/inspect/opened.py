@@ -1,7 +1,7 @@
-"""A built data set, opened: its manifest, with the types of all that is relied on checked, its
+"""Opens a built data set: its manifest, in which the types of all values used are checked, its
 table of sequences, and its files as memory maps.
 
-Nothing is read before it is asked for, so a data set of any size opens at once.
+Files are read only when they are needed, so a data set of any size opens at once.
 """
 
 import mmap
@@ -24,7 +24,7 @@ FragmentsByFate = create_model(
 
 
 class Counts(FragmentsByFate):
-    """What a source or a group held, and what became of it."""
+    """What a source or a group held, and the fates of its fragments."""
 
     records: NonNegativeInt
     bases: NonNegativeInt
@@ -35,7 +35,7 @@ class Counts(FragmentsByFate):
 
     @property
     def fates(self) -> dict[str, int]:
-        """Fragments by what became of them."""
+        """The number of fragments by fate."""
         return {fate.name.lower(): getattr(self, fate.name.lower()) for fate in Fate}
 
 
@@ -64,7 +64,7 @@ class SplitFacts(BaseModel):
 
 
 class Settings(BaseModel):
-    """The settings that later checks need."""
+    """The settings that the checks and tables need."""
 
     seq_length: PositiveInt
     seed: NonNegativeInt
@@ -73,7 +73,7 @@ class Settings(BaseModel):
 
 
 class Facts(BaseModel):
-    """A manifest."""
+    """The contents of a manifest."""
 
     settings: Settings
     tokens: dict[str, int]
@@ -84,8 +84,11 @@ class Facts(BaseModel):
 
 
 def read_facts(folder: Path) -> Facts:
-    """The manifest of a data set. UserError if the folder is none, or its manifest is of another
-    version or lacks something."""
+    """Returns the manifest of a data set.
+
+    Raises UserError if the folder is not a data set, or its manifest is damaged or of another
+    version.
+    """
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder.absolute()}; gengram-data build makes data sets"
@@ -94,19 +97,19 @@ def read_facts(folder: Path) -> Facts:
         return Facts.model_validate(read_manifest(folder))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{folder / MANIFEST} is damaged ({where}: {first['msg'].lower()}); "
+            f"{folder / MANIFEST} is damaged ({key}: {first['msg'].lower()}); "
             "build the data set again"
         ) from None
 
 
-AGAIN = "copy or build the data set again"
+COPY_OR_BUILD_AGAIN = "copy or build the data set again"
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """A record of a source, as records.tsv has it."""
+    """A record of a source: a row of records.tsv."""
 
     source: str  # group/name
     name: str
@@ -118,11 +121,11 @@ class Split:
     """The fragments of a split."""
 
     tokens: np.ndarray  # [fragments, seq_length + 1] uint8: bases and EOD
-    origins: np.ndarray  # [fragments] of data_prep.write.ORIGIN
+    origins: np.ndarray  # [fragments] with the dtype data_prep.write.ORIGIN
 
 
 class DataSet:
-    """A folder that `gengram-data build` wrote. Raises UserError if it is none."""
+    """A folder that `gengram-data build` wrote; raises UserError if it is not a data set."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -131,36 +134,39 @@ class DataSet:
 
     @cached_property
     def sequences(self) -> list[Sequence]:
-        """All sequences of all sources; a fragment's origin names one by its place here."""
+        """All sequences of all sources; a fragment's origin holds an index into this list."""
         path = self._whole(RECORDS)
         try:
             rows = [line.split("\t") for line in path.read_text().splitlines()[1:]]
-            found = [Sequence(source, name, int(bases)) for source, name, bases in rows]
+            sequences = [Sequence(source, name, int(bases)) for source, name, bases in rows]
         except ValueError:
-            raise UserError(f"{path} is damaged; {AGAIN}") from None
-        unknown = {sequence.source for sequence in found} - self.facts.sources.keys()
+            raise UserError(f"{path} is damaged; {COPY_OR_BUILD_AGAIN}") from None
+        unknown = {sequence.source for sequence in sequences} - self.facts.sources.keys()
         if unknown:
             raise UserError(f"{path} has sources that the manifest lacks: {', '.join(unknown)}")
-        return found
+        return sequences
 
     def split(self, name: str, scattered: bool = False) -> Split:
-        """Open one split; `scattered` as of open_tokens. UserError if there is none of this name
-        or a file of it is not whole."""
+        """Opens one split; `scattered` is that of `open_tokens`.
+
+        Raises UserError if there is no split of this name, or one of its files is incomplete.
+        """
         if name not in self.facts.splits:
-            there = " and ".join(self.facts.splits)
-            raise UserError(f"{self.folder} has no split {name}; its splits are {there}")
+            splits = " and ".join(self.facts.splits)
+            raise UserError(f"{self.folder} has no split {name}; its splits are {splits}")
         tokens = open_tokens(self._whole(f"{name}.bin"), self.seq_length, scattered)
         origins = open_origins(self._whole(origins_path(self.folder, name).name))
         count = self.facts.splits[name].fragments
         if not count == len(tokens) == len(origins):
             raise UserError(
-                f"{self.folder} is damaged: split {name} should have {count:,} fragments, and has "
-                f"{len(tokens):,} in its tokens and {len(origins):,} in its origins; {AGAIN}"
+                f"{self.folder} is damaged: split {name} should have {count:,} fragments, but has "
+                f"{len(tokens):,} in its tokens and {len(origins):,} in its origins; "
+                f"{COPY_OR_BUILD_AGAIN}"
             )
         return Split(tokens, origins)
 
     def fault(self, name: str) -> str | None:
-        """What is wrong with a file as far as its size tells, as a sentence."""
+        """Returns what is wrong with a file, judged by its size, as a sentence; None if nothing."""
         path, facts = self.folder / name, self.facts.files.get(name)
         if facts is None:
             return f"the manifest of {self.folder} lists no {name}"
@@ -172,21 +178,23 @@ class DataSet:
         return None
 
     def _whole(self, name: str) -> Path:
-        """The path of a file that is there, with as many bytes as the manifest says."""
+        """Returns the path of a file; raises UserError unless it has the size that the manifest
+        says."""
         if fault := self.fault(name):
-            raise UserError(f"{fault}; {AGAIN}")
+            raise UserError(f"{fault}; {COPY_OR_BUILD_AGAIN}")
         return self.folder / name
 
 
 def open_tokens(path: Path, seq_length: int, scattered: bool = False) -> np.ndarray:
-    """A split's tokens as a map [fragments, seq_length + 1], as far as there are whole rows.
+    """Returns the tokens of a split as a memory map, [fragments, seq_length + 1] uint8, without an
+    incomplete last row.
 
-    `scattered` says that fragments here and there will be read: then the system reads nothing
-    ahead, which for a few thousand fragments of a large set would be gigabytes.
+    `scattered` means that only single fragments will be read: then the system does not read ahead,
+    which for a few thousand fragments of a large data set would be gigabytes.
     """
     length = seq_length + 1
     count = path.stat().st_size // length
-    if count == 0:  # there is no map of nothing
+    if count == 0:  # an empty file cannot be mapped
         return np.empty((0, length), dtype=np.uint8)
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -195,11 +203,14 @@ def open_tokens(path: Path, seq_length: int, scattered: bool = False) -> np.ndar
 
 
 def open_origins(path: Path) -> np.ndarray:
-    """A split's origins as a map [fragments]. UserError if the file holds something else."""
+    """Returns the origins of a split as a memory map, [fragments] with the dtype ORIGIN.
+
+    Raises UserError if the file holds something else.
+    """
     try:
         origins = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         origins = None
     if origins is None or origins.dtype != ORIGIN or origins.ndim != 1:
-        raise UserError(f"{path} is damaged: it is no table of origins; {AGAIN}")
+        raise UserError(f"{path} is damaged: it is not a table of origins; {COPY_OR_BUILD_AGAIN}")
     return origins

@@ -1,1 +1,1 @@
-"""Reads all of a data set again and compares it with its manifest, and with its sources."""
+"""Reads a whole data set again and compares it with its manifest and its sources."""

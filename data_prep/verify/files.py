@@ -1,8 +1,9 @@
-"""A data set's files against its manifest: there, as long, the same bytes, every token legal, the
-indexes as megatron-core's IndexedDataset reads them, and numbers that agree with each other.
+"""Checks the files of a data set against its manifest: whether each exists with the right size and
+checksum, every token is legal, the indexes are what megatron-core's IndexedDataset expects, and the
+counts agree with each other.
 
-All documents have the same length, so each number of an index follows from how many there are.
-Documents that share a fault are told in one sentence.
+All documents have the same length, so each number of an index follows from the number of
+documents. Documents with the same fault are reported in one sentence.
 """
 
 import hashlib
@@ -19,22 +20,23 @@ from gengram_megatron.data_set import MANIFEST
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
 
 NAMED = 3
+"""How many documents with the same fault are listed by number."""
 
 
 class Tally:
-    """Counts documents and remembers the first few: one fault may concern millions."""
+    """Counts documents and remembers the first few: a fault may affect millions of them."""
 
     def __init__(self) -> None:
         self.count = 0
         self._first: list[int] = []
 
     def add(self, numbers: np.ndarray) -> None:
-        """Add documents [n] by number."""
+        """Adds documents by their numbers, [n]."""
         self.count += len(numbers)
         self._first += numbers[: NAMED - len(self._first)].tolist()
 
     def __str__(self) -> str:
-        """Such as `12 documents (4, 8, 15, ...)`."""
+        """Returns a text such as `12 documents 4, 8, 15, ...`."""
         more = ", ..." if self.count > len(self._first) else ""
         noun = "document" if self.count == 1 else f"{self.count:,} documents"
         return f"{noun} {', '.join(map(str, self._first))}{more}"
@@ -43,13 +45,14 @@ class Tally:
 HEADER = np.dtype(
     [("magic", "S9"), ("version", "<u8"), ("type", "u1"), ("sequences", "<u8"), ("ends", "<u8")]
 )
-UINT8 = 1  # megatron-core's number of this type
-AT_A_TIME = 1 << 20
+UINT8 = 1  # megatron-core's code of this type
+AT_A_TIME = 1 << 20  # numbers of an index
 
 
 def check_index(path: Path, documents: int, seq_length: int) -> Iterator[str]:
-    """Problems of the index of so many documents of seq_length + 1 tokens."""
-    # magic, format version, type, sequences (one a document), document borders
+    """Yields problems of an index, which should be that of `documents` documents of seq_length + 1
+    tokens."""
+    # magic, format version, type, sequences (one per document), document borders
     expected = np.array((b"MMIDIDX", 1, UINT8, documents, documents + 1), dtype=HEADER)
     data = np.fromfile(path, dtype=np.uint8, count=HEADER.itemsize)
     if len(data) < HEADER.itemsize or data.view(HEADER)[0] != expected:
@@ -59,27 +62,28 @@ def check_index(path: Path, documents: int, seq_length: int) -> Iterator[str]:
         )
         return
     length = seq_length + 1
-    parts = {
+    sections = {
         "length": ("<i4", documents, lambda numbers: np.full(len(numbers), length)),
-        "place": ("<i8", documents, lambda numbers: numbers * length),
+        "offset": ("<i8", documents, lambda numbers: numbers * length),
         "first sequence": ("<i8", documents + 1, lambda numbers: numbers),
     }
     offset = HEADER.itemsize
-    for what, (kind, count, rule) in parts.items():
+    for what, (kind, count, rule) in sections.items():
         end = offset + count * np.dtype(kind).itemsize
         if path.stat().st_size < end:
-            yield f"{path} ends before the {what} of all documents"
+            yield f"{path} ends before it has the {what} of all documents"
             return
         wrong = _first_wrong(np.memmap(path, kind, "r", offset, count), rule)
         if wrong is not None:
             yield f"{path}: the {what} of document {wrong} is wrong"
         offset = end
     if path.stat().st_size > offset:
-        yield f"{path} goes on after the last document"
+        yield f"{path} has more data after the last document"
 
 
-def _first_wrong(numbers: np.ndarray, rule) -> int | None:
-    """The place of the first number that does not follow the rule."""
+def _first_wrong(numbers: np.ndarray, rule: Callable[[np.ndarray], np.ndarray]) -> int | None:
+    """Returns the index of the first number that is not what `rule` gives for its index; None if
+    all are right."""
     for start in range(0, len(numbers), AT_A_TIME):
         block = numbers[start : start + AT_A_TIME]
         wrong = np.flatnonzero(block != rule(np.arange(start, start + len(block))))
@@ -88,13 +92,13 @@ def _first_wrong(numbers: np.ndarray, rule) -> int | None:
     return None
 
 
-BLOCK = 1 << 24  # bytes read at a time, about
+BLOCK = 1 << 24  # approximate number of bytes read at a time
 
 _IS_BASE = np.isin(np.arange(256), BASE_IDS)
 
 
 def check_files(data: DataSet, report: Report) -> Iterator[str]:
-    """Problems of files, each read once."""
+    """Yields problems of the files, each of which is read once."""
     splits = data.facts.splits
     needed = {RECORDS}
     size = sum(facts.bytes for facts in data.facts.files.values())
@@ -118,29 +122,30 @@ def check_files(data: DataSet, report: Report) -> Iterator[str]:
 
 
 def _read(path: Path, tokens: "Tokens | None", report: Callable[[int], None]) -> str:
-    """Read a file in whole documents, show them to `tokens` and return the SHA-256."""
+    """Reads a file in whole documents, passes them to `tokens` and returns its SHA-256."""
     digest = hashlib.sha256()
     length = 1 if tokens is None else tokens.length
     with path.open("rb") as file:
         while block := file.read(max(1, BLOCK // length) * length):
             digest.update(block)
             if tokens is not None:
-                tokens.see(np.frombuffer(block, dtype=np.uint8))
+                tokens.check(np.frombuffer(block, dtype=np.uint8))
             report(len(block))
     return digest.hexdigest()
 
 
 class Tokens:
-    """Looks at the documents of a split as they are read: bases, then EOD."""
+    """Checks the documents of a split while they are read: each must be bases and then EOD."""
 
     def __init__(self, seq_length: int):
         self.length = seq_length + 1
-        self._seen = 0
-        self._rest = 0
-        self._illegal, self._early, self._unended = Tally(), Tally(), Tally()
+        self._checked = 0  # documents
+        self._rest = 0  # bytes after the last whole document
+        self._illegal, self._early, self._unterminated = Tally(), Tally(), Tally()
 
-    def see(self, tokens: np.ndarray) -> None:
-        """Look at the next documents, uint8; all but the last block hold whole ones."""
+    def check(self, tokens: np.ndarray) -> None:
+        """Checks the tokens of the next documents, uint8; only the last block may end with an
+        incomplete document."""
         whole = len(tokens) // self.length * self.length
         self._rest = len(tokens) - whole
         documents = tokens[:whole].reshape(-1, self.length)
@@ -148,29 +153,29 @@ class Tokens:
         wrong = np.flatnonzero(~_IS_BASE[inside].all(axis=1))
         early = (inside[wrong] == EOD).any(axis=1)
         illegal = ~(_IS_BASE[inside[wrong]] | (inside[wrong] == EOD)).all(axis=1)
-        self._early.add(self._seen + wrong[early])
-        self._illegal.add(self._seen + wrong[illegal])
-        self._unended.add(self._seen + np.flatnonzero(documents[:, -1] != EOD))
-        self._seen += len(documents)
+        self._early.add(self._checked + wrong[early])
+        self._illegal.add(self._checked + wrong[illegal])
+        self._unterminated.add(self._checked + np.flatnonzero(documents[:, -1] != EOD))
+        self._checked += len(documents)
 
     def problems(self, path: Path, fragments: int) -> Iterator[str]:
-        """What was found in the file, which should hold so many fragments."""
-        if self._seen != fragments or self._rest:
+        """Yields the problems of the file, which should hold `fragments` fragments."""
+        if self._checked != fragments or self._rest:
             rest = f" and {self._rest:,} bytes" if self._rest else ""
             yield (
-                f"{path} holds {self._seen:,} documents of {self.length:,} tokens{rest}, and "
+                f"{path} holds {self._checked:,} documents of {self.length:,} tokens{rest}, but "
                 f"{MANIFEST} says {fragments:,}"
             )
         if self._illegal.count:
             yield f"{path}: {self._illegal} with tokens that are neither one of {BASES} nor EOD"
         if self._early.count:
             yield f"{path}: {self._early} with EOD before the end"
-        if self._unended.count:
-            yield f"{path}: {self._unended} without EOD at the end"
+        if self._unterminated.count:
+            yield f"{path}: {self._unterminated} without EOD at the end"
 
 
 def check_counts(data: DataSet) -> Iterator[str]:
-    """Problems of the manifest's own arithmetic."""
+    """Yields counts of the manifest that contradict each other."""
     facts = data.facts
     if facts.tokens != {**dict(zip(BASES, BASE_IDS)), "EOD": EOD}:
         yield f"{MANIFEST}: tokens are {facts.tokens}, not those of this version's tokenizer"
@@ -180,9 +185,9 @@ def check_counts(data: DataSet) -> Iterator[str]:
             yield f"{MANIFEST}: the composition of source {key} does not sum to its bases"
     for name, group in facts.groups.items():
         yield from _check_sums(f"group {name}", group, data.seq_length)
-        own = [source for key, source in facts.sources.items() if key.startswith(f"{name}/")]
+        members = [source for key, source in facts.sources.items() if key.startswith(f"{name}/")]
         for field in Counts.model_fields:
-            if getattr(group, field) != sum(getattr(source, field) for source in own):
+            if getattr(group, field) != sum(getattr(source, field) for source in members):
                 yield f"{MANIFEST}: {field} of group {name} is not the sum of its sources'"
     for name, split in facts.splits.items():
         if split.fragments != sum(group.fates[name] for group in facts.groups.values()):
@@ -192,18 +197,19 @@ def check_counts(data: DataSet) -> Iterator[str]:
 
 
 def check_sequences(data: DataSet) -> Iterator[str]:
-    """Whether records.tsv has the records and bases of each source that the manifest has."""
+    """Yields sources of which records.tsv has other numbers of records or bases than the
+    manifest."""
     for key, source in data.facts.sources.items():
-        own = [sequence.bases for sequence in data.sequences if sequence.source == key]
-        if (len(own), sum(own)) != (source.records, source.bases):
+        lengths = [sequence.bases for sequence in data.sequences if sequence.source == key]
+        if (len(lengths), sum(lengths)) != (source.records, source.bases):
             yield (
-                f"{RECORDS} has {len(own):,} sequences of source {key} with {sum(own):,} bases, "
-                f"and {MANIFEST} says {source.records:,} with {source.bases:,}"
+                f"{RECORDS} has {len(lengths):,} sequences of source {key} with {sum(lengths):,} "
+                f"bases, but {MANIFEST} says {source.records:,} with {source.bases:,}"
             )
-        fragments = sum(bases // data.seq_length for bases in own)
+        fragments = sum(length // data.seq_length for length in lengths)
         if fragments != source.fragments:
             yield (
-                f"{RECORDS} has room for {fragments:,} fragments of source {key}, and {MANIFEST} "
+                f"{RECORDS} has room for {fragments:,} fragments of source {key}, but {MANIFEST} "
                 f"says {source.fragments:,}"
             )
 

@@ -1,6 +1,6 @@
-"""Every fragment of a data set against the FASTA files: on the grid, in order, none twice, on the
-strand that was drawn, as many of each source as the manifest says, and with the bases that it was
-cut from.
+"""Checks every fragment of a data set: that it is on the grid, in order, unique, on the strand that
+was drawn, and has the bases of the FASTA file; and that each source has as many fragments as the
+manifest says.
 """
 
 from collections.abc import Iterator
@@ -27,82 +27,85 @@ from gengram_megatron.tokenizer import BASE_IDS, BASES
 
 @dataclass(frozen=True)
 class Grid:
-    """All places that a fragment can have, numbered through the sequences in their order."""
+    """All positions that a fragment can have, numbered through all sequences in order."""
 
     seq_length: int
-    first: np.ndarray  # [sequences + 1] the number of each sequence's first place; of none
-    reverse: np.ndarray  # [places] whether a fragment there is turned
+    first: np.ndarray  # [sequences + 1] the number of each sequence's first position; their total
+    reverse: np.ndarray  # [positions] bool, whether the fragment there is reversed
 
     @classmethod
-    def of(cls, data: DataSet) -> "Grid":
-        """The grid of a data set, with its strands drawn again."""
+    def from_data_set(cls, data: DataSet) -> "Grid":
+        """Returns the grid of a data set; the strands are drawn again."""
         settings, sequences = data.facts.settings, data.sequences
-        places = [sequence.bases // data.seq_length for sequence in sequences]
+        counts = [sequence.bases // data.seq_length for sequence in sequences]
         draws = [
-            draw_reversed(settings.seed, own.source, own.name, count, settings.reverse_complement)
-            for own, count in zip(sequences, places)
+            draw_reversed(settings.seed, it.source, it.name, count, settings.reverse_complement)
+            for it, count in zip(sequences, counts)
         ]
-        return cls(data.seq_length, np.cumsum([0, *places]), np.concatenate(draws))
+        return cls(data.seq_length, np.cumsum([0, *counts]), np.concatenate(draws))
 
-    def numbers(self, origins: np.ndarray) -> np.ndarray:
-        """The place of each origin [n]; -1 where it lies beyond its sequence or off the grid."""
-        there = origins["record"] < len(self.first) - 1
-        record = np.where(there, origins["record"], 0).astype(np.int64)
-        column, off = np.divmod(origins["start"], np.uint64(self.seq_length))
-        there &= (off == 0) & (column < (self.first[record + 1] - self.first[record]))
-        return np.where(there, self.first[record] + column.astype(np.int64), -1)
+    def positions(self, origins: np.ndarray) -> np.ndarray:
+        """Returns the number of the position of each origin, [n] int64; -1 if it is beyond its
+        sequence or off the grid."""
+        valid = origins["record"] < len(self.first) - 1
+        record = np.where(valid, origins["record"], 0).astype(np.int64)
+        column, remainder = np.divmod(origins["start"], np.uint64(self.seq_length))
+        valid &= (remainder == 0) & (column < (self.first[record + 1] - self.first[record]))
+        return np.where(valid, self.first[record] + column.astype(np.int64), -1)
 
 
-def check_places(data: DataSet, splits: dict[str, Split]) -> Iterator[str]:
-    """Problems of the origins of each split."""
-    grid = Grid.of(data)
-    taken = np.zeros(len(grid.reverse), dtype=bool)
+def check_positions(data: DataSet, splits: dict[str, Split]) -> Iterator[str]:
+    """Yields problems of the origins of each split."""
+    grid = Grid.from_data_set(data)
+    occupied = np.zeros(len(grid.reverse), dtype=bool)
     for name, split in splits.items():
-        yield from _check_split(name, split.origins, grid, taken)
+        yield from _check_split(name, split.origins, grid, occupied)
         yield from _check_counts(data, name, split.origins)
 
 
-def _check_split(split: str, origins: np.ndarray, grid: Grid, taken: np.ndarray) -> Iterator[str]:
-    """Problems of one split's origins; marks their places as taken."""
-    nowhere, twice, unordered, turned = Tally(), Tally(), Tally(), Tally()
-    before = -1
+def _check_split(
+    split: str, origins: np.ndarray, grid: Grid, occupied: np.ndarray
+) -> Iterator[str]:
+    """Yields problems of the origins of one split, and marks their positions in `occupied`."""
+    off_grid, duplicates, unordered, wrong_strand = Tally(), Tally(), Tally(), Tally()
+    previous = -1
     for start in range(0, len(origins), ORIGINS_AT_A_TIME):
         block = origins[start : start + ORIGINS_AT_A_TIME]
-        places = grid.numbers(block)
-        nowhere.add(start + np.flatnonzero(places < 0))
-        known = np.flatnonzero(places >= 0)
-        places = places[known]
-        steps = np.diff(places, prepend=before)
-        unordered.add(start + known[steps < 0])
-        again = taken[places]
-        if (steps <= 0).any():  # only then can this block have a place twice
-            first = np.unique(places, return_index=True)[1]
-            again[np.setdiff1d(np.arange(len(places)), first)] = True
-        twice.add(start + known[again])
-        taken[places] = True
-        expected = np.where(grid.reverse[places], b"-", b"+")
-        turned.add(start + known[block["strand"][known] != expected])
-        before = places[-1] if len(places) else before
+        positions = grid.positions(block)
+        off_grid.add(start + np.flatnonzero(positions < 0))
+        valid = np.flatnonzero(positions >= 0)
+        positions = positions[valid]
+        steps = np.diff(positions, prepend=previous)
+        unordered.add(start + valid[steps < 0])
+        is_duplicate = occupied[positions]
+        if (steps <= 0).any():  # only then can a position occur twice in this block
+            first = np.unique(positions, return_index=True)[1]
+            is_duplicate[np.setdiff1d(np.arange(len(positions)), first)] = True
+        duplicates.add(start + valid[is_duplicate])
+        occupied[positions] = True
+        expected = np.where(grid.reverse[positions], b"-", b"+")
+        wrong_strand.add(start + valid[block["strand"][valid] != expected])
+        previous = positions[-1] if len(positions) else previous
     for tally, what in (
-        (nowhere, f"at a place that is not on the grid of a sequence in {RECORDS}"),
-        (twice, "at a place that another document has already, in this split or another"),
-        (unordered, "before its place in the order of the sources"),
-        (turned, "not on the strand that the seed draws for its place"),
+        (off_grid, f"at a position that is not on the grid of a sequence in {RECORDS}"),
+        (duplicates, "at a position that another document has, in this split or another"),
+        (unordered, "not in the order of the sources"),
+        (wrong_strand, "not on the strand that the seed draws for its position"),
     ):
         if tally.count:
             yield f"split {split}: {tally} {what}"
 
 
 def _check_counts(data: DataSet, split: str, origins: np.ndarray) -> Iterator[str]:
-    """Whether each source has as many fragments in the split as the manifest says."""
+    """Yields sources that have another number of fragments in the split than the manifest says."""
     fragments, _ = count_fragments(origins, len(data.sequences))
-    found = _sum_by_source(data.sequences, fragments.sum(axis=1).tolist())
+    counts = _sum_by_source(data.sequences, fragments.sum(axis=1).tolist())
     for source, facts in data.facts.sources.items():
-        count, said = found.get(source, 0), facts.fates[split]
-        if count != said:
+        count, recorded = counts.get(source, 0), facts.fates[split]
+        if count != recorded:
             yield (
-                f"split {split} has {count:,} fragments of source {source}, and {MANIFEST} says "
-                f"{said:,}"
+                f"split {split} has {count:,} fragments of source {source}, but {MANIFEST} says "
+                f"{recorded:,}"
             )
 
 
@@ -113,39 +116,42 @@ def _sum_by_source(sequences: list[Sequence], counts: list[int]) -> dict[str, in
     return sums
 
 
-BLOCK = 1 << 24  # bases compared at a time, about
+BLOCK = 1 << 24  # approximate number of bases compared at a time
 
 
 @dataclass(frozen=True)
-class Ordered:
+class OrderedSplit:
     """A split whose documents are in the order of the sources."""
 
     split: Split
-    first: np.ndarray  # [sequences + 1] the first document of each sequence; the end
+    first: np.ndarray  # [sequences + 1] the first document of each sequence; the total
 
     @classmethod
-    def of(cls, data: DataSet, split: Split) -> "Ordered":
-        """Count where each sequence's documents begin."""
+    def from_split(cls, data: DataSet, split: Split) -> "OrderedSplit":
+        """Counts the documents of each sequence to find where they begin."""
         counts, _ = count_fragments(split.origins, len(data.sequences))
         return cls(split, np.cumsum(np.append(0, counts.sum(axis=1))))
 
 
 def source_paths(data: DataSet, config: DataConfig, folder: Path) -> dict[str, Path]:
-    """The FASTA file of each source. UserError if the config has other sources than the data."""
+    """Returns the FASTA file of each source.
+
+    Raises UserError if the config does not have the same sources as the data set.
+    """
     paths = {source.key: source.path for source in inputs(config, folder)}
-    other = paths.keys() ^ data.facts.sources.keys()
-    if other:
+    differing = paths.keys() ^ data.facts.sources.keys()
+    if differing:
         raise UserError(
             f"the config is not that of {data.folder}: only one of them has the sources "
-            f"{', '.join(sorted(other))}"
+            f"{', '.join(sorted(differing))}"
         )
     return paths
 
 
 def check_source(
-    data: DataSet, key: str, path: Path, splits: dict[str, Ordered], report: Report
+    data: DataSet, key: str, path: Path, splits: dict[str, OrderedSplit], report: Report
 ) -> Iterator[str]:
-    """Problems of one source, which is read record by record."""
+    """Yields problems of one source, which is read record by record."""
     try:
         facts = file_facts(path)
         if facts["sha256"] != data.facts.sources[key].sha256:
@@ -158,50 +164,51 @@ def check_source(
 
 
 def _compare(
-    data: DataSet, key: str, path: Path, splits: dict[str, Ordered], report: Report
+    data: DataSet, key: str, path: Path, splits: dict[str, OrderedSplit], report: Report
 ) -> Iterator[str]:
-    numbers = [n for n, sequence in enumerate(data.sequences) if sequence.source == key]
+    indices = [i for i, sequence in enumerate(data.sequences) if sequence.source == key]
     wrong = {name: Tally() for name in splits}
     composition = np.zeros(len(BASES), dtype=np.int64)
     bases = sum(facts.bases for facts in data.facts.sources.values())
     phase = Phase("comparing with the sources", bases, "bases")
-    for number, record in zip_longest(numbers, read_fasta(path)):
-        expected = None if number is None else data.sequences[number]
-        there = None if record is None else Sequence(key, record[0], len(record[1]))
-        if there != expected:
+    for index, record in zip_longest(indices, read_fasta(path)):
+        expected = None if index is None else data.sequences[index]
+        actual = None if record is None else Sequence(key, record[0], len(record[1]))
+        if actual != expected:
             yield (
-                f"{path} has {_words(there)} where the data set has {_words(expected)}; from there "
-                "on it was not compared"
+                f"{path} has {_in_words(actual)} where the data set has {_in_words(expected)}; the "
+                "rest of the file was not compared"
             )
             return
         ids = record[1]
         composition += [np.count_nonzero(ids == base) for base in BASE_IDS]
-        for split, opened in splits.items():
-            wrong[split].add(_differing(opened, number, ids, data.seq_length))
+        for split, ordered in splits.items():
+            wrong[split].add(_differing(ordered, index, ids, data.seq_length))
         report(phase, len(ids))
     for split, tally in wrong.items():
         if tally.count:
             yield f"split {split}: {tally} with other bases than {path} has at their coordinates"
     if dict(zip(BASES, composition.tolist())) != data.facts.sources[key].composition:
-        yield f"{path}: its composition is not the one that {MANIFEST} has of source {key}"
+        yield f"{path}: its composition is not the one that {MANIFEST} has for source {key}"
 
 
-def _words(sequence: Sequence | None) -> str:
+def _in_words(sequence: Sequence | None) -> str:
     if sequence is None:
-        return "no more sequence"
+        return "no further sequence"
     return f"sequence {sequence.name} of {sequence.bases:,} bases"
 
 
-def _differing(ordered: Ordered, record: int, ids: np.ndarray, seq_length: int) -> np.ndarray:
-    """The documents of a record that do not hold its bases at their coordinates."""
+def _differing(ordered: OrderedSplit, record: int, ids: np.ndarray, seq_length: int) -> np.ndarray:
+    """Returns the numbers of the record's documents whose bases differ from those of the record at
+    their coordinates, [n]."""
     first, end = ordered.first[record : record + 2].tolist()
     step = max(1, BLOCK // seq_length)
-    found = [np.empty(0, dtype=np.int64)]
+    differing = [np.empty(0, dtype=np.int64)]
     for start in range(first, end, step):
         block = slice(start, min(start + step, end))
         origins = ordered.split.origins[block]
         bases = fragment.grid(ids, seq_length)[origins["start"] // np.uint64(seq_length)]
         expected = reverse_complement(bases, origins["strand"] == b"-")
         differs = (expected != ordered.split.tokens[block, :-1]).any(axis=1)
-        found.append(start + np.flatnonzero(differs))
-    return np.concatenate(found)
+        differing.append(start + np.flatnonzero(differs))
+    return np.concatenate(differing)
