@@ -130,8 +130,8 @@ class TrainingState:
         self._stall += time.perf_counter() - began
         return failure
 
-    def take_stall(self) -> float:
-        """Seconds that training has waited for checkpoints since this was last asked."""
+    def pop_stall_seconds(self) -> float:
+        """Returns the seconds that training has waited for checkpoints since the last call."""
         stall, self._stall = self._stall, 0.0
         return stall
 
