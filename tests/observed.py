@@ -134,7 +134,7 @@ def go_on(config: Config, steps: int, save: bool = True) -> list[float]:
         optimizer.step()
         schedule.step(config.train.global_batch_size)
     if save:
-        state.save(start + steps, must=True)
+        state.save(start + steps, required=True)
     return losses
 
 

@@ -42,7 +42,7 @@ def write(name: str, file: Path, out: Path) -> None:
     run = TinyRun(config, ranks)
     for step in range(1, 4):
         run.steps(step - 1, 1)
-        assert run.state.save(step, must=True) is None and run.state.wait() is None
+        assert run.state.save(step, required=True) is None and run.state.wait() is None
     _gather(run, out / name / "gathered")
     end_processes()
 

@@ -77,7 +77,7 @@ def write(run: TinyRun) -> dict:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(dist.get_rank())
     run.steps(0, BEFORE)
-    assert run.state.save(BEFORE, must=True) is None and run.state.wait() is None
+    assert run.state.save(BEFORE, required=True) is None and run.state.wait() is None
     return {**run.holds(), "steps": run.steps(BEFORE, AFTER)}
 
 

@@ -89,7 +89,7 @@ def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
     size = path.stat().st_size
     if size != facts["bytes"]:
         raise UserError(
-            f"{path} has {size:,} bytes and should have {facts['bytes']:,}: it was truncated or "
+            f"{path} has {size:,} bytes and should have {facts['bytes']:,}: it was cut off or "
             f"changed; copy or build the data set again"
         )
 

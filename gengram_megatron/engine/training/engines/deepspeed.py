@@ -72,9 +72,9 @@ def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimiz
     """Build the engine of one rank. models: one model chunk, as there are no pipeline stages."""
     (model,) = models
     # Before ZeRO rearranges the weights.
-    pieces = [
-        (piece.without_data(), parameter, start)
-        for piece, parameter, start in sharded_parameters(model)
+    shards = [
+        (shard.without_data(), parameter, start)
+        for shard, parameter, start in sharded_parameters(model)
     ]
     _sum_over_tensor_parallel_ranks(model)
     module = Float16Module(model.config, model) if config.train.dtype == "bf16" else model
@@ -94,19 +94,19 @@ def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimiz
             raise UserError(
                 f"DeepSpeed does not accept this config ({reason}): change train.deepspeed.extra"
             ) from error
-    return [ZeroChunk(engine, pieces)], ZeroOptimizer(engine)
+    return [ZeroChunk(engine, shards)], ZeroOptimizer(engine)
 
 
 class ZeroChunk(nn.Module):
     """The model as megatron-core's schedule runs it.
 
-    pieces: this rank's part of each global tensor, as model.initialize.sharded_parameters returns
+    shards: this rank's shard of each global tensor, as model.initialize.sharded_parameters yields
     it, without data. With ZeRO 3 the model cannot tell later, as its weights are empty between uses.
     """
 
-    def __init__(self, engine, pieces: list):
+    def __init__(self, engine, shards: list):
         super().__init__()
-        self.module, self.config, self.pieces = engine.module, engine.module.config, pieces
+        self.module, self.config, self.shards = engine.module, engine.module.config, shards
         self._forward = engine.forward
 
     def forward(self, *args, **kwargs) -> Tensor:
