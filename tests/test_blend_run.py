@@ -100,7 +100,7 @@ def test_the_run_says_what_it_reads_and_how_it_waited(runs: Runs) -> None:
 @pytest.mark.parametrize(
     "job, difference",
     {
-        "rebuilt": "data set 1 was built anew or is another one",
+        "rebuilt": "data set 1 was built again or is a different one",
         "share": "the share of data set 1 was 3/5 of the samples, not 1/2",
         "alone": "it had 2 data sets, not 1",
     }.items(),
@@ -109,6 +109,6 @@ def test_data_that_changed_since_the_checkpoint_is_refused(runs: Runs, job, diff
     said = runs.said[job]
     assert said.code == 2 and len(said.err.splitlines()) == 1
     assert (
-        f"step_00000002 was trained on other data: {difference}; give the data sets as they were, "
+        f"step_00000002 was trained on different data: {difference}; give the data sets as they were, "
         "or start in another run.dir"
     ) in said.err

@@ -211,8 +211,8 @@ def test_helper_that_was_killed_at_once_is_not_forgotten() -> None:
     """In a process of its own, as what is tried lasts as long as its process."""
     program = """
 import multiprocessing, os, signal
-from gengram_megatron.engine.checkpoint.writer import _processes_from_now_on
-started = _processes_from_now_on()
+from gengram_megatron.engine.checkpoint.writer import _track_started_processes
+started = _track_started_processes()
 context = multiprocessing.get_context("fork")
 first = context.Process(target=signal.raise_signal, args=(signal.SIGKILL,))
 first.start()

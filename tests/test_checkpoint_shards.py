@@ -11,7 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
-from gengram_megatron.engine.checkpoint.contents import blocks, pieces_of
+from gengram_megatron.engine.checkpoint.contents import blocks, weight_shards
 from gengram_megatron.engine.checkpoint.stored import StoredTensors
 from tests.layouts.launch import launch
 from tests.resharding.both_ways import CASES, processes, write
@@ -45,7 +45,7 @@ class Turned(nn.Module):
 
 def test_weight_whose_elements_lie_in_another_order_is_refused() -> None:
     with pytest.raises(AssertionError, match="weight: its elements are not one range"):
-        pieces_of([Turned()])
+        weight_shards([Turned()])
 
 
 @pytest.fixture(scope="module")

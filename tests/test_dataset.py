@@ -181,7 +181,7 @@ def test_notes_that_are_damaged_are_made_again(train):
 
 
 def test_checking_that_takes_long_says_how_far_it_is(train, one_process, monkeypatch, capsys):
-    monkeypatch.setattr(nodes, "TURN_SECONDS", -1)  # a turn a block
+    monkeypatch.setattr(nodes, "READ_SECONDS", -1)  # exchange progress after every block
     nodes.check_content(train.files, StopSignals())
     size = train.files[0].path.stat().st_size
     share = size / (size + train.files[1].path.stat().st_size)

@@ -226,7 +226,7 @@ def test_what_deepspeed_does_not_take_is_told_in_a_sentence(runs: Runs) -> None:
     done = gengram(*runs.words("train", "nonsense", (*ENGINES["zero1"], extra)))
     assert (done.code, done.out) == (2, "")
     (sentence,) = done.err.splitlines()
-    assert "DeepSpeed does not take this config" in sentence and "nonsense" in sentence
+    assert "change train.deepspeed.extra" in sentence and "nonsense" in sentence
 
 
 def test_doctor_says_so(runs: Runs) -> None:

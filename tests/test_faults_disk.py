@@ -37,7 +37,7 @@ def test_full_disk_ends_the_run_at_the_second_save_and_leaves_the_last_one(lab: 
     ended = lab.start("full", attempt="full", before=full).wait()
     assert [said.code for said in ended] == [2, 2], ended[0].err
     assert "warning: no checkpoint was written: step 8: " in ended[0].out
-    assert "training goes on, and the next one is tried" in ended[0].out
+    assert "training continues, and the next checkpoint will be tried" in ended[0].out
     assert "no checkpoint was written: step 12: rank 0 could not write (" in ended[0].err
     assert "bytes are free" in ended[0].err and "Traceback" not in ended[0].err
     assert lab.checkpoints("full") == [4, 5]
@@ -95,7 +95,7 @@ def test_damaged_checkpoints_are_passed_over_and_told(lab: Lab, damaged: Path) -
         "warning: damaged, and set aside: "
         "step_00000016 (__0_0.distcp is not what was written), "
         "step_00000012 (__0_1.distcp is not what was written), "
-        "step_00000008 (common.pt is missing); going on from step_00000004" in ended[0].out
+        "step_00000008 (common.pt is missing); resuming from step_00000004" in ended[0].out
     )
     assert lab.checkpoints("damaged") == [4, 8, 12, 16]
     assert len([*damaged.glob("*.damaged")]) == 3
@@ -144,7 +144,7 @@ def test_checkpoints_that_cannot_be_loaded_are_passed_over_and_told(
         "step_00000016 (cannot be loaded: ",
         "step_00000012 (__1_0.distcp is missing",
         "step_00000008 (cannot be loaded: KeyError: 'schedule'",
-        "going on from step_00000004",
+        "resuming from step_00000004",
     ):
         assert cause in warning
     assert lab.checkpoints("unloadable") == [4, 8, 12, 16]

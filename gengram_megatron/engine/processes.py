@@ -1,4 +1,4 @@
-"""The processes of a run: whether this machine can run its config, and their process groups."""
+"""The processes of a run: checks that this machine can run the config, and process groups."""
 
 import os
 from datetime import timedelta
@@ -20,11 +20,12 @@ from gengram_megatron.errors import UserError
 TIMEOUT = timedelta(minutes=30)
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 1 << 20
-"""Room for the semaphores of the processes that read samples and write checkpoints."""
+"""Space for the semaphores of the processes that read samples and write checkpoints."""
 
 
 def check_gpu(config: Config) -> None:
-    """UserError: one line for each reason why not. Layers of torch run anywhere."""
+    """Raise UserError, with one line per reason, if Transformer Engine's layers cannot run on this
+    machine. Layers of torch run anywhere."""
     if config.model.implementation != TRANSFORMER_ENGINE:
         return
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -33,22 +34,22 @@ def check_gpu(config: Config) -> None:
 
 
 def check_shared_memory() -> None:
-    """UserError where the helper processes of a run could not be started. Checked first, because
-    checkpoints would otherwise be lost only when the first one is written."""
+    """Raise UserError if there is too little shared memory to start the helper processes of a run.
+    Checked at the start, as it would otherwise show only when the first checkpoint is written."""
     if not SHARED_MEMORY.is_dir():
         return
-    facts = os.statvfs(SHARED_MEMORY)
-    free = facts.f_bavail * facts.f_frsize
+    stats = os.statvfs(SHARED_MEMORY)
+    free = stats.f_bavail * stats.f_frsize
     if free < SHARED_MEMORY_BYTES:
         raise UserError(
             f"{SHARED_MEMORY} has {free:,} bytes free, and a run needs {SHARED_MEMORY_BYTES:,}: "
-            "remove what other programs left there, or give the container more (docker run "
+            "remove files that other programs left there, or give the container more (docker run "
             "--shm-size=1g)"
         )
 
 
 def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = True) -> None:
-    """Join the other processes and make megatron-core's groups for the layout."""
+    """Join the other processes and create megatron-core's process groups for the layout."""
     if deterministic:
         _compute_deterministically()
     if torch.cuda.is_available():
@@ -70,39 +71,39 @@ def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = 
         expert_tensor_parallel_size=layout.expert_tensor,
     )
     model_parallel_cuda_manual_seed(seed)
-    # What the layers report is kept in a global, which must not outlive a run of this process.
+    # megatron-core keeps what MoE layers report in a global; clear what an earlier run left in it.
     get_moe_layer_wise_logging_tracker().clear()
 
 
 def _store(world_size: int, rank: int) -> dist.Store | None:
-    """Where the processes find each other; None: where torch looks by itself."""
+    """Returns the store through which the processes find each other; None: torch's default."""
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if attempt == 0:
         return None
-    # torchrun's store outlives a restart, and with it the addresses of the processes that died.
+    # torchrun's store survives a restart, and still holds the addresses of the dead processes.
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
     return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def _compute_deterministically() -> None:
-    """The same bits every time on GPUs, too; on the CPU they are so anyway."""
+    """Make results on GPUs the same to the bit in every run; on the CPU they always are."""
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs, and changes nothing
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time for nothing
 
 
-def gather(own: Any) -> list:
-    """What every rank has, on every rank, in the order of the ranks."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
+def gather(value: Any) -> list:
+    """Returns every rank's value, on every rank, in the order of the ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def end_processes() -> None:
-    """Leave the groups. Safe where none were made."""
+    """Destroy the process groups, if there are any."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,10 +1,10 @@
-"""What a checkpoint holds of model and optimizer, with megatron-core's optimizer.
+"""The model and optimizer state in a checkpoint, for megatron-core's optimizer.
 
-The distributed optimizer flattens the weights, and Adam's states of them, and cuts them wherever a
-data-parallel rank's share ends. So a rank holds a range of a weight, which in the tensor is a few
-blocks: of a matrix the end of a row, whole rows, and the beginning of a row. Each rank writes and
-reads its own blocks of the same global tensors that another layout or the plain optimizer has; no
-rank needs, or waits for, what another one holds.
+The distributed optimizer flattens the weights and their Adam states, and cuts them wherever a
+data-parallel rank's share ends. So a rank holds a range of a weight's elements. In the tensor, this
+range is a few blocks: in a matrix the end of a row, whole rows, and the beginning of a row. Each
+rank writes and reads its blocks of global tensors, which are the same in every layout and for the
+plain optimizer. No rank needs, or waits for, what another rank holds.
 """
 
 import math
@@ -22,62 +22,66 @@ from torch import Tensor, nn
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.checkpoint.restore import (
-    MASTERS,
-    MOMENT_NAMES,
+    MASTER_PREFIXES,
+    MOMENT_PREFIXES,
     load_tensors,
-    master_name,
-    name_masters,
+    master_prefix,
+    rename_masters,
     set_adam_steps,
     without_extra_states,
 )
 from gengram_megatron.engine.model.data_parallel import unwrapped
 from gengram_megatron.engine.model.initialize import sharded_parameters
 
-Pieces = list[tuple[ShardedTensor, int]]
-"""What a weight has of global tensors: each piece, and its first element in the weight."""
+WeightShards = list[tuple[ShardedTensor, int]]
+"""The shards of global tensors that a weight holds, each with the index of its first element in the
+flattened weight."""
 
 
-def pieces_of(chunks: list[nn.Module]) -> dict[nn.Parameter, Pieces]:
-    """Of each weight of a rank's model chunks, without the data."""
-    found = {}
+def weight_shards(chunks: list[nn.Module]) -> dict[nn.Parameter, WeightShards]:
+    """Returns the shards of each weight of a rank's model chunks, without the data."""
+    shards = {}
     for chunk in chunks:
-        for piece, weight, start in sharded_parameters(chunk):
-            assert piece.data.is_contiguous(), f"{piece.key}: its elements are not one range"
-            found.setdefault(weight, []).append((piece.without_data(), start))
-    return found
+        for shard, weight, start in sharded_parameters(chunk):
+            assert shard.data.is_contiguous(), f"{shard.key}: its elements are not one range"
+            shards.setdefault(weight, []).append((shard.without_data(), start))
+    return shards
 
 
-def shards(name: str, values: Tensor, first: int, pieces: Pieces) -> Iterator[ShardedTensor]:
-    """Where values of a weight belong in global tensors, as views of them.
+def sharded_values(
+    prefix: str, values: Tensor, first: int, shards: WeightShards
+) -> Iterator[ShardedTensor]:
+    """Yields values of a weight as sharded tensors, whose data are views of them.
 
-    name: goes before that of each tensor. values: flat, of the weight's elements from `first` on.
-    No other rank of those that hold copies of the weight may describe the same elements.
+    prefix: goes before the name of each tensor. values: flat [n], for the weight's elements from
+    `first` on. Of the ranks that hold copies of the weight, only one may describe each element.
     """
-    for piece, start in pieces:
-        shape = torch.Size((*[1] * piece.prepend_axis_num, *piece.local_shape))
+    for shard, start in shards:
+        shape = torch.Size((*[1] * shard.prepend_axis_num, *shard.local_shape))
         low = max(first, start)
         high = min(first + values.numel(), start + shape.numel())
         for offset, size in blocks(shape, low - start, high - start):
             data = values[low - first :][: math.prod(size)].view(size)
             low += data.numel()
             yield replace(
-                piece,
-                key=name + piece.key,
+                shard,
+                key=prefix + shard.key,
                 data=data,
                 dtype=data.dtype,
                 local_shape=size,
-                global_offset=tuple(map(sum, zip(piece.global_offset, offset))),
-                axis_fragmentations=None,  # the blocks are no grid
+                global_offset=tuple(map(sum, zip(shard.global_offset, offset))),
+                axis_fragmentations=None,  # the blocks do not form a regular grid
                 prepend_axis_num=0,
-                replica_id=(*piece.replica_id[:2], 0),
+                replica_id=(*shard.replica_id[:2], 0),
             )
 
 
 def blocks(
     shape: tuple[int, ...], low: int, high: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The elements [low, high) of a flattened tensor of `shape` as blocks of it, offsets and sizes,
-    in the order of the elements. At most 2 n - 1 of them for n axes; none for an empty range."""
+    """Yields the elements [low, high) of a flattened tensor of `shape` as blocks (offset, size) of
+    the tensor, in the order of the elements. There are at most 2 n - 1 blocks for n axes, and none
+    for an empty range."""
     row = math.prod(shape[1:])
     first, last = -(-low // row), high // row  # whole rows
     cuts = [low, first * row, last * row, high] if first <= last else [low, high]
@@ -90,68 +94,72 @@ def blocks(
                 yield (index, *offset), (1, *size)
 
 
-# Tensors are described by the model, not by the layout that wrote them, and layers may differ
-# (memory in some), so each layer has names of its own. The optimizer's have the names and shapes
-# that megatron-core gives them in this form, in which it would gather them on all ranks first.
-CONTENT = {
+# Tensors are described by the model, not by the layout that wrote them. Layers may differ (only some
+# have a memory), so each layer has separate names. The optimizer's tensors have the names and shapes
+# of megatron-core's fully_reshardable form, for which megatron-core itself would gather them first.
+CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
     "non_homogeneous_layers": True,
 }
-STATES = {"param": MASTERS[0], **MOMENT_NAMES}
-"""Of what the distributed optimizer has of a weight, what comes before the weight's name."""
+STATE_PREFIXES = {"param": MASTER_PREFIXES[0], **MOMENT_PREFIXES}
+"""Key prefix of each state that the distributed optimizer keeps for a weight."""
 
 
 class MegatronContents:
-    """Of one rank: what is written to a checkpoint and taken from one."""
+    """What one rank writes to a checkpoint and loads from one."""
 
     def __init__(self, config: Config, chunks: list, optimizer):
         self.config, self.chunks, self.optimizer = config, chunks, optimizer
-        self.pieces = pieces_of(unwrapped(chunks))
+        self.shards = weight_shards(unwrapped(chunks))
 
     def state(self) -> dict:
-        """Weights and optimizer as parts of global tensors: views, of which nothing is gathered."""
+        """Returns weights and optimizer as sharded tensors: views; nothing is gathered."""
         model = self._model_state()
         if not self.config.optimizer.distributed:
             optimizer = self.optimizer.sharded_state_dict(model, metadata=self._metadata())
             return {**model, "optimizer": optimizer}
-        notes = [value for value in nested_values(model) if isinstance(value, ShardedObject)]
-        own = [*notes, *self._shards({"weight": "", **STATES})]
-        return {"own": dict(enumerate(own)), "optimizer": self.optimizer.state_dict()}
+        objects = [value for value in nested_values(model) if isinstance(value, ShardedObject)]
+        local = [*objects, *self._local_ranges({"weight": "", **STATE_PREFIXES})]
+        return {"own": dict(enumerate(local)), "optimizer": self.optimizer.state_dict()}
 
-    def _shards(self, names: dict[str, str]) -> Iterator[ShardedTensor]:
-        """The ranges that the distributed optimizer has given this rank. Of the weights, too, it
-        writes no more: with overlap_param_gather the others are gathered in the next forward pass,
-        and are old until then.
+    def _local_ranges(self, prefixes: dict[str, str]) -> Iterator[ShardedTensor]:
+        """Yields the ranges that the distributed optimizer has assigned to this rank. For the weights
+        it also writes only these ranges: with overlap_param_gather the other elements are gathered
+        in the next forward pass, and are outdated until then.
 
-        names: what comes before a weight's name, for "weight" and what the optimizer has of it.
+        prefixes: the key prefix of "weight" and of each optimizer state.
         """
         for optimizer in self.optimizer.chained_optimizers:
             for weight in optimizer.model_param_group_index_map:
-                own = optimizer._get_model_param_range_map(weight)["param"]
-                held = optimizer._get_main_param_and_optimizer_states(weight)
-                held["weight"] = weight.view(-1)[own.start : own.end]
-                for kind, name in names.items():
-                    yield from shards(name, held[kind].detach(), own.start, self.pieces[weight])
+                local_range = optimizer._get_model_param_range_map(weight)["param"]
+                values = optimizer._get_main_param_and_optimizer_states(weight)
+                values["weight"] = weight.view(-1)[local_range.start : local_range.end]
+                for state, prefix in prefixes.items():
+                    yield from sharded_values(
+                        prefix, values[state].detach(), local_range.start, self.shards[weight]
+                    )
 
     def load(self, path: Path, stored: set[str], steps: int) -> None:
-        """All of it. stored: the names of what the checkpoint holds in parts; steps: that Adam has
-        done."""
+        """Load weights and optimizer.
+
+        stored: the names of the checkpoint's sharded entries. steps: how many steps Adam has done.
+        """
         self.make_optimizer_states()
         for optimizer in self.optimizer.chained_optimizers:
             set_adam_steps(optimizer.optimizer, steps)
         self._load_weights(path)
-        # Apart from the weights, of which a master weight may have the name. What the distributed
-        # optimizer has is filled in place.
+        # Loaded separately from the weights, as a master weight may have the same name. The states
+        # of the distributed optimizer are filled in place.
         if self.config.optimizer.distributed:
-            own = self._shards({**STATES, "param": master_name(stored)})
-            load_tensors(dict(enumerate(own)), path)
+            local = self._local_ranges({**STATE_PREFIXES, "param": master_prefix(stored)})
+            load_tensors(dict(enumerate(local)), path)
         else:
             self._load_plain_optimizer(path, stored)
 
     def start_from_weights(self, path: Path) -> None:
-        """Weights in the place of drawn ones, before the first step."""
+        """Load weights in place of the randomly initialized ones, before the first step."""
         self._load_weights(path)
         self.optimizer.reload_model_params()
 
@@ -165,13 +173,13 @@ class MegatronContents:
         state = self.optimizer.sharded_state_dict(
             self._model_state(), is_loading=True, metadata=self._metadata()
         )
-        name_masters(state, stored)
+        rename_masters(state, stored)
         load_tensors(state, path)
         self.optimizer.load_state_dict(state)
 
     def _metadata(self) -> dict:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return {**CONTENT, "dp_cp_group": group}
+        return {**CONTENT_METADATA, "dp_cp_group": group}
 
     def _model_state(self) -> dict:
         return {
@@ -180,9 +188,9 @@ class MegatronContents:
         }
 
     def make_optimizer_states(self) -> None:
-        """torch's Adam has no state before its first step, and what is not there is not loaded.
-        megatron-core's own ways, of which one is a step with gradients of zero, undone by the
-        loading."""
+        """Create Adam's states, so that they can be loaded: torch's Adam has none before its first
+        step. This uses megatron-core's own methods; one of them does a step with zero gradients,
+        whose effect is overwritten by the loading."""
         for optimizer in self.optimizer.chained_optimizers:
             if isinstance(optimizer, DistributedOptimizer):
                 optimizer._init_optimizer_states_with_dummy_values()

@@ -1,14 +1,14 @@
-"""Loading a checkpoint on all ranks: whose weights, which tensors, and what an error on one rank
-means for all.
+"""Loading a checkpoint on all ranks: which checkpoints fit a config, which tensors are loaded, and
+what an error on one rank means for all.
 
-Tensors of a checkpoint have global names, so megatron-core finds each rank's parts of them whatever
-layout wrote it. What else a checkpoint holds of the optimizer is what its first rank had: so many
-optimizers, so many groups of parameters. A run has its own, with settings from its config, and
-takes over only how many steps Adam has done.
+The tensors of a checkpoint have global names, so megatron-core finds each rank's parts of them
+whatever layout wrote them. What else a checkpoint holds for the optimizer (how many optimizers, how
+many parameter groups) is what its first rank had. A run has its own, with settings from its config,
+and takes over only the number of steps that Adam has done.
 
-An error in reading says that the checkpoint is of no use, whatever it is: the one before may be.
-Three kinds of error say nothing of the checkpoint, and end the run: a UserError, which is about the
-config; want of memory or of file handles; and a device or a connection that failed.
+Almost any error while reading means that the checkpoint cannot be used, and that the one before it
+is tried. Three kinds of error say nothing about the checkpoint, and end the run: a UserError, which
+is about the config; a lack of RAM, GPU memory or file handles; and a failed device or connection.
 """
 
 import errno
@@ -40,25 +40,26 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.runs.store import UnreadableCheckpoint, checkpoints_at
 
 Result = TypeVar("Result")
-OF_THE_MACHINE = (
+MACHINE_ERRORS = (
     MemoryError,
     torch.OutOfMemoryError,
     torch.AcceleratorError,
     dist.DistError,
 )
-NO_RESOURCES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+RESOURCE_ERRNOS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
 
 class CannotLoad(Exception):
-    """A checkpoint that no rank can use, because it could not be read on one of them."""
+    """Raised on every rank when a checkpoint could not be read on at least one of them."""
 
 
 def on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Do something on every rank, and raise an error on every rank if it fails on any.
+    """Run an action on every rank, and raise an error on every rank if it fails on any. Returns the
+    action's result.
 
-    That is CannotLoad where the error is the checkpoint's. Any other goes on as it is on the ranks
-    that have it, and is told as a UserError on those that do not.
+    The error is CannotLoad if the cause is the checkpoint. Any other error is raised unchanged on
+    the ranks where it occurred, and as a UserError on the others.
     """
     result = error = None
     try:
@@ -67,48 +68,48 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
         error = caught
     causes = {} if error is None else _causes(error)
     failures: dict[int, tuple[bool, str]] = {}
-    for own in gather({rank: _described(cause) for rank, cause in causes.items()}):
-        failures |= own
-    if any(map(_is_of_something_else, causes.values())):
+    for rank_failures in gather({rank: _described(cause) for rank, cause in causes.items()}):
+        failures |= rank_failures
+    if any(map(_unrelated_to_checkpoint, causes.values())):
         raise error
-    for of_something_else, words in failures.values():
-        if of_something_else:
-            raise UserError(words)
+    for unrelated, message in failures.values():
+        if unrelated:
+            raise UserError(message)
     if failures:
-        rank, (_, words) = min(failures.items())
-        others = " and others" if len(failures) > 1 else ""
-        raise CannotLoad(f"{words}, on rank {rank}{others}")
+        rank, (_, message) = min(failures.items())
+        more = " and others" if len(failures) > 1 else ""
+        raise CannotLoad(f"{message}, on rank {rank}{more}")
     return result
 
 
 def _causes(error: BaseException) -> dict[int, BaseException]:
-    """The errors by rank that torch has collected from all of them, or this rank's own."""
+    """Returns the errors by rank: those that torch has collected from all ranks, or this rank's."""
     if isinstance(error, CheckpointException) and error.failures:
         return {rank: cause for rank, (cause, _) in error.failures.items()}
     return {dist.get_rank(): error}
 
 
-def _is_of_something_else(error: BaseException) -> bool:
+def _unrelated_to_checkpoint(error: BaseException) -> bool:
     if isinstance(error, UserError):
         return not isinstance(error, UnreadableCheckpoint)
     if not isinstance(error, Exception | CheckpointException):
-        return True  # torch collects requests to stop as well
+        return True  # torch also collects BaseExceptions, such as KeyboardInterrupt
     if isinstance(error, OSError):
-        return error.errno in NO_RESOURCES
-    return isinstance(error, OF_THE_MACHINE) or CPU_ALLOCATOR in str(error)
+        return error.errno in RESOURCE_ERRNOS
+    return isinstance(error, MACHINE_ERRORS) or CPU_ALLOCATOR in str(error)
 
 
 def _described(error: BaseException) -> tuple[bool, str]:
-    """Whether an error says nothing of the checkpoint, and the error in one sentence."""
+    """Returns whether an error is unrelated to the checkpoint, and the error in one sentence."""
     if isinstance(error, UserError):
-        words = str(error)
-    else:  # torch goes on with advice to programmers
+        message = str(error)
+    else:  # only the first sentence: torch appends advice to programmers
         what = str(error).partition("\n")[0].partition(". ")[0]
-        words = f"{type(error).__name__}: {what}" if what else type(error).__name__
-    return _is_of_something_else(error), words
+        message = f"{type(error).__name__}: {what}" if what else type(error).__name__
+    return _unrelated_to_checkpoint(error), message
 
 
-FREE = {
+CHANGEABLE_KEYS = {
     "model.init_std",
     "model.moe_aux_loss_coeff",
     "model.moe_z_loss_coeff",
@@ -119,21 +120,21 @@ FREE = {
     "model.gengram.rows_over",
     "model.gengram.project",
 }
-"""Keys of the model that may change: they decide neither which weights there are nor what these
+"""Keys of the model that may change: they determine neither which weights exist nor what the weights
 mean."""
-ADDED = {"model.gengram.projection_bias": False}
-"""Keys that older checkpoints lack, and what these were trained with. Of other keys that they lack,
-any value fits."""
-FREE_TO_A_NEW_RUN = {"model.seq_length", "model.rotary_base"}
-"""And those that a run which begins with another's weights may have otherwise."""
+ADDED_KEYS = {"model.gengram.projection_bias": False}
+"""Keys that older checkpoints lack, with the values that these were trained with. For other keys
+that they lack, any value is accepted."""
+CHANGEABLE_IN_NEW_RUN = {"model.seq_length", "model.rotary_base"}
+"""Further keys that may change in a run which starts from another run's weights."""
 
 
-def origins(config: Config) -> list[Path]:
-    """The checkpoints that checkpoint.load means, in the order of their steps: the one that it
-    names, or all of a run's folder."""
+def source_checkpoints(config: Config) -> list[Path]:
+    """Returns the checkpoints that checkpoint.load refers to, in the order of their steps: the one
+    that it names, or all in a run's folder."""
     given = Path(config.checkpoint.load)
-    if found := checkpoints_at(given):
-        return found
+    if checkpoints := checkpoints_at(given):
+        return checkpoints
     raise UserError(
         f"checkpoint.load is {given}, which is neither a checkpoint nor the folder of a run that "
         "has one: give a folder such as runs/mine or runs/mine/checkpoints/step_00001000; "
@@ -142,24 +143,25 @@ def origins(config: Config) -> list[Path]:
 
 
 def check_same_model(checkpoint: Path, stored: dict, config: Config, new_run: bool) -> None:
-    """UserError: the checkpoint's `model` section describes another model than the config's.
+    """Raise UserError if the checkpoint's `model` section describes a different model from the
+    config's.
 
-    new_run: whether it is another run's, whose weights are loaded.
+    stored: the checkpoint's `model` section. new_run: whether its weights start a new run.
     """
-    free = FREE | FREE_TO_A_NEW_RUN if new_run else FREE
-    otherwise = "load another checkpoint" if new_run else "start in another run.dir"
-    theirs = _settings(stored)
-    for key, own in _settings(config.model.model_dump()).items():
-        other = theirs.get(key, ADDED.get(key, own))
-        if key not in free and other != own:
+    changeable = CHANGEABLE_KEYS | CHANGEABLE_IN_NEW_RUN if new_run else CHANGEABLE_KEYS
+    alternative = "load another checkpoint" if new_run else "start in another run.dir"
+    stored_settings = _settings(stored)
+    for key, value in _settings(config.model.model_dump()).items():
+        stored_value = stored_settings.get(key, ADDED_KEYS.get(key, value))
+        if key not in changeable and stored_value != value:
             raise UserError(
-                f"{checkpoint} was trained with {key} = {inline_yaml(other)}, not "
-                f"{inline_yaml(own)}: set {key} as it was, or {otherwise}"
+                f"{checkpoint} was trained with {key} = {inline_yaml(stored_value)}, not "
+                f"{inline_yaml(value)}: set {key} as it was, or {alternative}"
             )
 
 
 def _settings(model: dict) -> dict[str, object]:
-    """All keys of a `model` section that are read, dotted."""
+    """Returns the keys of a `model` section that have an effect, dotted, with their values."""
     model = {**model, "gengram": {**model["gengram"]}}
     gengram = model["gengram"]
     if not gengram["enabled"]:
@@ -171,68 +173,73 @@ def _settings(model: dict) -> dict[str, object]:
     return flattened({"model": model})
 
 
-MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-"""Of master weights: the distributed optimizer calls them so, and the plain one in bf16."""
+MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+"""Key prefixes of master weights: with the distributed optimizer, and with the plain one in bf16."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What torch's Adam calls the moments that it keeps."""
-MOMENT_NAMES = {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
-"""What comes before a weight's name in those of Adam's moments of it."""
-STEPS = ("step", "common_step")
-RANKS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_tensor")
-"""Of a layout, what decides which rank is which."""
+"""The names of the two moments in torch's Adam."""
+MOMENT_PREFIXES = {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
+"""Key prefix of each of Adam's moments."""
+STEP_KEYS = ("step", "common_step")
+RANK_KEYS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_tensor")
+"""The keys of a layout that determine which part of the model a rank has."""
 
 
 def load_tensors(state: dict, path: Path) -> None:
-    """Put what a checkpoint has in the place of a sharded state's descriptions."""
-    places = [
+    """Replace the descriptions in a sharded state dict by what the checkpoint holds."""
+    entries = [
         (container, key, value)
         for container, key, value in nested_items_iter(state)
         if isinstance(value, ShardedBase | LocalNonpersistentObject)
     ]
-    wanted = {
-        number: value for number, (*_, value) in enumerate(places) if isinstance(value, ShardedBase)
+    sharded = {
+        number: value
+        for number, (*_, value) in enumerate(entries)
+        if isinstance(value, ShardedBase)
     }
-    loaded = dist_checkpointing.load({"wanted": wanted}, str(path)).get("wanted", {})
-    for number, (container, key, value) in enumerate(places):
-        container[key] = loaded[number] if number in wanted else value.unwrap()
+    loaded = dist_checkpointing.load({"wanted": sharded}, str(path)).get("wanted", {})
+    for number, (container, key, value) in enumerate(entries):
+        container[key] = loaded[number] if number in sharded else value.unwrap()
 
 
 def without_extra_states(model: dict) -> dict:
-    """A model's sharded state without TransformerEngine's notes: empty but for FP8."""
+    """Set Transformer Engine's extra states in a model's sharded state dict to None, and return the
+    dict. They are empty except with FP8."""
     for container, key, value in list(nested_items_iter(model)):
         if isinstance(value, ShardedObject):
             container[key] = None
     return model
 
 
-def names(path: Path) -> set[str]:
-    """Of all that a checkpoint holds in parts."""
+def sharded_names(path: Path) -> set[str]:
+    """Returns the names of all sharded entries of a checkpoint."""
     return set(FileSystemReader(path).read_metadata().state_dict_metadata)
 
 
-def master_name(stored: set[str]) -> str:
-    """What comes before a weight's name in that of its master weight, given the names of all that a
-    checkpoint holds: nothing in float32 without the distributed optimizer."""
-    return next((m for m in MASTERS if any(name.startswith(m) for name in stored)), "")
+def master_prefix(stored: set[str]) -> str:
+    """Returns the key prefix of master weights in a checkpoint, given the names of its sharded
+    entries. It is empty in float32 without the distributed optimizer."""
+    return next((m for m in MASTER_PREFIXES if any(name.startswith(m) for name in stored)), "")
 
 
-def name_masters(state: dict, stored: set[str]) -> None:
-    """Have an optimizer's sharded state look for master weights under the name that they have in
-    the checkpoint."""
-    found = master_name(stored)
+def rename_masters(state: dict, stored: set[str]) -> None:
+    """Rename the master weights in an optimizer's sharded state dict as they are named in the
+    checkpoint."""
+    stored_prefix = master_prefix(stored)
     for container, key, value in list(nested_items_iter(state)):
-        for prefix in MASTERS:
+        for prefix in MASTER_PREFIXES:
             if isinstance(value, ShardedBase) and value.key.startswith(prefix):
-                container[key] = replace(value, key=found + value.key.removeprefix(prefix))
+                container[key] = replace(value, key=stored_prefix + value.key.removeprefix(prefix))
 
 
 def adam_steps(stored: dict | list) -> int:
-    """The steps that Adam has done, from what ranks have in common of any kind of optimizer."""
-    return next(int(value) for _, key, value in nested_items_iter(stored) if key in STEPS)
+    """Returns the number of steps that Adam has done, from the unsharded state of an optimizer of
+    any kind."""
+    return next(int(value) for _, key, value in nested_items_iter(stored) if key in STEP_KEYS)
 
 
 def set_adam_steps(adam: torch.optim.Optimizer, steps: int) -> None:
-    """torch's Adam counts for each parameter, TransformerEngine's for each group."""
+    """Set Adam's step counts. torch's Adam counts steps per parameter, Transformer Engine's per
+    group."""
     if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
         for state in adam.state.values():
             state["step"] = torch.tensor(float(steps))
@@ -242,12 +249,12 @@ def set_adam_steps(adam: torch.optim.Optimizer, steps: int) -> None:
 
 
 def same_ranks(layout: dict, other: dict) -> bool:
-    """Whether a rank has the same place in both layouts."""
-    return all(layout[key] == other[key] for key in RANKS)
+    """Returns whether each rank has the same part of the model in both layouts."""
+    return all(layout[key] == other[key] for key in RANK_KEYS)
 
 
 def random_states() -> ShardedObject:
-    """The states of all generators of this rank."""
+    """Returns the states of all random number generators of this rank."""
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -259,7 +266,7 @@ def random_states() -> ShardedObject:
 
 
 def set_random_states(states: dict) -> None:
-    """Go on drawing where the rank was."""
+    """Restore the states of all random number generators of this rank."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -267,12 +274,13 @@ def set_random_states(states: dict) -> None:
     get_cuda_rng_tracker().set_states(states["tracker"])
 
 
-def draw_anew(seed: int, step: int) -> None:
-    """Generators for a rank of another layout, which has no one to take states over from: they
-    start from the run's seed and the step, so as not to repeat what was drawn before."""
+def reseed(seed: int, step: int) -> None:
+    """Seed all random number generators from the run's seed and the step, for a rank whose layout
+    differs from the checkpoint's, so that it has no states to restore. The step is included so that
+    the numbers drawn before are not repeated."""
     digest = blake2b(f"{seed} {step}".encode(), digest_size=4).digest()
-    own = int.from_bytes(digest, "big")
-    random.seed(own)
-    np.random.seed(own)
-    torch.manual_seed(own)
-    model_parallel_cuda_manual_seed(own)
+    step_seed = int.from_bytes(digest, "big")
+    random.seed(step_seed)
+    np.random.seed(step_seed)
+    torch.manual_seed(step_seed)
+    model_parallel_cuda_manual_seed(step_seed)

@@ -1,4 +1,4 @@
-"""Save and load all that a run needs to go on, through megatron-core's distributed checkpoints."""
+"""Saves and loads all that a run needs to resume, through megatron-core's distributed checkpoints."""
 
 import shutil
 import time
@@ -14,21 +14,21 @@ from torch.distributed.checkpoint import CheckpointException
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import kmer_tables
-from gengram_megatron.engine.checkpoint.contents import CONTENT, MegatronContents
+from gengram_megatron.engine.checkpoint.contents import CONTENT_METADATA, MegatronContents
 from gengram_megatron.engine.checkpoint.restore import (
     CannotLoad,
     adam_steps,
     check_same_model,
-    draw_anew,
     load_tensors,
-    names,
     on_all_ranks,
-    origins,
     random_states,
+    reseed,
     same_ranks,
     set_random_states,
+    sharded_names,
+    source_checkpoints,
 )
-from gengram_megatron.engine.checkpoint.stored import WRITTEN, missing_files
+from gengram_megatron.engine.checkpoint.stored import MEGATRON_FILES, missing_files
 from gengram_megatron.engine.checkpoint.writer import Writer
 from gengram_megatron.engine.checkpoint.zero import ZeroContents
 from gengram_megatron.engine.processes import gather
@@ -45,7 +45,10 @@ from gengram_megatron.runs.store import (
 
 
 class TrainingState:
-    """Model, optimizer, schedule, random states and the place in the data of one rank."""
+    """One rank's model, optimizer, schedule, random states and position in the data.
+
+    data: the data sets, in the form that Facts stores.
+    """
 
     def __init__(
         self, config: Config, layout: Layout, chunks: list, optimizer, schedule, data: list[dict]
@@ -54,12 +57,12 @@ class TrainingState:
         self.schedule = schedule
         kind = ZeroContents if config.train.engine == "deepspeed" else MegatronContents
         self.contents = kind(config, chunks, optimizer)
-        self.data = data  # as Facts has it
+        self.data = data
         settings = config.checkpoint
         self.store = CheckpointStore(
             Path(config.run.dir) / "checkpoints", settings.keep, settings.keep_every
         )
-        # What is written where is the same each time: planned, and told to other ranks, once.
+        # What each rank writes is the same for every checkpoint, so it is planned only once.
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
         self._save: _Save | None = None
         self._failed = 0
@@ -67,14 +70,14 @@ class TrainingState:
         self._partly_loaded = False
 
     def save(self, step: int, required: bool = False) -> str | None:
-        """Write a checkpoint; with checkpoint.asynchronous only the copy is waited for.
+        """Write a checkpoint; with checkpoint.asynchronous, wait only for the copy of the tensors.
 
-        A checkpoint that could not be written is told in the sentence that this, poll or wait
-        returns; the last one is untouched. Two in a row, or one that must be written, are a
-        UserError.
+        If a checkpoint cannot be written, this, `poll` or `wait` returns a sentence that says so, and
+        the previous checkpoint stays as it is. Raises UserError if the checkpoint is required, or if
+        it is the second failure in a row.
         """
         began = time.perf_counter()
-        failure = self._settle_last() if self._save else None
+        failure = self._finish_last() if self._save else None
         try:
             partial = self._on_first_rank(
                 lambda: self.store.begin(step, estimated_size(self.config))
@@ -83,7 +86,7 @@ class TrainingState:
         except UserError as error:
             failure = self._note_failure(str(error), required)
         if self._save and not self.config.checkpoint.asynchronous:
-            failure = self._settle_last()
+            failure = self._finish_last()
         self._stall += time.perf_counter() - began
         return failure
 
@@ -95,7 +98,7 @@ class TrainingState:
             self._strategy,
             validate_access_integrity=self._strategy.cached_central_plan is None,
             async_sharded_save=True,
-            content_metadata=CONTENT,
+            content_metadata=CONTENT_METADATA,
         )
         writer.start(request)
         facts = Facts(
@@ -111,8 +114,8 @@ class TrainingState:
 
     @property
     def writing(self) -> bool:
-        """Whether this rank's part of a checkpoint is not on the disk yet."""
-        return self._save is not None and self._save.writer.at_work
+        """Whether this rank is still writing its part of a checkpoint to disk."""
+        return self._save is not None and self._save.writer.running
 
     def poll(self, anyone_writing: bool) -> str | None:
         """Finish an asynchronous save whose files are written. Called by all ranks each step.
@@ -126,17 +129,17 @@ class TrainingState:
     def wait(self) -> str | None:
         """Finish an asynchronous save, however long it takes."""
         began = time.perf_counter()
-        failure = self._settle_last() if self._save else None
+        failure = self._finish_last() if self._save else None
         self._stall += time.perf_counter() - began
         return failure
 
-    def take_stall(self) -> float:
-        """Seconds that training has waited for checkpoints since this was last asked."""
+    def pop_stall_seconds(self) -> float:
+        """Returns the seconds that training has waited for checkpoints since the last call."""
         stall, self._stall = self._stall, 0.0
         return stall
 
-    def _settle_last(self) -> str | None:
-        """The end of the last save, good or bad."""
+    def _finish_last(self) -> str | None:
+        """Finish the last save, whether it succeeded or not. Returns a sentence if it failed."""
         save, self._save = self._save, None
         try:
             self._finish(save)
@@ -155,21 +158,21 @@ class TrainingState:
             ranks = ", ".join(str(rank) for rank in died if rank is not None)
             raise UserError(f"the process that writes for rank {ranks} died")
         checksums = {}
-        for own in gather(save.writer.finalize()):
-            checksums |= own
+        for rank_checksums in gather(save.writer.finalize()):
+            checksums |= rank_checksums
         self._on_first_rank(lambda: self._publish(save, checksums))
 
     def _publish(self, save: "_Save", checksums: dict[str, str]) -> None:
-        """Make a written checkpoint the newest, if all that its ranks wrote is in its folder."""
+        """Make a written checkpoint the newest, if all files that its ranks wrote are in its folder."""
         end = time.monotonic() + VISIBLE_SECONDS
-        # What another node has written may be seen here only some seconds later.
-        while (missing := missing_files(save.partial, WRITTEN)) and time.monotonic() < end:
+        # Files that another node has written may become visible here only some seconds later.
+        while (missing := missing_files(save.partial, MEGATRON_FILES)) and time.monotonic() < end:
             time.sleep(0.2)
         if missing:
             more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(
-                f"what the ranks have written is not all there: {missing[0]}{more}; run.dir must be "
-                "one folder that all nodes share"
+                f"not all files that the ranks have written are there: {missing[0]}{more}; run.dir "
+                "must be one folder that all nodes share"
             )
         self.store.finish(save.partial, save.facts, checksums)
 
@@ -178,19 +181,19 @@ class TrainingState:
         sentence = f"no checkpoint was written: {cause}"
         if required or self._failed > 1:
             raise UserError(sentence)
-        return f"{sentence}; training goes on, and the next one is tried"
+        return f"{sentence}; training continues, and the next checkpoint will be tried"
 
     def _load_newest_usable(
         self, checkpoints: list[Path], load: Callable[[Path], int]
     ) -> tuple[Path | None, int, dict[Path, str]]:
-        """Load the newest of some checkpoints, which are in the order of their steps; one that is
-        damaged or cannot be loaded is passed over. What an attempt has loaded before it failed is
-        overwritten by the next.
+        """Load the newest usable checkpoint, and skip those that are damaged or cannot be loaded.
+        Whatever a failed attempt has loaded is overwritten by the next attempt.
 
-        load: loads a checkpoint on all ranks; returns the step to go on from.
+        checkpoints: in the order of their steps. load: loads a checkpoint on all ranks, and returns
+        the step to resume from.
 
-        Returns the checkpoint, or None if there is none; its step; and what is wrong with each one
-        that was passed over.
+        Returns the checkpoint, or None if none is usable; its step; and what is wrong with each
+        checkpoint that was skipped.
         """
         unusable = {}
         for path in reversed(checkpoints):
@@ -204,22 +207,22 @@ class TrainingState:
         return None, 0, unusable
 
     def _problems(self, path: Path) -> list[str]:
-        """What is wrong with a checkpoint's files; ranks read them together."""
-        found = gather(damage(path, dist.get_rank(), dist.get_world_size()))
-        problems = sorted({problem for own in found for problem in own})
+        """Returns what is wrong with a checkpoint's files. Each rank reads a share of them."""
+        ranks = gather(damage(path, dist.get_rank(), dist.get_world_size()))
+        problems = sorted({problem for rank_problems in ranks for problem in rank_problems})
         return problems or self._on_first_rank(lambda: missing_files(path))
 
     def _set_aside(self, damaged: dict[Path, str], path: Path) -> str:
         def rename() -> None:
-            for other in damaged:
-                self.store.set_aside(other)
+            for checkpoint in damaged:
+                self.store.set_aside(checkpoint)
 
         self._on_first_rank(rename)
-        return f"damaged, and set aside: {', '.join(damaged.values())}; going on from {path.name}"
+        return f"damaged, and set aside: {', '.join(damaged.values())}; resuming from {path.name}"
 
     def load_newest(self) -> "ResumePoint":
-        """Go on from the newest checkpoint of the run's folder that can be loaded; without any,
-        start from the weights of checkpoint.load, if it is given."""
+        """Resume from the newest usable checkpoint in the run's folder; if the folder has none, start
+        from the weights of checkpoint.load, if it is given."""
         checkpoints = self._on_first_rank(self.store.checkpoints)
         path, step, unusable = self._load_newest_usable(checkpoints, self._resume)
         if path is not None:
@@ -227,12 +230,12 @@ class TrainingState:
         if unusable:
             raise UserError(
                 f"all checkpoints of {self.store.folder} are damaged: "
-                f"{', '.join(unusable.values())}; bring one back, or start in another run.dir"
+                f"{', '.join(unusable.values())}; restore one, or start in another run.dir"
             )
         return ResumePoint() if self.config.checkpoint.load is None else self._start_from_another()
 
     def _resume(self, path: Path) -> int:
-        """All of a checkpoint; returns its step."""
+        """Load all of a checkpoint. Returns its step."""
         facts, common, stored = on_all_ranks(lambda: self._read_and_check(path))
         if "optimizer" not in common:
             return self._start_from_own_weights(path, facts)
@@ -241,28 +244,29 @@ class TrainingState:
         return facts.step
 
     def _read_and_check(self, path: Path) -> tuple[Facts, dict, set[str]]:
-        """What a checkpoint says of itself: its facts, what its ranks have in common, and the names
-        of what it holds in parts. UserError if it is another run's."""
+        """Returns a checkpoint's facts, its unsharded state, and the names of its sharded entries.
+        Raises UserError if it does not fit this run."""
         facts = read_facts(path)
         self._check(path, facts)
-        common, stored = dist_checkpointing.load_common_state_dict(str(path)), names(path)
-        # Imported weights, which no run of ours has trained, may go on with other lengths, too.
+        common, stored = dist_checkpointing.load_common_state_dict(str(path)), sharded_names(path)
+        # Imported weights (step 0) may also be trained with a different sequence length.
         check_same_model(path, common["config"]["model"], self.config, new_run=facts.step == 0)
         return facts, common, stored
 
     def _load(self, path: Path, facts: Facts, common: dict, stored: set[str]) -> None:
         self.contents.load(path, stored, adam_steps(common["optimizer"]))
         self.schedule.load_state_dict(common["schedule"])
-        own = random_states()
-        if same_ranks(facts.layout, self.layout.sizes()) and own.unique_key in stored:
-            state = {"random": own}
+        current = random_states()
+        if same_ranks(facts.layout, self.layout.sizes()) and current.unique_key in stored:
+            state = {"random": current}
             load_tensors(state, path)
             set_random_states(state["random"])
         else:
-            draw_anew(self.config.run.seed, facts.step)
+            reseed(self.config.run.seed, facts.step)
 
     def _start_from_own_weights(self, path: Path, facts: Facts) -> int:
-        """Begin a run with imported weights, which lie in its folder, in the place of drawn ones."""
+        """Start the run from weights in its own folder, such as imported ones, instead of randomly
+        initialized ones. Returns step 0."""
         if facts.step:
             raise UserError(
                 f"{path} holds weights only, without the optimizer that step {facts.step + 1} "
@@ -271,23 +275,25 @@ class TrainingState:
             )
         if self._partly_loaded:
             raise UserError(
-                f"no checkpoint of {self.store.folder} after {path.name} can be loaded, and that one "
-                "holds weights only: move the others away to start from it again, or bring one back"
+                f"no checkpoint of {self.store.folder} after {path.name} can be loaded, and "
+                f"{path.name} holds weights only: move the others away to start from it again, or "
+                "restore one of them"
             )
         on_all_ranks(lambda: self.contents.start_from_weights(path))
         return 0
 
     def _start_from_another(self) -> "ResumePoint":
-        """A new run with weights of another run's checkpoint in the place of drawn ones."""
-        candidates = self._on_first_rank(lambda: origins(self.config))
-        path, _, unusable = self._load_newest_usable(candidates, self._take_weights)
+        """Start a new run from the weights of another run's checkpoint, instead of randomly
+        initialized ones."""
+        candidates = self._on_first_rank(lambda: source_checkpoints(self.config))
+        path, _, unusable = self._load_newest_usable(candidates, self._load_weights)
         warning = f"checkpoint.load: damaged, {', '.join(unusable.values())}" if unusable else None
         if path is None:
             raise UserError(warning)
         return ResumePoint(0, warning, origin=path)
 
-    def _take_weights(self, path: Path) -> int:
-        """The weights of another run's checkpoint."""
+    def _load_weights(self, path: Path) -> int:
+        """Load the weights of another run's checkpoint. Returns step 0."""
         on_all_ranks(lambda: self._check_weights(path))
         on_all_ranks(lambda: self.contents.start_from_weights(path))
         return 0
@@ -301,32 +307,31 @@ class TrainingState:
         samples = facts.step * self.config.train.global_batch_size
         if facts.samples != samples:
             raise UserError(
-                f"{path} has seen {facts.samples} samples in {facts.step} steps, which is not a "
-                f"batch of train.global_batch_size = {self.config.train.global_batch_size}: set "
-                "it as it was, or start in another run.dir"
+                f"{path} was trained on {facts.samples} samples in {facts.step} steps, which does not "
+                f"match train.global_batch_size = {self.config.train.global_batch_size}: set it as "
+                "it was, or start in another run.dir"
             )
         if facts.seed != self.config.run.seed:
             raise UserError(
                 f"{path} was trained with run.seed = {facts.seed}, not {self.config.run.seed}, "
-                "which decides the order of the samples: set it as it was, or start in another "
+                "which determines the order of the samples: set it as it was, or start in another "
                 "run.dir"
             )
         if facts.data not in ([], self.data):  # empty in a checkpoint of an older version
             raise UserError(
-                f"{path} was trained on other data: {_difference(facts.data, self.data)}; give "
+                f"{path} was trained on different data: {_difference(facts.data, self.data)}; give "
                 "the data sets as they were, or start in another run.dir"
             )
         self._check_tables(path, facts)
 
     def _check_tables(self, path: Path, facts: Facts) -> None:
-        for name, own in self._tables().items():
-            table = facts.tables.get(name, own)  # one that the checkpoint does not know is new
-            if table != own:
+        for name, table in self._tables().items():
+            stored = facts.tables.get(name, table)  # a table that the checkpoint lacks is new
+            if stored != table:
                 raise UserError(
-                    f"{path} was trained with other rows of table {name}: {table}, not "
-                    f"{own}; set kmer_sizes, dim, hashing and "
-                    "share_reverse_complements of model.gengram as they were, or start in another "
-                    "run.dir"
+                    f"{path} was trained with different rows of table {name}: {stored}, not "
+                    f"{table}; set kmer_sizes, dim, hashing and share_reverse_complements of "
+                    "model.gengram as they were, or start in another run.dir"
                 )
 
     def _tables(self) -> dict[str, dict]:
@@ -345,7 +350,7 @@ class TrainingState:
         }
 
     def _on_first_rank(self, action: Callable):
-        """What rank 0's action returned, or its error on every rank."""
+        """Run an action on rank 0. Returns its result, or raises its error, on every rank."""
         answer = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -360,8 +365,13 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run begins: after which step, what is wrong with newer checkpoints, and the
-    checkpoint of another run whose weights it has."""
+    """Where a run starts.
+
+    Attributes:
+        step: the step after which it starts.
+        warning: what is wrong with newer checkpoints, if any.
+        origin: the checkpoint of another run whose weights it starts from, if any.
+    """
 
     step: int = 0
     warning: str | None = None
@@ -379,7 +389,7 @@ class _Save:
 
 
 def _cause(error: Exception) -> str:
-    """The cause of a failed save in one line; the coordinator's exception has it by rank."""
+    """Returns the cause of a failed save in one line. A CheckpointException has causes by rank."""
     if isinstance(error, CheckpointException):
         causes = [f"rank {rank} could not write ({why[0]})" for rank, why in error.failures.items()]
         return "; ".join(causes) or "another rank could not write"
@@ -387,11 +397,11 @@ def _cause(error: Exception) -> str:
 
 
 def _difference(was: list[dict], now: list[dict]) -> str:
-    """How the data sets of two runs differ, in words."""
+    """Returns in words how the data sets of two runs differ."""
     if len(was) != len(now):
         return f"it had {len(was)} data sets, not {len(now)}"
     number = next(i for i, facts in enumerate(was) if facts != now[i])
     if was[number]["sha256"] != now[number]["sha256"]:
-        return f"data set {number + 1} was built anew or is another one"
+        return f"data set {number + 1} was built again or is a different one"
     shares = was[number]["share"], now[number]["share"]
     return f"the share of data set {number + 1} was {shares[0]} of the samples, not {shares[1]}"

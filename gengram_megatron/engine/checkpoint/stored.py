@@ -1,8 +1,8 @@
-"""The tensors of a distributed checkpoint, read one by one, whole or in part, in one process.
+"""Reads the tensors of a distributed checkpoint one by one, whole or in part, in one process.
 
 Nothing here builds a model or joins other processes. A checkpoint may come from anyone, so its
-files are read without running what they might hold: of pickled data only plain values and the
-classes that describe tensors are taken.
+files are read without running code that they might contain: only plain values and the classes that
+describe tensors are unpickled.
 """
 
 import pickle
@@ -30,14 +30,15 @@ from gengram_megatron.runs.store import FACTS, checkpoints_at
 METADATA = ".metadata"
 COMMON = "common.pt"
 FORMAT_NOTE = "metadata.json"
-WRITTEN = (METADATA, COMMON, FORMAT_NOTE)
-"""What megatron-core writes of a checkpoint besides the files of its tensors, which .metadata names."""
+MEGATRON_FILES = (METADATA, COMMON, FORMAT_NOTE)
+"""The files that megatron-core writes besides the tensor files, which are listed in .metadata."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of a run's folder."""
-    if found := checkpoints_at(path):
-        return found[-1]
+    """Returns the checkpoint that `path` refers to: the path itself, or the newest in a run's
+    folder."""
+    if checkpoints := checkpoints_at(path):
+        return checkpoints[-1]
     raise UserError(
         f"{path} is neither a checkpoint of gengram nor the folder of a run that has one: "
         "give a folder such as runs/mine or runs/mine/checkpoints/step_00001000"
@@ -45,7 +46,8 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_common(checkpoint: Path) -> dict:
-    """What all ranks have in common: config, step, and of a run that can go on its schedule."""
+    """Returns the state that is the same on all ranks: config, step, and if the run can be resumed,
+    the schedule and the unsharded optimizer state."""
     try:
         return torch.load(checkpoint / COMMON, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -55,7 +57,7 @@ def read_common(checkpoint: Path) -> dict:
 
 
 def read_config(checkpoint: Path) -> Config:
-    """The config of the run that wrote a checkpoint."""
+    """Returns the config of the run that wrote a checkpoint."""
     try:
         return Config.model_validate(read_common(checkpoint)["config"])
     except ValidationError as error:
@@ -66,28 +68,29 @@ def read_config(checkpoint: Path) -> Config:
         ) from None
 
 
-def missing_files(checkpoint: Path, needed: Iterable[str] = (*WRITTEN, FACTS)) -> list[str]:
-    """What a checkpoint lacks that loading it takes, a phrase each; none if all of it is there.
+def missing_files(checkpoint: Path, needed: Iterable[str] = (*MEGATRON_FILES, FACTS)) -> list[str]:
+    """Returns a phrase for each file that is missing or too short to load the checkpoint.
 
-    The files of tensors are those that torch's description of them names: checksums say nothing of
-    a file that never was in the folder, such as one that a rank of another node wrote elsewhere.
+    The tensor files to look for are those that torch's metadata lists. Checksums are not enough: they
+    do not cover a file that was never in the folder, such as one that a rank on another node wrote
+    elsewhere.
 
-    needed: the other files that must be there.
+    needed: the other files that must exist.
     """
-    found = [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
+    problems = [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
     if not (checkpoint / METADATA).is_file():
-        return found
+        return problems
     try:
-        ends = _Reader(checkpoint).ends()
-    except (UserError, AttributeError) as error:  # the latter of what is no place in a file
-        return [*found, str(error)]
-    for name, end in sorted(ends.items()):
+        described_bytes = _Reader(checkpoint).described_bytes()
+    except (UserError, AttributeError) as error:  # AttributeError: an entry is not a file location
+        return [*problems, str(error)]
+    for name, expected in sorted(described_bytes.items()):
         path = checkpoint / name
         if not path.is_file():
-            found.append(f"{name} is missing")
-        elif (size := path.stat().st_size) < end:
-            found.append(f"{name} has {size:,} bytes and {METADATA} names {end:,}")
-    return found
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) < expected:
+            problems.append(f"{name} has {size:,} bytes, but {METADATA} describes {expected:,}")
+    return problems
 
 
 class StoredTensors:
@@ -104,23 +107,24 @@ class StoredTensors:
 
     @property
     def names(self) -> list[str]:
-        """In the order in which they were written."""
+        """The names of the tensors, in the order in which they were written."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor, over all ranks."""
+        """Returns the shape of the whole tensor, over all ranks."""
         return tuple(self._tensors[name].size)
 
     def dtype(self, name: str) -> torch.dtype:
-        """As it is stored."""
+        """Returns the dtype in which the tensor is stored."""
         return self._tensors[name].properties.dtype
 
     def num_bytes(self, name: str) -> int:
-        """Of the whole tensor."""
+        """Returns the size of the whole tensor in bytes."""
         return self._tensors[name].size.numel() * self.dtype(name).itemsize
 
     def read(self, name: str, *index: int) -> Tensor:
-        """A whole tensor, or the part of it at an index of its first axes."""
+        """Returns a whole tensor, or its part at an index of its first axes. Raises UserError if it
+        cannot be read."""
         shape, leading = self.shape(name), len(index)
         part = ChunkStorageMetadata(
             offsets=torch.Size([*index, *[0] * (len(shape) - leading)]),
@@ -129,22 +133,22 @@ class StoredTensors:
         tensor = torch.empty(part.sizes, dtype=self.dtype(name))
         planner, metadata = _PartPlanner(part), self._reader.read_metadata()
         try:
-            # dcp.load's own steps. It warns in a process that is no part of a group.
+            # The steps of dcp.load, which itself warns in a process without a process group.
             planner.set_up_planner({name: tensor}, metadata, is_coordinator=True)
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)
             plan = planner.finish_plan(planner.create_local_plan())
             self._reader.read_data(plan, planner).wait()
-        except Exception as error:  # each way in which a file is damaged has an error of its own
-            why = getattr(error, "strerror", None) or "its file is damaged"
+        except Exception as error:  # damaged files can cause many different errors
+            reason = getattr(error, "strerror", None) or "its file is damaged"
             file = f" of {Path(error.filename).name}" if getattr(error, "filename", None) else ""
             raise UserError(
-                f"{self.folder}: {name} cannot be read: {why}{file}; copy or download it again"
+                f"{self.folder}: {name} cannot be read: {reason}{file}; copy or download it again"
             ) from None
         return tensor.reshape(shape[leading:])
 
 
 class _PartPlanner(dcp.DefaultLoadPlanner):
-    """Reads one part of one tensor, from whichever stored pieces it lies in."""
+    """Reads one part of one tensor from the stored chunks that contain it."""
 
     def __init__(self, part: ChunkStorageMetadata):
         super().__init__()
@@ -160,7 +164,7 @@ class _PartPlanner(dcp.DefaultLoadPlanner):
 
 
 class _Reader(BlockReader):
-    """torch's reader, with the description of the tensors read once and safely."""
+    """torch's reader, which here reads the metadata once, and without running code from it."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -168,7 +172,7 @@ class _Reader(BlockReader):
         try:
             with path.open("rb") as file:
                 self._metadata = _MetadataUnpickler(file).load()
-        except Exception as error:  # damaged pickles have many errors
+        except Exception as error:  # damaged pickles can cause many different errors
             raise UserError(f"{path} cannot be read: {error}") from None
         if not isinstance(self._metadata, Metadata):
             raise UserError(f"{path} does not describe the tensors of a checkpoint")
@@ -176,24 +180,24 @@ class _Reader(BlockReader):
     def read_metadata(self, *args, **kwargs) -> Metadata:
         return self._metadata
 
-    def ends(self) -> dict[str, int]:
-        """The files that hold tensors, by name, and how many bytes of each are described."""
-        ends: dict[str, int] = {}
-        for place in (self._metadata.storage_data or {}).values():
-            end = place.offset + place.length
-            ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
-        return ends
+    def described_bytes(self) -> dict[str, int]:
+        """Returns the tensor files by name, with the number of bytes that the metadata describes."""
+        sizes: dict[str, int] = {}
+        for location in (self._metadata.storage_data or {}).values():
+            end = location.offset + location.length
+            sizes[location.relative_path] = max(end, sizes.get(location.relative_path, 0))
+        return sizes
 
 
 class _MegatronMetadata(Metadata):
-    """Stands for megatron-core's MCoreMetadata: torch's, with notes on how it was written."""
+    """Replaces megatron-core's MCoreMetadata: torch's, with notes on how it was written."""
 
 
 class _Ignored:
-    """Stands for megatron-core's notes on how a checkpoint was written."""
+    """Replaces megatron-core's notes on how a checkpoint was written."""
 
 
-# Of megatron-core 0.15 and forks of it; later ones have empty classes of these names.
+# For checkpoints of megatron-core 0.15 and its forks; in later versions these classes are empty.
 _STAND_INS = {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _MegatronMetadata,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Ignored,
@@ -201,7 +205,8 @@ _STAND_INS = {
 
 
 def _member(kind: type, name: str) -> Enum:
-    """The member of an enumeration, which early Pythons 3.11 (Debian 12's) pickle as a getattr."""
+    """Returns a member of an enum. Early versions of Python 3.11 (Debian 12's) pickle enum members as
+    a call of getattr."""
     if isinstance(kind, EnumType) and name in kind.__members__:
         return kind[name]
     raise pickle.UnpicklingError(
@@ -210,17 +215,17 @@ def _member(kind: type, name: str) -> Enum:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that describe tensors, and no other name: not what their modules import."""
+    """Unpickles only the classes that describe tensors; not even what their modules import."""
 
-    _DESCRIPTIONS = (
+    _DESCRIPTION_MODULES = (
         "torch.distributed.checkpoint.metadata",
         "torch.distributed.checkpoint.planner",
     )
-    _OTHERS = (
+    _OTHER_CLASSES = (
         ("pathlib", "PosixPath"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
-        # Where older torch keeps the dtype of a tensor.
+        # Older versions of torch store a tensor's dtype in these.
         ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
         ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -232,14 +237,14 @@ class _MetadataUnpickler(pickle.Unpickler):
             return stand_in
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if (module, name) in self._OTHERS:
+        if (module, name) in self._OTHER_CLASSES:
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
             return _member
-        if module in self._DESCRIPTIONS and name.isidentifier():
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
+        if module in self._DESCRIPTION_MODULES and name.isidentifier():
+            described = super().find_class(module, name)
+            if isinstance(described, type) and described.__module__ == module:
+                return described
         raise pickle.UnpicklingError(
             f"it would run {module}.{name}, and only descriptions of tensors are read"
         )

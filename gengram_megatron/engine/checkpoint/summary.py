@@ -1,4 +1,4 @@
-"""What a checkpoint holds, said without loading its tensors."""
+"""Summarizes what a checkpoint holds, without loading its tensors."""
 
 import math
 from pathlib import Path
@@ -10,9 +10,9 @@ from gengram_megatron.runs.store import read_facts
 from gengram_megatron.show import print_table
 
 OPTIMIZER = "optimizer."
-"""What the names of the optimizer's tensors begin with; all others are weights."""
+"""Prefix of the names of optimizer tensors; all others are weights."""
 
-# The first that a weight's name contains says which module it belongs to.
+# A weight belongs to the module of the first key that its name contains.
 _MODULES = {
     ".memory.tables.": "gengram tables",
     ".memory.": "gengram",
@@ -28,7 +28,7 @@ _TABLES = ".memory.tables.weights."
 
 
 def summary(checkpoint: Path) -> dict:
-    """Step, tokens, layout, parameters, tables, sizes in bytes and the config of a run."""
+    """Returns a checkpoint's step, tokens, layout, parameters, tables, sizes in bytes and config."""
     facts, common, stored = (
         read_facts(checkpoint),
         read_common(checkpoint),
@@ -62,26 +62,26 @@ def summary(checkpoint: Path) -> dict:
 
 
 def _module(name: str) -> str:
-    return next((module for part, module in _MODULES.items() if part in name), "others")
+    return next((module for key, module in _MODULES.items() if key in name), "others")
 
 
 def _tables(stored: StoredTensors, weights: list[str], known: dict[str, dict]) -> list[dict]:
-    """One entry a table of a layer; layers count from 1, as in the config."""
-    found = []
+    """Returns one entry per table of each layer; layers count from 1, as in the config."""
+    tables = []
     for name in weights:
         layer, is_table, table = name.partition(_TABLES)
         if is_table:
             number = int(layer.rpartition(".")[2]) + 1
             rows, columns = stored.shape(name)
             described = known.get(table, {})
-            found.append(
+            tables.append(
                 {**described, "layer": number, "name": table, "rows": rows, "columns": columns}
             )
-    return sorted(found, key=lambda table: (table["layer"], table["name"]))
+    return sorted(tables, key=lambda table: (table["layer"], table["name"]))
 
 
 def show(summary: dict) -> None:
-    """As tables, for people."""
+    """Print a summary as tables."""
     facts = Table(title=summary["path"], show_header=False)
     facts.add_column("what")
     facts.add_column("number", justify="right")
@@ -110,11 +110,11 @@ def _can_be_resumed(summary: dict) -> str:
 def _table_of_tables(tables: list[dict]) -> Table:
     layers: dict[tuple, list[str]] = {}
     for table in tables:
-        same = (table["name"], table["rows"], table["columns"])
-        layers.setdefault(same, []).append(str(table["layer"]))
-    shown = Table(title="Memory tables")
+        shape = (table["name"], table["rows"], table["columns"])
+        layers.setdefault(shape, []).append(str(table["layer"]))
+    shown = Table(title="Gengram tables")
     for heading in ("table", "rows", "columns", "layers"):
         shown.add_column(heading, justify="right" if heading in ("rows", "columns") else "left")
-    for (name, rows, columns), where in layers.items():
-        shown.add_row(name, f"{rows:,}", f"{columns:,}", ", ".join(where))
+    for (name, rows, columns), numbers in layers.items():
+        shown.add_row(name, f"{rows:,}", f"{columns:,}", ", ".join(numbers))
     return shown

@@ -1,6 +1,6 @@
-"""Checkpoints that hold weights and nothing else, written tensor by tensor in one process.
+"""Writes checkpoints that hold only weights, tensor by tensor in one process.
 
-A run starts from one in its folder as if its weights had been drawn (state.py).
+A run that finds one in its folder starts from it instead of from random weights (state.py).
 """
 
 import json
@@ -29,15 +29,15 @@ FILE_FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""megatron-core's note on how a checkpoint is to be read."""
+"""megatron-core's description of a checkpoint's format."""
 
-KEPT = ("config", "step")
-"""Of what ranks have in common; the rest belongs to the optimizer and its schedule."""
+KEPT_KEYS = ("config", "step")
+"""Keys of the common state that are kept; the rest belongs to the optimizer and its schedule."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights by name: their shape and dtype, and how one of them is read."""
+    """Weights by name: their shapes and dtypes, and a function that reads one of them."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
@@ -45,7 +45,7 @@ class Source:
 
 
 def strip(checkpoint: Path, out: Path) -> Path:
-    """Copy a checkpoint's weights into a folder `out` of checkpoints; returns the new one."""
+    """Copy a checkpoint's weights to a new checkpoint in the folder `out`. Returns its path."""
     stored, common = StoredTensors(checkpoint), read_common(checkpoint)
     names = [name for name in stored.names if not name.startswith(OPTIMIZER)]
     source = Source(
@@ -53,15 +53,15 @@ def strip(checkpoint: Path, out: Path) -> Path:
         {name: stored.dtype(name) for name in names},
         stored.read,
     )
-    kept = {name: common[name] for name in KEPT}
+    kept = {name: common[name] for name in KEPT_KEYS}
     return write(CheckpointStore(out), source, kept, read_facts(checkpoint))
 
 
 def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) -> Path:
-    """Write a checkpoint of weights; one of them at a time is in memory."""
-    whole = store.path(facts.step)
-    if whole.exists():
-        raise UserError(f"{whole} is there already; give another folder")
+    """Write a checkpoint of weights, with only one of them in RAM at a time. Returns its path."""
+    final = store.path(facts.step)
+    if final.exists():
+        raise UserError(f"{final} already exists; give another folder")
     partial = store.begin(facts.step)
     described = {
         name: torch.empty(shape, dtype=source.dtypes[name], device="meta")
@@ -69,29 +69,33 @@ def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) ->
     }
     writer = dcp.FileSystemWriter(partial)
     try:
-        _save(described, writer, _OneByOne(source.read))
+        _save(described, writer, _OneTensorAtATime(source.read))
         torch.save(common, partial / COMMON)
         (partial / FORMAT_NOTE).write_text(json.dumps(FILE_FORMAT))
         store.finish(partial, facts)
     except (OSError, RuntimeError) as error:
-        if why := _system_error(error):
-            raise UserError(f"{whole} cannot be written: {why.strerror or why}") from None
+        if cause := _system_error(error):
+            raise UserError(f"{final} cannot be written: {cause.strerror or cause}") from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return whole
+    return final
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The error of the system, such as a full disk, behind one that torch's writer made of it."""
+    """Returns the operating system's error, such as a full disk, that caused an error of torch's
+    writer; None if there is none."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
-def _save(described: dict[str, Tensor], writer: dcp.StorageWriter, planner: "_OneByOne") -> None:
-    """dcp.save's own steps, as if a rank had each tensor: the writer keeps what it wrote until it
-    has read the next one of the same rank. dcp.save warns in a process that is no part of a group.
+def _save(
+    described: dict[str, Tensor], writer: dcp.StorageWriter, planner: "_OneTensorAtATime"
+) -> None:
+    """Do the steps of dcp.save as if each tensor were on a separate rank: the writer would otherwise
+    keep a tensor in RAM until it has read the next one of the same rank. dcp.save itself warns in a
+    process without a process group.
     """
     planner.set_up_planner(described, writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
@@ -106,8 +110,8 @@ def _save(described: dict[str, Tensor], writer: dcp.StorageWriter, planner: "_On
     writer.finish(metadata, written)
 
 
-class _OneByOne(dcp.DefaultSavePlanner):
-    """Reads a tensor when its turn to be written comes."""
+class _OneTensorAtATime(dcp.DefaultSavePlanner):
+    """Reads a tensor only when it is to be written."""
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__(flatten_state_dict=False)

@@ -1,8 +1,8 @@
-"""What a checkpoint holds of model and optimizer, with DeepSpeed's ZeRO: the same as with
-megatron-core's optimizer, under the same names, so that each goes on from what the other wrote.
+"""The model and optimizer state in a checkpoint, for DeepSpeed's ZeRO: the same as for
+megatron-core's optimizer, under the same names, so that each can resume from the other's.
 
-ZeRO cuts flat tensors of many weights. Here they are put together weight by weight, and those of
-each weight are written by one of the ranks that hold copies of the model, in turn.
+ZeRO splits flat tensors that hold many weights. Here they are gathered weight by weight, and the
+ranks that hold copies of the model take turns writing them, one rank for each weight.
 """
 
 import importlib
@@ -15,65 +15,67 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.checkpoint.contents import Pieces, shards
+from gengram_megatron.engine.checkpoint.contents import WeightShards, sharded_values
 from gengram_megatron.engine.checkpoint.restore import (
-    MASTERS,
-    MOMENT_NAMES,
+    MASTER_PREFIXES,
+    MOMENT_PREFIXES,
     MOMENTS,
     load_tensors,
-    master_name,
+    master_prefix,
 )
 
-TOGETHER = 2**28
-"""Elements of tensors that are read at once; more if one weight has more."""
+MAX_ELEMENTS = 2**28
+"""Number of tensor elements that are read at once; more if a single weight has more."""
 
 
 class ZeroContents:
-    """Of one rank: what is written to a checkpoint and taken from one."""
+    """What one rank writes to a checkpoint and loads from one."""
 
     def __init__(self, config: Config, chunks: list, optimizer):
         (chunk,) = chunks
         self.bf16 = config.train.dtype == "bf16"
         self.optimizer = optimizer
-        self.weights: dict[nn.Parameter, Pieces] = {}
-        for piece, weight, start in chunk.pieces:
-            self.weights.setdefault(weight, []).append((piece, start))
+        self.weights: dict[nn.Parameter, WeightShards] = {}
+        for shard, weight, start in chunk.shards:
+            self.weights.setdefault(weight, []).append((shard, start))
         self.deepspeed = importlib.import_module("deepspeed")
 
     def state(self) -> dict:
-        """Weights and optimizer as parts of global tensors. All ranks call it together."""
-        parts = []
-        for number, (weight, pieces) in enumerate(self.weights.items()):
+        """Returns weights and optimizer as sharded tensors. Called by all ranks."""
+        sharded = []
+        for number, (weight, shards) in enumerate(self.weights.items()):
             copies = _copies(weight)
-            own = number % copies.size() == copies.rank()
-            for name, tensor in self._tensors(weight):
-                if own:
-                    parts += shards(name, tensor.cpu().flatten(), 0, pieces)
-        return {"parts": dict(enumerate(parts)), "optimizer": {"step": self.optimizer.steps}}
+            is_writer = number % copies.size() == copies.rank()
+            for prefix, tensor in self._tensors(weight):
+                if is_writer:
+                    sharded += sharded_values(prefix, tensor.cpu().flatten(), 0, shards)
+        return {"parts": dict(enumerate(sharded)), "optimizer": {"step": self.optimizer.steps}}
 
     def _tensors(self, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        """What there is of a weight, by what comes before its name."""
+        """Yields the key prefix and the full tensor of a weight and of each of its states."""
         utils = self.deepspeed.utils
         master = utils.safe_get_full_fp32_param(weight)
         yield "", master.to(weight.dtype)
         if self.bf16:
-            yield MASTERS[0], master
-        for moment, name in MOMENT_NAMES.items():
+            yield MASTER_PREFIXES[0], master
+        for moment, name in MOMENT_PREFIXES.items():
             yield name, utils.safe_get_full_optimizer_state(weight, moment)
 
     def load(self, path: Path, stored: set[str], steps: int) -> None:
-        """All of it. stored: the names of what the checkpoint holds in parts; steps: that Adam has
-        done."""
+        """Load weights and optimizer.
+
+        stored: the names of the checkpoint's sharded entries. steps: how many steps Adam has done.
+        """
         self.optimizer.steps = steps
         self._load_weights(path)
-        utils, names = self.deepspeed.utils, [master_name(stored), *MOMENT_NAMES.values()]
-        for weight, (master, *moments) in self._read(path, names, torch.float32):
+        utils, prefixes = self.deepspeed.utils, [master_prefix(stored), *MOMENT_PREFIXES.values()]
+        for weight, (master, *moments) in self._read(path, prefixes, torch.float32):
             utils.safe_set_full_fp32_param(weight, master)
             for moment, value in zip(MOMENTS, moments):
                 utils.safe_set_full_optimizer_state(weight, value, moment)
 
     def start_from_weights(self, path: Path) -> None:
-        """Weights in the place of drawn ones, before the first step."""
+        """Load weights in place of the randomly initialized ones, before the first step."""
         self._load_weights(path)
 
     def _load_weights(self, path: Path) -> None:
@@ -84,31 +86,35 @@ class ZeroContents:
             self.deepspeed.utils.safe_set_full_fp32_param(weight, value.float())
 
     def _read(
-        self, path: Path, names: list[str], dtype: torch.dtype
+        self, path: Path, prefixes: list[str], dtype: torch.dtype
     ) -> Iterator[tuple[nn.Parameter, list[Tensor]]]:
-        """The tensors of each weight whose names begin with `names`, some weights at a time."""
-        for weights in self._batches(len(names)):
-            found = {
+        """Yields each weight with its stored tensors, one for each key prefix. Some weights are read
+        at a time."""
+        for weights in self._batches(len(prefixes)):
+            loaded = {
                 weight: [
-                    torch.empty(_shape(weight), dtype=dtype, device=weight.device) for _ in names
+                    torch.empty(_shape(weight), dtype=dtype, device=weight.device) for _ in prefixes
                 ]
                 for weight in weights
             }
-            parts = [
-                part
-                for weight, tensors in found.items()
-                for name, tensor in zip(names, tensors)
-                for part in shards(name, tensor.view(-1), 0, self.weights[weight])
+            sharded = [
+                shard
+                for weight, tensors in loaded.items()
+                for prefix, tensor in zip(prefixes, tensors)
+                for shard in sharded_values(prefix, tensor.view(-1), 0, self.weights[weight])
             ]
-            load_tensors(dict(enumerate(parts)), path)
-            yield from found.items()
+            load_tensors(dict(enumerate(sharded)), path)
+            yield from loaded.items()
 
     def _batches(self, tensors: int) -> Iterator[list[nn.Parameter]]:
-        """The weights, as many at a time as may be read together, with so many tensors each."""
+        """Yields the weights in groups that may be read together.
+
+        tensors: the number of tensors to read for each weight.
+        """
         batch, elements = [], 0
         for weight in self.weights:
             size = tensors * _shape(weight).numel()
-            if batch and elements + size > TOGETHER:
+            if batch and elements + size > MAX_ELEMENTS:
                 yield batch
                 batch, elements = [], 0
             batch.append(weight)
@@ -117,12 +123,12 @@ class ZeroContents:
 
 
 def _copies(weight: nn.Parameter) -> dist.ProcessGroup:
-    """The ranks that hold copies of it."""
+    """Returns the group of ranks that hold copies of a weight."""
     if getattr(weight, "allreduce", True):
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
     return parallel_state.get_expert_data_parallel_group()
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:
-    """Also of one that ZeRO 3 has emptied."""
+    """Returns the full shape of a weight, even if ZeRO 3 has emptied it."""
     return getattr(weight, "ds_shape", weight.shape)

@@ -1,4 +1,5 @@
-"""From samples to the microbatches of one data-parallel rank, and from a microbatch to labels."""
+"""Turns samples into the microbatches of one data-parallel rank, and a microbatch into inputs,
+labels and loss mask."""
 
 import math
 import mmap
@@ -20,32 +21,33 @@ from gengram_megatron.signals import ignore_stop_signals
 from gengram_megatron.tokenizer import EOD
 
 STEPS_AHEAD = 2
-"""Steps that each reading process is ahead of the training process."""
+"""Number of steps that each reading process reads ahead of the training process."""
 
 
 class BatchStream:
-    """The samples of one data-parallel rank, step after step: an iterator of tokens
-    [microbatches, micro_batch_size, seq_length + 1], uint8, on the CPU (pinned where there is CUDA).
+    """The samples of one data-parallel rank, step by step: an iterator of tokens
+    [microbatches, micro_batch_size, seq_length + 1], uint8, on the CPU (pinned if CUDA is available).
 
-    A step takes the next `global_batch_size` positions of the run, in every layout; they are dealt
-    out in rows of `micro_batch_size`, to the ranks in turn, then to the next microbatch. So a run
-    goes on where it was cut, on any layout, by passing the samples it has consumed.
+    A step takes the next `global_batch_size` positions of the run, in every layout. They are
+    assigned in rows of `micro_batch_size`, to one rank after the other, then to the next
+    microbatch. So a run can resume where it stopped, in any layout, from the number of samples it
+    has consumed.
 
-    The processes that read ahead hand over a rank's whole step at once, STEPS_AHEAD of them each:
-    a hand-over costs the training process about a millisecond, however little is in it. They start
-    with the first step and must be ended by `close`.
+    Each process that reads ahead hands over a rank's whole step at once and stays STEPS_AHEAD steps
+    ahead: a hand-over costs the training process about a millisecond, however small it is. The
+    processes start with the first step and must be ended with `close`.
 
     Args:
         dataset: uint8 arrays of seq_length + 1 tokens.
-        order: which sample stands at each position.
+        order: determines which sample is at each position.
         consumed: position of the first sample, counted from the start of the run.
-        total: position at which the samples end; None: never. A last step that reaches beyond
-            it is filled up with rows of EOD, which the loss mask leaves out, so that every sample
-            counts once and all ranks see the same number of microbatches.
-        global_batch_size: samples a step, over all ranks.
-        micro_batch_size: samples a microbatch of one rank.
-        data_rank, data_size: this rank's place among the data-parallel ranks, and their number.
-        workers: background processes that read ahead; 0: read here.
+        total: position at which the samples end; None: never. If the last step goes beyond it, it
+            is padded with rows of EOD, which the loss mask excludes, so that every sample counts
+            once and all ranks get the same number of microbatches.
+        global_batch_size: samples per step, over all ranks.
+        micro_batch_size: samples per microbatch of one rank.
+        data_rank, data_size: this rank's index among the data-parallel ranks, and their number.
+        workers: number of processes that read ahead; 0: read in this process.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class BatchStream:
     ):
         if global_batch_size % (micro_batch_size * data_size):
             raise ValueError(
-                f"a global batch of {global_batch_size} cannot be dealt out to {data_size} ranks "
+                f"a global batch of {global_batch_size} cannot be split over {data_size} ranks "
                 f"in microbatches of {micro_batch_size}"
             )
         offsets = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)
@@ -74,8 +76,8 @@ class BatchStream:
             num_workers=workers,
             prefetch_factor=STEPS_AHEAD if workers else None,
             pin_memory=torch.cuda.is_available(),
-            # Without one of its own the loader draws from torch's global generator, and the random
-            # numbers of a resumed run would no longer be those of one that was never cut.
+            # Without its own generator the loader draws from torch's global one, and the random
+            # numbers of a resumed run would differ from those of an uninterrupted run.
             generator=torch.Generator(),
             worker_init_fn=ignore_stop_signals,
         )
@@ -94,80 +96,81 @@ class BatchStream:
         return step
 
     def pop_seconds_waited(self) -> float:
-        """Seconds that this rank has waited for samples since the last call."""
+        """Returns the seconds that this rank has waited for samples since the last call."""
         seconds, self._seconds_waited = self._seconds_waited, 0.0
         return seconds
 
     def close(self) -> None:
-        """End the processes that read ahead. An error's traceback keeps the iterator, and it its
-        processes, which ignore the signal that Python ends forgotten ones with: this process would
-        never exit. There is no public way."""
+        """End the processes that read ahead. This process would never exit otherwise after an error:
+        the traceback keeps the iterator alive, and with it the reading processes, which ignore the
+        signal that Python sends them at exit. There is no public method for this."""
         if self._steps is not None and self._loader.num_workers:
             self._steps._shutdown_workers()
 
 
 def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs, labels and loss mask of a microbatch.
+    """Splits a microbatch into inputs, labels and loss mask.
 
     The mask is 0 where the label is EOD. A fragment ends where the assembly was cut, which no
-    model can know and which is no property of DNA; the loss is nats a base, and EOD is none.
-    N counts: it is a letter of the alphabet. (The code published with the paper counts EOD too,
-    one label in 8,192.)
+    model can know and which is not a property of DNA; the loss is in nats per base, and EOD is not
+    a base. N counts: it is a letter of the alphabet. (The code published with the paper counts EOD
+    too, one label in 8,192.)
 
     Args:
         tokens: [b, s + 1], uint8.
 
     Returns:
-        inputs [b, s] int64, labels [b, s] int64 (one place to the right), mask [b, s] float32.
+        inputs [b, s] int64, labels [b, s] int64 (shifted by one), mask [b, s] float32.
     """
     inputs, labels = tokens[:, :-1].long(), tokens[:, 1:].long()
     return inputs, labels, (labels != EOD).float()
 
 
 def _started(loader: DataLoader) -> "Iterator[_StepTokens]":
-    """The steps of a loader whose processes have started, or UserError."""
+    """Start the loader's processes and return an iterator over its steps. Raises UserError if they
+    cannot be started."""
     workers = loader.num_workers
     try:
-        # As many as the loader makes: one that cannot be made leaves the loader half made, and
-        # its end prints a traceback.
+        # Try as many queues as the loader creates: if it fails to create one itself, it is left
+        # half-initialized and prints a traceback when it is deleted.
         queues = [multiprocessing.Queue() for _ in range(workers + 1)] if workers else []
         del queues
         return iter(loader)
     except OSError as error:
         raise UserError(
-            f"data.workers is {workers}, and processes that read samples cannot be started "
+            f"data.workers is {workers}, but processes that read samples cannot be started "
             f"({error}): make room for them in /dev/shm and TMPDIR, or set data.workers to 0"
         ) from None
 
 
 @contextmanager
 def reporting_dead_workers(rank: int) -> Iterator[None]:
-    """Turn the loader's error about a process that was killed, or ended by itself, into a
-    RankError. The loader notices within seconds and raises it wherever the main thread is."""
+    """Turn the loader's error about a process that was killed or exited into a RankError. The loader
+    notices within seconds and raises the error wherever the main thread is."""
     try:
         yield
     except RuntimeError as error:
-        why = str(error).splitlines()[0] if str(error) else ""
-        if not why.startswith("DataLoader worker"):
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if not reason.startswith("DataLoader worker"):
             raise
         raise RankError(
-            f"rank {rank}: a process that reads samples (data.workers) died: {why.rstrip('. ')}; "
-            "the same command goes on from the last checkpoint, and with data.workers=0 samples "
-            "are read without such processes"
+            f"rank {rank}: a process that reads samples (data.workers) died: "
+            f"{reason.rstrip('. ')}; the same command resumes from the last checkpoint, and with "
+            "data.workers=0 samples are read without such processes"
         ) from error
 
 
 class _StepTokens:
-    """The tokens of a rank's step, on their way from the process that read them.
+    """The tokens of a rank's step, handed over by the process that read them.
 
-    They lie in a file in memory that the reading process has made, and the training process maps
-    the same file. torch would hand a tensor over through a file in /dev/shm and a socket in
-    TMPDIR. Where the one is full or the name of the other too long, a thread of the reading process
-    prints a traceback and goes on, and the training process waits for a batch that never comes.
+    They are in an in-memory file (memfd) created by the reading process, and the training process
+    maps the same file. torch would hand a tensor over through a file in /dev/shm and a socket in
+    TMPDIR. If /dev/shm is full or the socket's path too long, a thread of the reading process
+    prints a traceback and continues, and the training process waits for a batch that never comes.
 
     Args:
         tokens: [microbatches, micro_batch_size, seq_length + 1], uint8.
-        file: the one that the tokens are mapped from; None where they need not be handed over.
+        file: the file that the tokens are mapped from; None if they are not handed over.
     """
 
     def __init__(self, tokens: np.ndarray, file: BinaryIO | None = None):
@@ -179,7 +182,7 @@ class _StepTokens:
         return _open_step, (path, self.tokens.shape)
 
     def pin_memory(self) -> "_StepTokens":
-        """Called by the loader, in a thread, where there is CUDA."""
+        """Called by the loader, in a thread, if CUDA is available."""
         self.tokens = torch.from_numpy(self.tokens).pin_memory()
         return self
 
@@ -194,24 +197,24 @@ def _mapped(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _Reader:
-    """Reads a rank's whole steps by position; what the loader's processes hold."""
+    """The loader's dataset: reads whole steps of a rank by position."""
 
     def __init__(self, dataset: Sequence[np.ndarray], order: Order, total: int | None):
         self._dataset = dataset
         self._order = order
         self._total = total
-        # The training process opens a file from here, so it stays open until that has happened:
-        # by then this process may have been asked for so many steps more.
+        # The training process opens a file through this process, which must keep it open until
+        # then: it may read this many more steps in the meantime.
         self._handed_over: deque[BinaryIO] = deque(maxlen=STEPS_AHEAD + 1)
 
     def __getitems__(self, positions: np.ndarray) -> _StepTokens:
-        """Tokens [microbatches, micro_batch_size, seq_length + 1] of positions [microbatches,
-        micro_batch_size]."""
+        """Returns tokens [microbatches, micro_batch_size, seq_length + 1] for positions
+        [microbatches, micro_batch_size]."""
         step = self._empty_step((*positions.shape, len(self._dataset[0])))
-        there = np.full(positions.shape, True) if self._total is None else positions < self._total
+        real = np.full(positions.shape, True) if self._total is None else positions < self._total
         rows = step.tokens.reshape(positions.size, -1)
         rows[:] = EOD
-        for row, sample in zip(np.flatnonzero(there), self._order.samples_at(positions[there])):
+        for row, sample in zip(np.flatnonzero(real), self._order.samples_at(positions[real])):
             rows[row] = self._dataset[sample]
         return step
 
@@ -227,7 +230,10 @@ class _Reader:
 def _positions(
     start: int, total: int | None, global_batch_size: int, offsets: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """The positions [microbatches, micro_batch_size] of each step; offsets: of the first."""
+    """Yields the positions [microbatches, micro_batch_size] of each step.
+
+    offsets: the positions within a step, in the same shape.
+    """
     while total is None or start < total:
         yield start + offsets
         start += global_batch_size

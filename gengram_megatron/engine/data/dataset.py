@@ -1,4 +1,4 @@
-"""The fragments of a built data set, memory-mapped, by number."""
+"""The fragments of a built data set, memory-mapped and read by number."""
 
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ class FragmentDataset:
     """One split of a data set that `gengram-data build` wrote. A fragment is a training sample.
 
     Args:
-        folder: of the data set.
+        folder: the data set's folder.
         split: "train" or "validation".
-        seq_length: bases a sample that the model expects.
-        key: of the config that named the folder, for what is said of a wrong one.
+        seq_length: number of bases per sample that the model expects.
+        key: the config key that names the folder, for error messages.
 
     Attributes:
-        sha256: checksum of the fragments, by the data set's manifest.
-        files: those that hold the split, with their checksums by the manifest.
+        sha256: checksum of the fragments, from the data set's manifest.
+        files: the files that hold the split, with their checksums from the manifest.
     """
 
     def __init__(self, folder: Path, split: str, seq_length: int, key: str = "data.path"):
@@ -46,42 +46,42 @@ class FragmentDataset:
         return len(self._fragments)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens [seq_length + 1], uint8: the bases and EOD. A view of the file, not to write."""
+        """Returns tokens [seq_length + 1], uint8: the bases and EOD. A read-only view of the file."""
         return self._fragments[index]
 
     def __reduce__(self) -> tuple:
-        # A process that a loader starts afresh opens the files again.
+        # A process that a loader spawns, rather than forks, opens the files again.
         return FragmentDataset, self._arguments
 
 
 def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any]:
-    """The manifest; raises UserError unless the folder holds this split, whole, as the model
-    expects it."""
+    """Returns the manifest. Raises UserError unless the folder holds the complete split, with the
+    sequence length that the model expects."""
     if not folder.is_dir():
         raise UserError(no_data_set(key, folder))
     manifest = read_manifest(folder)
-    found = manifest["settings"]["seq_length"]
-    if found != seq_length:
-        raise UserError(other_seq_length(key, folder, found, seq_length))
+    built_length = manifest["settings"]["seq_length"]
+    if built_length != seq_length:
+        raise UserError(other_seq_length(key, folder, built_length, seq_length))
     expected = {**dict(zip(BASES, BASE_IDS)), "EOD": EOD}
     if manifest["tokens"] != expected:
         raise UserError(
-            f"{folder / MANIFEST} was made with the token ids {manifest['tokens']}, this "
-            f"version's are {expected}; build the data set again"
+            f"{folder / MANIFEST} was made with the token ids {manifest['tokens']}, but this "
+            f"version uses {expected}; build the data set again"
         )
     for name in (f"{split}.bin", f"{split}.idx"):
         _check_size(folder / name, manifest["files"].get(name))
     if not manifest["files"][f"{split}.bin"]["bytes"]:
         raise UserError(
-            f"{key}: {folder} has no {split} samples; build the data set again, with another share "
-            "held out for validation"
+            f"{key}: {folder} has no {split} samples; build the data set again, with a different "
+            "share held out for validation"
         )
     return manifest
 
 
 def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
-    """Raises UserError unless a file is as long as the manifest has it. (Comparing checksums
-    reads all of it, so a run's start does that once a data set: data_set.py.)"""
+    """Raise UserError unless a file has the size given in the manifest. (Checksums take reading all
+    of it, so they are compared only once per data set, when a run starts: data_set.py.)"""
     if facts is None:
         raise UserError(f"{path.parent / MANIFEST} lists no {path.name}; build the data set again")
     if not path.is_file():
@@ -95,5 +95,5 @@ def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
 
 
 def _open(prefix: Path) -> Any:
-    """The split as megatron-core's IndexedDataset."""
+    """Open the split as megatron-core's IndexedDataset."""
     return IndexedDataset(str(prefix))

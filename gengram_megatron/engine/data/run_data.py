@@ -19,15 +19,15 @@ from gengram_megatron.engine.data.order import BlendOrder, SampleOrder
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import DnaTokenizer
 
-# Which samples stand for the validation split, where validation_samples takes a part of it, is
-# the same in every run, so that runs of different seeds are scored on the same bases.
+# If validation_samples selects only a part of the validation split, the part is the same in every
+# run, so that runs with different seeds are scored on the same bases.
 VALIDATION_SEED = 0
-OFTEN = 2  # epochs; a set that is gone through more often is warned of
+MAX_EPOCHS = 2  # above this a run warns that it repeats a set too often
 
 
 @dataclass(frozen=True)
 class BuiltSet:
-    """One data set of a run. `share`: of the run's samples; those of all sets add up to 1."""
+    """One data set of a run. `share`: its share of the run's samples; all shares add up to 1."""
 
     name: str
     share: Fraction
@@ -37,7 +37,7 @@ class BuiltSet:
 
 @dataclass(frozen=True)
 class Validation:
-    """What is to be scored of one set, in so many steps."""
+    """The validation of one set: its batches and the number of steps that they take."""
 
     name: str
     steps: int
@@ -45,47 +45,56 @@ class Validation:
 
 
 class RunData:
-    """Opens both splits of all sets; made before any process group, so that what is wrong with
-    them is told in one sentence."""
+    """Opens both splits of all sets. Created before any process group, so that a problem with a set
+    is reported in one sentence."""
 
     def __init__(self, config: Config):
         if config.data.tokenizer is not None:
             DnaTokenizer.check_sentencepiece(Path(config.data.tokenizer))
         self.config = config
         self.sets = _open_sets(config)
-        sizes = [len(one.train) for one in self.sets]
-        self._order = BlendOrder(sizes, [one.share for one in self.sets], config.run.seed)
+        sizes = [len(data_set.train) for data_set in self.sets]
+        shares = [data_set.share for data_set in self.sets]
+        self._order = BlendOrder(sizes, shares, config.run.seed)
 
     @property
     def facts(self) -> list[dict]:
-        """What decides, with the seed, which sample stands at each position of the run."""
-        return [{"sha256": one.train.sha256, "share": str(one.share)} for one in self.sets]
+        """What determines, with the seed, which sample is at each position of the run: each set's
+        checksum and share."""
+        return [
+            {"sha256": data_set.train.sha256, "share": str(data_set.share)}
+            for data_set in self.sets
+        ]
 
     @property
     def files(self) -> list[DataFile]:
         """All files that the run reads samples from."""
-        splits = [split for one in self.sets for split in (one.train, one.validation)]
+        splits = [
+            split for data_set in self.sets for split in (data_set.train, data_set.validation)
+        ]
         return [file for split in splits for file in split.files]
 
     def statement(self, samples: int) -> list[str]:
-        """How often a run of so many samples goes through each set, a line each, and a warning
-        for each that it repeats more than once."""
+        """Returns a line for each set that says how often a run of this many samples goes through
+        it, with a warning after each set that it reads more than MAX_EPOCHS times."""
         lines = []
-        for one, count in zip(self.sets, self._order.counts(samples)):
-            epochs, size = count / len(one.train), len(one.train)
-            share = f"{float(one.share):.2%} of the samples, " if len(self.sets) > 1 else ""
-            lines.append(f"data {one.name}: {share}{count:,} of {size:,}, {epochs:.3g} epochs")
-            if epochs > OFTEN:
+        for data_set, count in zip(self.sets, self._order.counts(samples)):
+            name, size = data_set.name, len(data_set.train)
+            epochs = count / size
+            share = f"{float(data_set.share):.2%} of the samples, " if len(self.sets) > 1 else ""
+            lines.append(f"data {name}: {share}{count:,} of {size:,}, {epochs:.3g} epochs")
+            if epochs > MAX_EPOCHS:
                 lines.append(
-                    f"warning: data {one.name} is read {epochs:.3g} times in this run; a larger "
-                    "data set, a shorter run or a smaller weight repeats less"
+                    f"warning: data {name} is read {epochs:.3g} times in this run; a larger data "
+                    "set, a shorter run or a smaller weight repeats less"
                 )
         return lines
 
     def training(self, layout: Layout, data_rank: int, consumed: int) -> BatchStream:
-        """The steps from the sample at place `consumed` of the run on, without end. To be closed."""
+        """Returns an endless stream of steps, from the sample at position `consumed` of the run. The
+        caller must close it."""
         return BatchStream(
-            ConcatDataset([one.train for one in self.sets]),
+            ConcatDataset([data_set.train for data_set in self.sets]),
             self._order,
             consumed=consumed,
             total=None,
@@ -94,35 +103,38 @@ class RunData:
         )
 
     def validations(self, layout: Layout, data_rank: int) -> Iterator[Validation]:
-        """One validation, set by set."""
-        for one in self.sets:
-            samples = self._validation_samples(one)
+        """Yields the parts of one validation, set by set."""
+        for data_set in self.sets:
+            samples = self._validation_samples(data_set)
             batches = BatchStream(
-                one.validation,
-                SampleOrder(len(one.validation), VALIDATION_SEED),
+                data_set.validation,
+                SampleOrder(len(data_set.validation), VALIDATION_SEED),
                 consumed=0,
                 total=samples,
                 workers=0,
                 **self._batches(layout, data_rank),
             )
-            yield Validation(one.name, self._steps(samples), batches)
+            yield Validation(data_set.name, self._steps(samples), batches)
 
     @property
     def validation_steps(self) -> int:
-        """Steps of one validation, over all sets."""
-        return sum(self._steps(self._validation_samples(one)) for one in self.sets)
+        """The number of steps of one validation, over all sets."""
+        return sum(self._steps(self._validation_samples(data_set)) for data_set in self.sets)
 
-    def _validation_samples(self, one: BuiltSet) -> int:
-        samples, limit = len(one.validation), self.config.train.validation_samples
-        return samples if limit is None else min(samples, ceil(limit * one.share))
+    def _validation_samples(self, data_set: BuiltSet) -> int:
+        samples, limit = len(data_set.validation), self.config.train.validation_samples
+        return samples if limit is None else min(samples, ceil(limit * data_set.share))
 
     def _steps(self, samples: int) -> int:
         return ceil(samples / self.config.train.global_batch_size)
 
     def in_all(self, losses: dict[str, float]) -> float:
-        """The loss over all sets, nats a base: in the shares that training has of them, so it may
-        be compared with the training loss. losses: of each set, by name."""
-        return sum(float(one.share) * losses[one.name] for one in self.sets)
+        """Returns the loss over all sets in nats per base, weighted by the sets' shares of the
+        training samples, so that it can be compared with the training loss.
+
+        losses: the loss of each set, by name.
+        """
+        return sum(float(data_set.share) * losses[data_set.name] for data_set in self.sets)
 
     def _batches(self, layout: Layout, data_rank: int) -> dict[str, int]:
         return {
@@ -134,7 +146,7 @@ class RunData:
 
 
 def _open_sets(config: Config) -> list[BuiltSet]:
-    """The sets of data.blend, or the one of data.path."""
+    """Open the sets of data.blend, or the one of data.path."""
     parts = (
         {"data.path": BlendPart(path=config.data.path, weight=1)}
         if config.data.path
@@ -143,7 +155,7 @@ def _open_sets(config: Config) -> list[BuiltSet]:
             for number, part in enumerate(config.data.blend)
         }
     )
-    # As they are written: 0.7 is seven tenths, not the binary fraction next to it.
+    # Exact decimals: 0.7 is seven tenths, not the nearest binary fraction.
     weights = [Fraction(str(part.weight)) for part in parts.values()]
     sets = [
         BuiltSet(
@@ -156,10 +168,10 @@ def _open_sets(config: Config) -> list[BuiltSet]:
         )
         for (key, part), weight in zip(parts.items(), weights)
     ]
-    for (one, first), (other, second) in combinations(zip(parts, sets), 2):
-        if first.train.sha256 == second.train.sha256:
+    for (key, data_set), (other_key, other) in combinations(zip(parts, sets), 2):
+        if data_set.train.sha256 == other.train.sha256:
             raise UserError(
-                f"{one} and {other} hold the same samples; give them once, with the sum of the "
+                f"{key} and {other_key} hold the same samples; give them once, with the sum of the "
                 "weights"
             )
     return sets

@@ -1,6 +1,6 @@
-"""Where a number that is not finite arose: the rank, and its first layer or parameter.
+"""Finds where a number that is not finite arose: the rank, and the first layer or parameter there.
 
-Costs nothing until it is needed: the batch is computed a second time, with hooks.
+This costs nothing until it is needed: the batch is computed a second time, with hooks.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,15 @@ from gengram_megatron.engine.model.data_parallel import unwrapped
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """Sorts by what comes first: weights before outputs before gradients, then by their order."""
+    """Something that is not finite. Findings sort by what comes first in a step: weights before
+    outputs before gradients, then by pipeline stage and by order within it.
+
+    Attributes:
+        kind: 0, a weight; 1, an output; 2, a gradient.
+        stage: the pipeline stage.
+        order: position among the rank's weights, outputs or gradients.
+        text: what is not finite, in words.
+    """
 
     kind: int
     stage: int
@@ -28,30 +36,30 @@ class Finding:
 
 
 def diagnose(chunks: list, compute: Callable[[], object]) -> str:
-    """What was not finite first, over all ranks, in words. Called by all ranks.
+    """Returns in words what was not finite first, over all ranks. Called by all ranks.
 
-    compute: forward and backward of the batch, once more. Only what a rank computes itself is
-    looked at, before gradients are summed up over ranks.
+    compute: runs forward and backward of the batch once more. Only what a rank computes itself is
+    checked, before gradients are summed over ranks.
     """
     search = _Search()
     with ExitStack() as stack:
         for chunk in unwrapped(chunks):
             search.watch(stack, chunk)
         compute()
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, min(search.found, default=None))
-    found = [finding for finding in found if finding is not None]
-    if not found:
+    findings = [None] * dist.get_world_size()
+    dist.all_gather_object(findings, min(search.findings, default=None))
+    findings = [finding for finding in findings if finding is not None]
+    if not findings:
         return "a second pass over the same batch was finite, so suspect the hardware"
-    first = min(found)
+    first = min(findings)
     return f"on rank {first.rank}, {first.text} is not finite"
 
 
 class _Search:
-    """The findings of one rank."""
+    """Collects the findings of one rank."""
 
     def __init__(self):
-        self.found: list[Finding] = []
+        self.findings: list[Finding] = []
         self._outputs = 0
 
     def watch(self, stack: ExitStack, chunk: nn.Module) -> None:
@@ -67,25 +75,25 @@ class _Search:
 
     def _note(self, kind: int, order: int, text: str) -> None:
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        self.found.append(Finding(kind, stage, order, dist.get_rank(), text))
+        self.findings.append(Finding(kind, stage, order, dist.get_rank(), text))
 
     def _on_output(self, name: str):
-        def look(module: nn.Module, inputs: tuple, output) -> None:
+        def check(module: nn.Module, inputs: tuple, output) -> None:
             self._outputs += 1
             outputs = output if isinstance(output, tuple) else (output,)
             if not all(_finite(tensor) for tensor in outputs):
                 self._note(1, self._outputs, f"the output of {name or 'the model'}")
 
-        return look
+        return check
 
     def _on_gradient(self, name: str, parameter: nn.Parameter):
-        def look(gradient: Tensor) -> None:
+        def check(gradient: Tensor) -> None:
             if getattr(parameter, "grad_added_to_main_grad", False):
-                gradient = parameter.main_grad  # what comes is only room for a gradient
+                gradient = parameter.main_grad  # the hook gets only an empty placeholder
             if not _finite(gradient):
-                self._note(2, len(self.found), f"the gradient of {name}")
+                self._note(2, len(self.findings), f"the gradient of {name}")
 
-        return look
+        return check
 
 
 def _finite(value) -> bool:
@@ -95,7 +103,8 @@ def _finite(value) -> bool:
 
 
 def _global_names(chunk: nn.Module):
-    """Renames what lies in a layer by the layer's number in the whole model, from 1."""
+    """Returns a function that renames what belongs to a layer by the layer's number in the whole
+    model, from 1."""
     layers = {
         name: f"layer {module.layer_number}"
         for name, module in chunk.named_modules()
@@ -103,8 +112,8 @@ def _global_names(chunk: nn.Module):
     }
 
     def renamed(named):
-        for name, thing in named:
-            place = next((p for p in layers if name == p or name.startswith(p + ".")), None)
-            yield (name if place is None else layers[place] + name[len(place) :], thing)
+        for name, value in named:
+            layer = next((p for p in layers if name == p or name.startswith(p + ".")), None)
+            yield (name if layer is None else layers[layer] + name[len(layer) :], value)
 
     return renamed

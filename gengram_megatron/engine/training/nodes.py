@@ -1,9 +1,9 @@
-"""What the ranks of a run check together before anything is built.
+"""Checks that the ranks of a run make together before anything is built.
 
-They may be on several nodes, each with file systems of its own. All must write to the same run
-folder, or a checkpoint has only a part of its files in each; all must read the same data; and that
-data must be what was built. Whatever one rank finds wrong is told, in the same sentence, on all of
-them, so that none is left waiting.
+The ranks may be on several nodes, each with its own file systems. All of them must write to the
+same run folder, or the files of a checkpoint would be spread over several folders; all must read
+the same data; and the data must be undamaged. A problem that one rank finds is reported on all of
+them, in the same sentence, so that no rank is left waiting.
 """
 
 import os
@@ -26,16 +26,16 @@ from gengram_megatron.errors import UserError, explain
 from gengram_megatron.runs.folder import VISIBLE_SECONDS
 from gengram_megatron.signals import StopSignals
 
-TURN_SECONDS = 2.0
-"""Ranks that wait while others read the data hear from them this often."""
+READ_SECONDS = 2.0
+"""How long a rank reads data before it exchanges its progress with the other ranks."""
 REPORT_SECONDS = 10.0
-"""Time between two lines that say how far the reading is."""
+"""Time between two lines that report the progress of the check."""
 
 
 @contextmanager
-def telling_all_nodes(world_size: int, join: Callable[[], None]) -> Iterator[None]:
-    """Where a rank looks at what it has, before the process groups: an error that a person can mend
-    also ends the other ranks, which would wait for this one to join them.
+def sharing_errors(world_size: int, join: Callable[[], None]) -> Iterator[None]:
+    """A context for a rank's own checks before the process groups exist: an error that the user can
+    fix also ends the other ranks, which would otherwise wait for this one to join them.
 
     join: starts the process groups. The other ranks then call check_nodes.
     """
@@ -44,7 +44,7 @@ def telling_all_nodes(world_size: int, join: Callable[[], None]) -> Iterator[Non
     except (OSError, UserError) as error:
         sentence = explain(error) if isinstance(error, OSError) else str(error)
         if world_size > 1 and sentence is not None:
-            with suppress(OSError, RuntimeError):  # perhaps nobody is there any more
+            with suppress(OSError, RuntimeError):  # the other ranks may have ended already
                 join()
                 gather(f"{sentence} (found on {_host()})")
             end_processes()
@@ -52,12 +52,12 @@ def telling_all_nodes(world_size: int, join: Callable[[], None]) -> Iterator[Non
 
 
 def check_nodes(folder: Path, data: RunData, signals: StopSignals) -> None:
-    """Raises UserError, on every rank, unless all ranks share the run's folder and read the same
-    data sets, which are undamaged.
+    """Raise UserError, on every rank, unless all ranks share the run's folder and read the same,
+    undamaged data sets.
 
-    signals: once one asks a rank to stop, the rest of the data is left to the job that goes on.
+    signals: once a rank is asked to stop, the rest of the data is left for the job that resumes.
     """
-    # What another rank has found wrong before the groups started.
+    # Problems that another rank found before the groups started.
     for problem in filter(None, gather(None)):
         raise UserError(problem)
     check_run_folder(folder)
@@ -66,7 +66,7 @@ def check_nodes(folder: Path, data: RunData, signals: StopSignals) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises UserError unless every rank sees in the run's folder what the first one writes."""
+    """Raise UserError unless every rank sees in the run's folder a file that rank 0 writes."""
     first, name = dist.get_rank() == 0, [f".all-ranks-see-this-{uuid4().hex}"]
     dist.broadcast_object_list(name)
     path, problem = folder.absolute() / name[0], None
@@ -75,7 +75,7 @@ def check_run_folder(folder: Path) -> None:
             path.touch()
         except OSError as error:
             problem = error.strerror
-    # Also has the others look only when the file is there.
+    # This also makes the other ranks wait until the file has been written.
     if problem := gather(problem)[0]:
         raise UserError(f"run.dir {path.parent} cannot be written to: {problem}")
     try:
@@ -83,21 +83,21 @@ def check_run_folder(folder: Path) -> None:
     finally:
         if first:
             path.unlink(missing_ok=True)
-    apart = list(dict.fromkeys(f"{there} on {host}" for host, there, seen in ranks if not seen))
-    if apart:
-        others = f" and {len(apart) - 1} others" if len(apart) > 1 else ""
+    separate = list(dict.fromkeys(f"{run} on {host}" for host, run, seen in ranks if not seen))
+    if separate:
+        more = f" and {len(separate) - 1} others" if len(separate) > 1 else ""
         raise UserError(
-            f"run.dir is not one folder on all nodes: {apart[0]}{others} does not hold what rank 0 "
-            f"has written to {ranks[0][1]} on {ranks[0][0]}; give a run.dir on a file system that "
-            "all nodes share"
+            f"run.dir is not the same folder on all nodes: {separate[0]}{more} does not contain "
+            f"what rank 0 has written to {ranks[0][1]} on {ranks[0][0]}; give a run.dir on a file "
+            "system that all nodes share"
         )
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file is in its folder, now or some seconds later."""
+    """Returns whether a file is in its folder, now or within VISIBLE_SECONDS."""
     end = time.monotonic() + VISIBLE_SECONDS
     while True:
-        # A list of the folder is read anew where a single file is remembered to be missing.
+        # A network file system may cache that a file is missing; listing the folder reads it again.
         with suppress(OSError):
             if path.name in os.listdir(path.parent):
                 return True
@@ -107,27 +107,27 @@ def _appears(path: Path) -> bool:
 
 
 def check_same_data(data: RunData) -> None:
-    """Raises UserError unless every rank has the same data sets in the same shares."""
+    """Raise UserError unless every rank has the same data sets in the same shares."""
     ranks = gather((_host(), _contents(data)))
     first_host, expected = ranks[0]
-    for rank, (host, found) in enumerate(ranks):
+    for rank, (host, contents) in enumerate(ranks):
         who = f"rank {rank} on {host}"
-        if [one.key_and_share for one in found] != [one.key_and_share for one in expected]:
+        if [one.key_and_share for one in contents] != [one.key_and_share for one in expected]:
             raise UserError(
-                f"data: {who} mixes other data sets than rank 0 on {first_host}; start all ranks "
-                "with the same config"
+                f"data: {who} has different data sets, or different shares of them, from rank 0 on "
+                f"{first_host}; start all ranks with the same config"
             )
-        for one, other in zip(found, expected):
-            if one.checksums != other.checksums:
+        for one, first in zip(contents, expected):
+            if one.checksums != first.checksums:
                 raise UserError(
-                    f"{one.key}: {who} has other samples in {one.folder} than rank 0 on "
-                    f"{first_host} has in {other.folder}; give all nodes the same data set"
+                    f"{one.key}: {who} has different samples in {one.folder} from those that rank "
+                    f"0 on {first_host} has in {first.folder}; give all nodes the same data set"
                 )
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """A data set as one rank has it."""
+    """What one rank has found in a data set."""
 
     key: str
     share: str
@@ -152,8 +152,8 @@ def _contents(data: RunData) -> list[_Contents]:
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """What a rank says of its reading."""
+class _CheckProgress:
+    """How far one rank's check has come; `read` and `total` are in bytes."""
 
     host: str
     read: int
@@ -165,60 +165,63 @@ class _Turn:
 
 
 def check_content(files: list[DataFile], signals: StopSignals) -> None:
-    """Raises UserError unless the files have the checksums of their manifests.
+    """Raise UserError unless the files have the checksums of their manifests.
 
-    One rank of each node reads those that no earlier run has checked there; a file that several
-    nodes have in common is read by one of them. The others wait, by short turns: a single wait for
-    all of a large data set would outlast a collective's time limit.
+    One rank of each node reads the files that no earlier run has checked there; a file that several
+    nodes share is read by one of them. All ranks exchange their progress every READ_SECONDS: a
+    single wait for a large data set would exceed a collective's time limit.
     """
     files = not_checked_yet(files) if is_first_on_its_node() else []
     keys = list(map(identity, files))
-    reads = readers(gather(keys))
-    reading = _Reading(
+    reader_of = readers(gather(keys))
+    check_of_this_rank = _IncrementalCheck(
         [
             file
             for file, key in zip(files, keys)
-            if reads.get(key, dist.get_rank()) == dist.get_rank()
+            if reader_of.get(key, dist.get_rank()) == dist.get_rank()
         ]
     )
-    began, said = time.monotonic(), None
+    began, reported = time.monotonic(), None
     while True:
-        turns = gather(reading.turn(signals))
-        for one in turns:
+        ranks = gather(check_of_this_rank.read_some(signals))
+        for one in ranks:
             if one.problem is not None:
                 raise UserError(f"{one.problem} (found on {one.host})")
-        if all(one.done for one in turns) or any(one.stop for one in turns):
+        if all(one.done for one in ranks) or any(one.stop for one in ranks):
             return
         now = time.monotonic()
-        if dist.get_rank() == 0 and (said is None or now - said >= REPORT_SECONDS):
-            said = now
-            print(_report(turns, now - began), flush=True)
+        if dist.get_rank() == 0 and (reported is None or now - reported >= REPORT_SECONDS):
+            reported = now
+            print(_report(ranks, now - began), flush=True)
 
 
 def readers(ranks: list[list[tuple | None]]) -> dict[tuple, int]:
-    """Which rank reads each file: of those that have it one, another one for each file.
+    """Returns the rank that reads each file: one of the ranks that have the file, in turn, so that
+    the files are spread over the ranks.
 
-    ranks: the identities of the files that each rank has, in the order of the ranks. None is a file
-    that has none; whoever has it reads it.
+    ranks: the identities of the files that each rank has, in the order of the ranks. None stands
+    for a file without an identity, which every rank that has it reads.
     """
-    having: dict[tuple, list[int]] = {}
+    holders: dict[tuple, list[int]] = {}
     for rank, keys in enumerate(ranks):
         for key in keys:
             if key is not None:
-                having.setdefault(key, []).append(rank)
-    return {key: own[number % len(own)] for number, (key, own) in enumerate(having.items())}
+                holders.setdefault(key, []).append(rank)
+    return {
+        key: having[number % len(having)] for number, (key, having) in enumerate(holders.items())
+    }
 
 
-class _Reading:
-    """Compares files with their checksums, some seconds at a time."""
+class _IncrementalCheck:
+    """Compares files with their checksums, a few seconds at a time."""
 
     def __init__(self, files: list[DataFile]):
         self._blocks = self._read_all(files)
         self._read = self._total = 0
 
-    def turn(self, signals: StopSignals) -> _Turn:
-        """Read on for some seconds, or until a signal comes."""
-        done, problem, end = True, None, time.monotonic() + TURN_SECONDS
+    def read_some(self, signals: StopSignals) -> _CheckProgress:
+        """Continue reading for READ_SECONDS, or until a signal comes."""
+        done, problem, end = True, None, time.monotonic() + READ_SECONDS
         try:
             for size in self._blocks:
                 self._read += size
@@ -227,7 +230,7 @@ class _Reading:
                     break
         except (OSError, UserError) as error:
             problem = str(error)
-        return _Turn(_host(), self._read, self._total, done, problem, signals.received)
+        return _CheckProgress(_host(), self._read, self._total, done, problem, signals.received)
 
     def _read_all(self, files: list[DataFile]) -> Iterator[int]:
         self._total = sum(file.path.stat().st_size for file in files)
@@ -235,11 +238,11 @@ class _Reading:
             yield from check(file)
 
 
-def _report(turns: list[_Turn], seconds: float) -> str:
-    read, total = sum(one.read for one in turns), sum(one.total for one in turns)
+def _report(ranks: list[_CheckProgress], seconds: float) -> str:
+    read, total = sum(one.read for one in ranks), sum(one.total for one in ranks)
     return (
         f"checking data: {read / total:.0%} of {decimal(total)} compared with their checksums, "
-        f"{decimal(int(read / seconds))}/s; done once a data set"
+        f"{decimal(int(read / seconds))}/s; done only once per data set"
     )
 
 

@@ -1,4 +1,4 @@
-"""Adam and its schedule, and their ties to the model's gradients."""
+"""Adam, its learning-rate schedule, and how both are connected to the model's gradients."""
 
 import math
 from collections.abc import Callable
@@ -25,11 +25,12 @@ from gengram_megatron.engine.model.memory import MemoryModule
 
 
 class Optimizer(ChainedOptimizer):
-    """megatron-core's, which asks before it changes a weight."""
+    """megatron-core's optimizer, with a step that asks before it changes a weight."""
 
     @torch.no_grad()
     def step_if(self, accept: Callable[[float], bool]) -> float:
-        """A step, if `accept` agrees to the gradients' norm (before clipping), which is returned."""
+        """Do a step if `accept` returns True for the gradient norm (before clipping). Returns the
+        norm."""
         self.prepare_grads()
         norm = self.get_grad_norm() or 0.0
         if accept(norm):
@@ -38,9 +39,10 @@ class Optimizer(ChainedOptimizer):
         return norm
 
     def _clip(self, norm: float) -> None:
-        """What ChainedOptimizer.step does between the norm and the step (megatron-core 0.16.1)."""
+        """Clip the gradients, as ChainedOptimizer.step does between computing the norm and the step
+        (megatron-core 0.16.1)."""
         for optimizer in self.chained_optimizers:
-            if getattr(optimizer, "is_stub_optimizer", False):  # of a rank without weights
+            if getattr(optimizer, "is_stub_optimizer", False):  # this rank has no weights for it
                 continue
             parameters = optimizer.get_parameters()
             if parameters and optimizer.config.clip_grad > 0:
@@ -48,8 +50,8 @@ class Optimizer(ChainedOptimizer):
 
 
 def adam_settings(config: Config) -> tuple[OptimizerConfig, dict[ParamKey, ParamGroupOverride]]:
-    """For all weights, and what some have instead: Gengram tables may have their own learning rate
-    and weight decay; norm weights and biases are not decayed."""
+    """Returns Adam's settings for all weights, and overrides for some: Gengram tables may have their
+    own learning rate and weight decay; norm weights and biases are not decayed."""
     settings = config.optimizer
     bf16 = config.train.dtype == "bf16"
     optimizer_config = OptimizerConfig(
@@ -68,12 +70,12 @@ def adam_settings(config: Config) -> tuple[OptimizerConfig, dict[ParamKey, Param
     )
     overrides = get_standard_config_overrides(optimizer_config)
     if config.model.gengram.enabled:
-        overrides[ParamKey(attr="is_gengram_table")] = _tables(config)
+        overrides[ParamKey(attr="is_gengram_table")] = _table_override(config)
     return optimizer_config, overrides
 
 
 def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
-    """megatron-core's optimizer over a rank's chunks."""
+    """Build megatron-core's optimizer for a rank's chunks."""
     optimizer_config, overrides = adam_settings(config)
     with frozen([parameter for chunk in chunks for parameter in chunk.table_parameters]):
         optimizer = get_megatron_optimizer(
@@ -82,14 +84,14 @@ def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
     optimizers = optimizer.chained_optimizers
     row_tables = [chunk.row_tables for chunk in chunks if chunk.row_tables is not None]
     if row_tables:
-        optimizers = [*optimizers, _of_row_tables(optimizer_config, row_tables, overrides)]
+        optimizers = [*optimizers, _row_table_optimizer(optimizer_config, row_tables, overrides)]
     optimizer = Optimizer(optimizers)
     _connect(config, chunks, optimizer)
     return optimizer
 
 
-def _of_row_tables(optimizer_config, row_tables: list, overrides: dict) -> MegatronOptimizer:
-    """An optimizer for tables that data- or expert-parallel ranks share by rows."""
+def _row_table_optimizer(optimizer_config, row_tables: list, overrides: dict) -> MegatronOptimizer:
+    """Build an optimizer for tables whose rows are split over data- or expert-parallel ranks."""
     chained = get_megatron_optimizer(
         optimizer_config,
         row_tables,
@@ -97,10 +99,11 @@ def _of_row_tables(optimizer_config, row_tables: list, overrides: dict) -> Megat
         use_gloo_process_groups=False,
         pg_collection=row_tables[0].groups,
     )
-    return chained.chained_optimizers[-1]  # the one for experts; that for the rest has nothing
+    # The last one is for expert parameters, which the tables count as; the others have no weights.
+    return chained.chained_optimizers[-1]
 
 
-def _tables(config: Config) -> ParamGroupOverride:
+def _table_override(config: Config) -> ParamGroupOverride:
     settings, tables = config.optimizer, config.optimizer.tables
     decay = settings.weight_decay if tables.weight_decay is None else tables.weight_decay
     return ParamGroupOverride(
@@ -108,28 +111,29 @@ def _tables(config: Config) -> ParamGroupOverride:
         min_lr=settings.min_lr * tables.lr_multiplier,
         start_wd=decay,
         end_wd=decay,
-        # Of a group's keys, the ones that megatron-core tells groups apart by when it loads a
-        # checkpoint do not include the above; without this the tables would be taken for the rest.
+        # When megatron-core loads a checkpoint, it does not use the keys above to tell parameter
+        # groups apart; without this one it would mistake the tables' group for the main one.
         is_decoupled_lr=True,
     )
 
 
 def _connect(config: Config, chunks: list[DataParallel], optimizer: MegatronOptimizer) -> None:
-    """Tell the schedule how gradients are scaled, reduced and finished."""
-    one = len(chunks) == 1
+    """Set in the model's config how the schedule scales, reduces and finishes gradients."""
+    single = len(chunks) == 1
     transformer = chunks[0].config
     transformer.finalize_model_grads_func = _finish_gradients
     transformer.grad_scale_func = optimizer.scale_loss
     if config.optimizer.overlap_grad_reduce:
-        transformer.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
-        if not one:
+        transformer.no_sync_func = chunks[0].no_sync if single else [c.no_sync for c in chunks]
+        if not single:
             transformer.grad_sync_func = [c.start_grad_sync for c in chunks]
-    if config.optimizer.overlap_param_gather and not one:
+    if config.optimizer.overlap_param_gather and not single:
         transformer.param_sync_func = [c.start_param_sync for c in chunks]
 
 
 def _finish_gradients(chunks: list[DataParallel], *args, **kwargs) -> None:
-    """megatron-core's, once the gradients that memories add up by themselves are with the rest."""
+    """megatron-core's finalize_model_grads, after the memories have added the gradients that they
+    accumulate themselves."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, MemoryModule):
@@ -140,7 +144,7 @@ def _finish_gradients(chunks: list[DataParallel], *args, **kwargs) -> None:
 def build_schedule(
     config: Config, layout: Layout, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then a cosine from lr to min_lr, both counted in samples."""
+    """Build the schedule: linear warm-up, then a cosine from lr to min_lr, both in samples."""
     settings = config.optimizer
     warmup, decay = _schedule_ends(config, layout)
     return OptimizerParamScheduler(
@@ -155,19 +159,19 @@ def build_schedule(
         end_wd=settings.weight_decay,
         wd_incr_steps=layout.samples,
         wd_incr_style="constant",
-        # A run that goes on with a changed config follows the config, not the checkpoint.
+        # A run resumed with a changed config follows the config, not the checkpoint.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
 def _schedule_ends(config: Config, layout: Layout) -> tuple[float, float]:
-    """The samples after which the warm-up and the decay end.
+    """Returns the number of samples after which the warm-up and the decay end.
 
-    Of train.samples the fractions are taken before these are cut to whole batches, and as in the
-    published launches the decay ends after a whole number of samples, rounded down, while the
-    warm-up is a share of the decay that is not rounded. Fractions are exact decimals here: 0.29 of
-    100 samples are 29.
+    The fractions apply to train.samples before it is rounded down to whole batches. As in the
+    published launches, the decay ends after a whole number of samples, rounded down, while the
+    warm-up is a fraction of the decay and is not rounded. Fractions are exact decimals here: 0.29
+    of 100 samples is 29.
     """
     settings = config.optimizer
     warmup_share = Fraction(str(settings.warmup_fraction))

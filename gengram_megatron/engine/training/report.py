@@ -1,5 +1,5 @@
-"""What a run says of itself: which implementation computes each part, read off what was built, and
-its use of the GPUs, as model FLOP utilisation and peak memory."""
+"""What a run reports: which implementation computes each part, read from the built model, and its
+use of the GPUs, as model FLOP utilisation and peak GPU memory."""
 
 from dataclasses import dataclass
 
@@ -16,21 +16,22 @@ OFF = "off"
 
 
 def implementations(chunks: list, optimizer) -> str:
-    """One line for people; a part that a rank does not have is left out."""
-    found = {**parts(chunks, optimizer), "device": _device()}
-    return "using " + ", ".join(f"{part}: {text}" for part, text in found.items() if text)
+    """Returns one line for the user, without the parts that this rank does not have."""
+    described = {**parts(chunks, optimizer), "device": _device()}
+    return "using " + ", ".join(f"{part}: {text}" for part, text in described.items() if text)
 
 
 def parts(chunks: list, optimizer) -> dict[str, str | None]:
-    """Read off the built model and optimizer, so that it cannot be wrong.
+    """Returns the implementation of each part, in words, read from the built model and optimizer.
+    None: this rank does not have the part, as it has no layer.
 
-    chunks: this rank's wrapped model chunks; a rank without a layer has nothing to say of them.
+    chunks: this rank's wrapped model chunks.
     """
     modules = [module for chunk in chunks for module in chunk.modules()]
     names = {_name(module) for module in modules}
     return {
         "attention": _first(names, "TEDotProductAttention", "CoreAttention"),
-        # The memory's norms are torch's in any case.
+        # A memory's norms are always torch's, whatever this says.
         "norm": _first(names, "TELayerNormColumnParallelLinear", "TERMSNorm", "RMSNorm"),
         "linear": _first(names, "TERowParallelLinear", "RowParallelLinear"),
         "memory": _memory(modules),
@@ -55,29 +56,29 @@ _WORDS = {
 
 
 def _name(module: nn.Module) -> str:
-    """Of its class; in front of it TE where it is Transformer Engine's own, which calls its norm
-    as we call ours."""
+    """Returns the name of the module's class, with TE in front if Transformer Engine defines it: its
+    RMSNorm has the same name as ours."""
     kind = type(module)
-    own = kind.__module__.startswith("transformer_engine.")
-    return f"TE{kind.__name__}" if own else kind.__name__
+    from_engine = kind.__module__.startswith("transformer_engine.")
+    return f"TE{kind.__name__}" if from_engine else kind.__name__
 
 
 def _first(names: set[str], *candidates: str) -> str | None:
-    """The part that was built, in words."""
+    """Returns the first candidate that was built, in words; None if none was."""
     return next((_WORDS[name] for name in candidates if name in names), None)
 
 
 def _fp8(settings) -> str:
-    """settings: megatron-core's config of the model."""
+    """Returns the fp8 recipe and format. settings: megatron-core's config of the model."""
     return f"{settings.fp8_recipe}, {settings.fp8}" if settings.fp8 else OFF
 
 
 def _memory(modules: list[nn.Module]) -> str | None:
-    return next((one.describe() for one in modules if isinstance(one, MemoryModule)), None)
+    return next((module.describe() for module in modules if isinstance(module, MemoryModule)), None)
 
 
 def _optimizer(optimizer) -> str:
-    if hasattr(optimizer, "describe"):  # another engine's
+    if hasattr(optimizer, "describe"):  # not megatron-core's
         return optimizer.describe()
     inner = (
         optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
@@ -97,12 +98,12 @@ def _device() -> str:
 
 @dataclass(frozen=True)
 class GpuUse:
-    """Measures each training step. On CPUs there is nothing to measure.
+    """Measures how well each training step uses the GPUs. On CPUs nothing is measured.
 
     Attributes:
-        device: the name that the GPU gives itself; None: a CPU.
-        devices: GPUs of the run.
-        flops_per_token: of the model, forward and backward.
+        device: the GPU's name, as the driver reports it. None: a CPU.
+        devices: number of GPUs of the run.
+        flops_per_token: FLOPs of the model's forward and backward passes.
     """
 
     device: str | None
@@ -111,38 +112,38 @@ class GpuUse:
 
     @classmethod
     def of_run(cls, config: Config, devices: int) -> "GpuUse":
-        """For a run on so many devices of the kind that this process uses."""
+        """Returns the GpuUse of a run on this number of devices, all like this process's device."""
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return cls(name, devices, training_flops(config))
 
     def of_step(self, tokens_per_second: float) -> dict[str, float]:
-        """The numbers for the metrics; none on a CPU. Called by all ranks.
+        """Returns the numbers for the metrics; none on a CPU. Called by all ranks.
 
-        Returns peak_memory_bytes, the most that torch has had allocated at a time since the start
-        of this job, on the rank with the most, and model_flops_utilisation where it is known.
+        They are peak_memory_bytes, the most GPU memory that torch has had allocated at once since
+        the start of this job, on the rank with the most, and model_flops_utilisation if known.
         """
         if self.device is None:
             return {}
         device = torch.cuda.current_device()
-        most = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        numbers = {"peak_memory_bytes": int(most)}
-        if (share := self.utilisation(tokens_per_second)) is not None:
-            numbers["model_flops_utilisation"] = share
+        peak = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        numbers = {"peak_memory_bytes": int(peak)}
+        if (utilisation := self.utilisation(tokens_per_second)) is not None:
+            numbers["model_flops_utilisation"] = utilisation
         return numbers
 
     def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOP utilisation (MFU): the share of all GPUs' peak that the model's own
-        arithmetic takes, from 0 to 1; None for a device that PEAK_BF16_FLOPS does not have.
+        """Returns the model FLOP utilisation (MFU): the fraction of all GPUs' peak that the model's
+        arithmetic uses, from 0 to 1. None for a device that is not in PEAK_BF16_FLOPS.
 
-        It is tokens_per_second x flops_per_token / (devices x peak). The peak is the dense one in
-        bf16, whatever train.precision is. flops_per_token counts the matrix products that a token
-        needs forward and backward, as `gengram plan` does: of the experts only those that it goes
-        to, half of the square in causal attention, and of Gengram the maps of each token's
-        features to key and value, also where the tables are projected instead. What is computed
-        again in the backward pass does not count, nor do look-ups, norms and the optimizer.
+        It is tokens_per_second x flops_per_token / (devices x peak). The peak is the dense bf16
+        peak, whatever train.precision is. flops_per_token counts the matrix products that a token
+        needs forward and backward, as `gengram plan` does: only the experts that the token is
+        routed to, half of the square in causal attention, and for Gengram the projections of each
+        token's features to key and value, also where the tables are projected instead. Activations
+        recomputed in the backward pass do not count, nor do look-ups, norms and the optimizer.
 
-        tokens_per_second: over all ranks, in a step; validations and checkpoints lie between.
+        tokens_per_second: over all ranks, within a step, without validations and checkpoints.
         """
         peak = PEAK_BF16_FLOPS.get(self.device)
         if peak is None:

@@ -1,4 +1,4 @@
-"""A run, from its config to its trained model. Reads from top to bottom."""
+"""A training run from its config to its trained model, in the order in which things happen."""
 
 import time
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from gengram_megatron.engine.processes import (
 )
 from gengram_megatron.engine.training.diagnosis import diagnose
 from gengram_megatron.engine.training.engines import build_engine
-from gengram_megatron.engine.training.nodes import check_nodes, telling_all_nodes
+from gengram_megatron.engine.training.nodes import check_nodes, sharing_errors
 from gengram_megatron.engine.training.optimizer import build_schedule
 from gengram_megatron.engine.training.report import GpuUse, implementations
 from gengram_megatron.engine.training.step import (
@@ -53,14 +53,14 @@ from gengram_megatron.runs.metrics import MAX_CONSECUTIVE_SKIPS, RunLog, Uniform
 from gengram_megatron.runs.progress import Progress
 from gengram_megatron.signals import REQUEUE, StopSignals
 
-ONLY_AT_THE_START = ("model.init_std ", "model.gengram.init ", "model.gengram.init_std ")
-"""Keys that decide the initial weights, and nothing of a run that goes on."""
+INITIAL_WEIGHT_KEYS = ("model.init_std ", "model.gengram.init ", "model.gengram.init_std ")
+"""Keys that decide the initial weights only, so they do not affect a resumed run."""
 
 
 def train(config: Config, layout: Layout, signals: StopSignals) -> int:
-    """Train from the newest checkpoint of config.run.dir, or from the start, to the end.
+    """Train to the end, from the newest checkpoint in config.run.dir or from the start.
 
-    signals: entered by the caller, who does so before torch is imported.
+    signals: already entered by the caller, before torch was imported.
 
     Returns the exit code: 0, or REQUEUE if a signal asked to stop before the end.
     """
@@ -68,7 +68,7 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
     folder, (_, rank) = Path(config.run.dir), world_size_from_environment()
     join = partial(start_processes, layout, config.run.seed, rank, config.train.deterministic)
     with ExitStack() as stack:
-        with telling_all_nodes(layout.world_size, join):
+        with sharing_errors(layout.world_size, join):
             check_shared_memory()
             data = RunData(config)
             make_folder(folder)
@@ -84,7 +84,7 @@ def train(config: Config, layout: Layout, signals: StopSignals) -> int:
 
 @dataclass
 class _Step:
-    """What one step says of itself."""
+    """The results of one step."""
 
     status: StepStatus
     grad_norm: float
@@ -97,7 +97,6 @@ class _Run:
     """The parts of a run on one rank."""
 
     def __init__(self, config: Config, layout: Layout, data: RunData, signals: StopSignals):
-
         self.config, self.layout, self.data, self.signals = config, layout, data, signals
         self.data_rank = parallel_state.get_data_parallel_rank()
         models = build_model(config, layout)
@@ -116,23 +115,23 @@ class _Run:
         self.uniform = UniformCheck(config, layout.samples)
 
     def run(self) -> int:
-        """All steps that are left, or until a signal; the exit code."""
-        beginning = self.state.load_newest()
-        start, self.trained = beginning.step, beginning.step > 0
+        """Train all remaining steps, or until a signal. Returns the exit code."""
+        resume_point = self.state.load_newest()
+        start, self.trained = resume_point.step, resume_point.step > 0
         with ExitStack() as stack:
             self.log = self.progress = None
             if self.first_rank:
                 self._open_outputs(stack, start)
             self.watchdog = stack.enter_context(self._watchdog())
             self._say(self.implementations)
-            self._warn(beginning.warning)
+            self._warn(resume_point.warning)
             for line in self.data.statement(self.layout.samples):
                 self._say(line)
-            left_to_validate = self._left_to_validate(start)
-            self._say(self._start_message(beginning, left_to_validate))
+            validation_pending = self._validation_pending(start)
+            self._say(self._start_message(resume_point, validation_pending))
             for line in self._changed_keys(start):
                 self._say(line)
-            if left_to_validate and not self._validate(start):
+            if validation_pending and not self._validate(start):
                 return self._stopped(start)
             consumed = start * self.config.train.global_batch_size
             batches = self.data.training(self.layout, self.data_rank, consumed)
@@ -145,30 +144,31 @@ class _Run:
         return code
 
     def _changed_keys(self, start: int) -> list[str]:
-        """What this job has otherwise than the one whose checkpoint it goes on from, a line a key.
+        """Returns one line per key that has changed since the checkpoint that this job resumes from.
 
-        Only on the first rank, which also keeps the earlier config for the record.
+        Only on the first rank, which also keeps the earlier config, for write_config.
         """
         if not (self.first_rank and start):
             self.earlier_config = None
             return []
         self.earlier_config = read_common(self.state.store.path(start))["config"]
-        if start >= self._last_step():  # nothing is trained with them
+        if start >= self._last_step():  # no step will be trained with the new values
             return []
         changed = changed_keys(self.earlier_config, self.config.model_dump())
-        heeded = [line for line in changed if not line.startswith(ONLY_AT_THE_START)]
-        return [f"{line} since step {start}" for line in heeded]
+        relevant = [line for line in changed if not line.startswith(INITIAL_WEIGHT_KEYS)]
+        return [f"{line} since step {start}" for line in relevant]
 
-    def _left_to_validate(self, start: int) -> bool:
-        """Whether the job before this one was asked to stop in a step that ends in a validation."""
+    def _validation_pending(self, start: int) -> bool:
+        """Returns whether the previous job was asked to stop before the validation that was due
+        after its last step."""
         due = start > 0 and _due(start, self.config.train.validation_interval, self._last_step())
-        left = [due and self.first_rank and not self.log.has_validation(start)]
-        dist.broadcast_object_list(left)
-        return left[0]
+        pending = [due and self.first_rank and not self.log.has_validation(start)]
+        dist.broadcast_object_list(pending)
+        return pending[0]
 
     def _train_from(self, start: int, batches: BatchStream) -> int:
         settings, last = self.config, self._last_step()
-        if start < last and any_rank(self.signals.received):  # while modules or weights were loaded
+        if start < last and any_rank(self.signals.received):  # a signal came during start-up
             return self._stopped(start)
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
@@ -182,13 +182,13 @@ class _Run:
             if not result.status.finite:
                 self._not_finite(step, result)
             self._warn(self.state.poll(result.status.writing))
-            # The time left after a request to stop may be short: a validation that is due, or has
-            # begun, is left to the job that goes on.
+            # There may be little time after a request to stop, so a validation that is due, or has
+            # begun, is left for the job that resumes.
             due = _due(step, settings.train.validation_interval, last)
             if result.status.stop or (due and not self._validate(step)):
                 self._save_to_stop(step)
                 return self._stopped(step)
-            # After the validation: a run cut between the two would not repeat it.
+            # If it were saved before the validation, a run killed between the two would skip that.
             at_end = last if settings.checkpoint.at_end else None
             if _due(step, settings.checkpoint.interval, at_end):
                 self._save(step, required=step == at_end)
@@ -207,29 +207,31 @@ class _Run:
         self.state.wait()
 
     def _stopped(self, step: int) -> int:
-        """Say that a signal ended this job after a step, and from where the next one goes on."""
+        """Report that a signal ended this job after a step, and how to resume. Returns the exit
+        code."""
         done = f"saved after step {step}" if self.trained else f"nothing to save after step {step}"
         self._say(
             f"{self.folder}: asked by a signal to stop; {done} of {self.layout.steps}. "
-            f"Exit code {REQUEUE}: the same command goes on from there"
+            f"Exit code {REQUEUE}: the same command resumes from there"
         )
         return REQUEUE
 
     def _not_finite(self, step: int, result: _Step) -> None:
-        """The policy for a loss or gradient that is not finite; no weight has changed."""
-        found = f"step {step}: loss {result.agreed.loss}, gradient norm {result.grad_norm}"
+        """Skip the batch or end the run, as train.on_nan says, after a loss or gradient that is not
+        finite. No weight has changed."""
+        values = f"step {step}: loss {result.status.loss}, gradient norm {result.grad_norm}"
         self.skipped_in_a_row += 1
         if self.config.train.on_nan == "skip" and self.skipped_in_a_row < MAX_CONSECUTIVE_SKIPS:
-            self._warn(f"{found}; the batch is left out (train.on_nan is skip)")
+            self._warn(f"{values}; the batch is skipped (train.on_nan is skip)")
             return
         self._warn(self.state.wait())
         cause = diagnose(self.chunks, lambda: self._compute(step, result.microbatches))
         newest = self.state.store.newest()
-        again = f"goes on from {newest.name}" if newest else "begins anew, as nothing was saved yet"
+        again = f"resumes from {newest.name}" if newest else "starts over, as nothing was saved yet"
         advice = "lower optimizer.lr, or set train.on_nan to skip"
         if self.config.train.on_nan == "skip":
             advice = f"{MAX_CONSECUTIVE_SKIPS} batches in a row were not finite; lower optimizer.lr"
-        raise NotFinite(f"{found}: {cause}. The same command {again}; {advice}")
+        raise NotFinite(f"{values}: {cause}. The same command {again}; {advice}")
 
     def _last_step(self) -> int:
         return min(self.layout.steps, self.config.train.stop_at or self.layout.steps)
@@ -253,10 +255,10 @@ class _Run:
         status = None
         grad_norm = self.optimizer.step_if(accept)
         if status.finite:
-            # A batch that was left out does not advance the schedule, as in Megatron-LM.
+            # A skipped batch does not advance the schedule, as in Megatron-LM.
             self.schedule.step(self.config.train.global_batch_size)
             self.trained, self.skipped_in_a_row = True, 0
-        skips = self.config.train.on_nan == "skip"
+        may_skip = self.config.train.on_nan == "skip"
         return _Step(
             status=status,
             grad_norm=grad_norm,
@@ -264,13 +266,14 @@ class _Run:
             extra_metrics={
                 **balance_losses(self.config.model.num_layers, self.layout.num_microbatches),
                 **self._memory_metrics(),
-                **({"skipped": int(not status.finite)} if skips else {}),
+                **({"skipped": int(not status.finite)} if may_skip else {}),
             },
             microbatches=microbatches,
         )
 
     def _compute(self, step: int, microbatches: Tensor) -> Tensor | None:
-        """The gradients of a step's microbatches, and what forward_backward says of them."""
+        """Compute the gradients of a step's microbatches [n, b, s + 1]. Returns what
+        forward_backward returns."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -284,7 +287,7 @@ class _Run:
         )
 
     def _marked(self, step: int, microbatches: Tensor) -> Iterator[Tensor]:
-        """The microbatches, with a mark for the watchdog at each, as a step of many takes long."""
+        """Yields the microbatches and marks progress at each, as a step with many takes long."""
         for microbatch in microbatches:
             self.watchdog.mark(step, "computing")
             yield microbatch
@@ -295,31 +298,35 @@ class _Run:
         return self.memory.metrics(parallel_state.get_data_parallel_group())
 
     def _validate(self, step: int) -> bool:
-        """A validation after a step; False if a request to stop came before its end."""
+        """Run a validation after a step. Returns False if a request to stop came before its end."""
         for chunk in self.chunks:
             chunk.eval()
         losses, done = {}, 0
-        for part in self.data.validations(self.layout, self.data_rank):
+        for validation in self.data.validations(self.layout, self.data_rank):
             reports = []
-            for _ in range(part.steps):
+            for _ in range(validation.steps):
                 self.watchdog.mark(step, "validating")
                 if self.first_rank:
                     self.progress.validating(step=step, done=done, total=self.data.validation_steps)
                 done += 1
                 reports.append(
                     forward_backward(
-                        self.chunks, next(part.batches), self.config, self.layout, forward_only=True
+                        self.chunks,
+                        next(validation.batches),
+                        self.config,
+                        self.layout,
+                        forward_only=True,
                     )
                 )
                 if any_rank(self.signals.received):
                     return False
             report = None if reports[0] is None else torch.stack(reports).sum(0)
-            losses[part.name] = reduce_step_status(report).loss
+            losses[validation.name] = reduce_step_status(report).loss
         if self.first_rank:
-            loss, of_sets = self.data.in_all(losses), losses if len(losses) > 1 else {}
-            named = {f"loss/{name}": nats for name, nats in of_sets.items()}
-            self.log.validation(step=step, loss=loss, **named, **self._place_in_data(step))
-            self.progress.validation(step=step, loss=loss, of_sets=of_sets)
+            loss, set_losses = self.data.in_all(losses), losses if len(losses) > 1 else {}
+            named = {f"loss/{name}": nats for name, nats in set_losses.items()}
+            self.log.validation(step=step, loss=loss, **named, **self._data_position(step))
+            self.progress.validation(step=step, loss=loss, of_sets=set_losses)
         return True
 
     def _report(self, step: int, result: _Step, seconds: float, data_wait: float) -> None:
@@ -339,9 +346,9 @@ class _Run:
         }
         self.progress.step(**shown)
         extra_metrics = dict(result.extra_metrics)
-        if stall := self.state.take_stall():
+        if stall := self.state.pop_stall_seconds():
             extra_metrics["save_stall"] = stall
-        self.log.train(**shown, **self._place_in_data(step), **extra_metrics)
+        self.log.train(**shown, **self._data_position(step), **extra_metrics)
         self._warn(self.uniform.after_step(step, result.status.loss))
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
@@ -355,21 +362,21 @@ class _Run:
             )
         )
 
-    def _start_message(self, beginning: ResumePoint, left_to_validate: bool) -> str:
+    def _start_message(self, resume_point: ResumePoint, validation_pending: bool) -> str:
         load = self.config.checkpoint.load
-        start, steps, last = beginning.step, self.layout.steps, self._last_step()
+        start, steps, last = resume_point.step, self.layout.steps, self._last_step()
         if start >= last:
-            left = "its last validation is left" if left_to_validate else "nothing is left to do"
+            left = "the last validation is left" if validation_pending else "nothing is left to do"
             return f"{self.folder}: done, {start} of {steps} steps; {left}"
         begin = f"resuming after step {start}" if start else "starting"
-        if beginning.origin:
-            begin = f"starting from the weights of {beginning.origin}"
+        if resume_point.origin:
+            begin = f"starting from the weights of {resume_point.origin}"
         elif load:
             begin += f", not from checkpoint.load = {load}"
         until = f"until step {last} of {steps}" if last < steps else f"{steps} steps"
         return f"{self.folder}: {begin}, {until}, {self.parameters:,} parameters"
 
-    def _place_in_data(self, step: int) -> dict[str, int]:
+    def _data_position(self, step: int) -> dict[str, int]:
         samples = step * self.config.train.global_batch_size
         return {"samples": samples, "tokens": samples * self.config.model.seq_length}
 
@@ -377,13 +384,13 @@ class _Run:
         return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
 
     def _plot(self) -> None:
-        # matplotlib takes a second to import, and only this rank draws, when all is saved.
+        # Imported late: matplotlib takes a second to import, and only this rank plots.
         from gengram_megatron.runs.plot import markov_levels, plot_loss, run_title
 
         levels = {}
         if self.config.data.path is not None:
-            (one,) = self.data.sets
-            checksums = {"train": one.train.sha256, "validation": one.validation.sha256}
+            (data_set,) = self.data.sets
+            checksums = {"train": data_set.train.sha256, "validation": data_set.validation.sha256}
             levels = markov_levels(Path(self.config.data.path), checksums)
         plot_loss(
             {self.folder.name: self.folder / "metrics.jsonl"},
@@ -416,13 +423,14 @@ def _due(step: int, interval: int | None, last: int | None) -> bool:
 
 
 def _count_parameters(models: list) -> int:
-    """Of the whole model: this rank's, without copies, summed over all ranks."""
-    own = sum(
-        part.data.numel()
+    """Returns the number of parameters of the whole model: those of each rank, without copies,
+    summed over all ranks."""
+    local = sum(
+        shard.data.numel()
         for model in models
-        for part, _, _ in sharded_parameters(model)
-        if part.replica_id in (0, (0, 0, 0))
+        for shard, _, _ in sharded_parameters(model)
+        if shard.replica_id in (0, (0, 0, 0))
     )
-    total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
+    total = torch.tensor(local, dtype=torch.int64, device=torch.cuda.current_device())
     dist.all_reduce(total)
     return int(total)

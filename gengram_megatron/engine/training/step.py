@@ -1,5 +1,5 @@
-"""One step: forward and backward of all microbatches through megatron-core's schedule, and what all
-ranks must know of it and do alike, in one all-reduce.
+"""One step: forward and backward of all microbatches through megatron-core's schedule, and one
+all-reduce of what all ranks must agree on after it.
 """
 
 import math
@@ -27,32 +27,32 @@ from gengram_megatron.engine.model.sequence import select_local_tokens
 
 @dataclass(frozen=True)
 class StepStatus:
-    """The same on every rank."""
+    """The outcome of a step, the same on every rank."""
 
     loss: float
-    """Nats a token over the whole batch."""
+    """Nats per token over the whole batch."""
     finite: bool
-    """The loss, and the gradient norm of every rank."""
+    """Whether the loss and the gradient norm of every rank are finite."""
     stop: bool
-    """A rank was asked to stop."""
+    """Whether any rank was asked to stop."""
     writing: bool
-    """A rank still writes its part of a checkpoint."""
+    """Whether any rank is still writing its part of a checkpoint."""
 
 
 def reduce_step_status(
     report: Tensor | None, *, grad_norm: float = 0.0, stop: bool = False, writing: bool = False
 ) -> StepStatus:
-    """Sum up what every rank knows of its step.
+    """Combine what every rank knows of the step into one status. Called by all ranks.
 
     report: what forward_backward returned.
     """
-    own = torch.zeros(5, dtype=torch.float64, device=torch.cuda.current_device())
-    # Tensor-parallel ranks hold copies.
+    sums = torch.zeros(5, dtype=torch.float64, device=torch.cuda.current_device())
+    # Tensor-parallel ranks hold copies of the report, so only one of them adds it.
     if report is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
-        own[:2] = report
-    own[2:] = torch.tensor([not math.isfinite(grad_norm), stop, writing])
-    dist.all_reduce(own)
-    total, tokens, infinite, stops, writers = own.tolist()
+        sums[:2] = report
+    sums[2:] = torch.tensor([not math.isfinite(grad_norm), stop, writing])
+    dist.all_reduce(sums)
+    total, tokens, infinite, stops, writers = sums.tolist()
     return StepStatus(
         loss=total / tokens,
         finite=infinite == 0 and math.isfinite(total),
@@ -62,34 +62,36 @@ def reduce_step_status(
 
 
 def slowest_rank(seconds: float) -> float:
-    """The longest time of all ranks, which all others wait for in turn. Called by all ranks."""
+    """Returns the longest time of any rank, which the other ranks then wait for. Called by all
+    ranks."""
     longest = torch.tensor(seconds, dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     return longest.item()
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether a flag is set on any rank. Called by all ranks."""
+    """Returns whether the flag is set on any rank. Called by all ranks."""
     flags = torch.tensor(flag, dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())
 
 
 def balance_losses(num_layers: int, num_microbatches: int) -> dict[str, float]:
-    """load_balance_loss and router_z_loss of the step, each the mean over layers, microbatches and
-    ranks, and without its coefficient (1.0 is a perfect balance). Empty for a dense model."""
+    """Returns load_balance_loss and router_z_loss of the step, each the mean over layers,
+    microbatches and ranks, without its coefficient (a load_balance_loss of 1.0 is a perfect
+    balance). Empty for a dense model."""
     tracker = get_moe_layer_wise_logging_tracker()
     if not tracker:
         return {}
-    if "z_loss" in tracker:  # megatron-core 0.16 leaves it that of a rank's own tokens
-        everyone = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        tracker["z_loss"]["avg_group"] = everyone
+    if "z_loss" in tracker:  # megatron-core 0.16 does not average it over ranks
+        all_tokens = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        tracker["z_loss"]["avg_group"] = all_tokens
     reduce_aux_losses_tracker_across_ranks()
     names = {"load_balancing_loss": "load_balance_loss", "z_loss": "router_z_loss"}
     losses = {
-        ours: (tracker[theirs]["values"].sum() / (num_layers * num_microbatches)).item()
-        for theirs, ours in names.items()
-        if theirs in tracker
+        metric: (tracker[tracked]["values"].sum() / (num_layers * num_microbatches)).item()
+        for tracked, metric in names.items()
+        if tracked in tracker
     }
     clear_aux_losses_tracker()
     return losses
@@ -102,17 +104,17 @@ def forward_backward(
     layout: Layout,
     forward_only: bool,
 ) -> Tensor | None:
-    """Run a global batch; returns the sum of the losses of this data-parallel rank's samples and
-    the number of scored tokens, [2] float64, on the last pipeline stage, and None elsewhere.
+    """Run a global batch. Returns, on the last pipeline stage, the sum of the losses of this
+    data-parallel rank's samples and the number of scored tokens, [2] float64; elsewhere None.
 
-    microbatches: tokens [b, s + 1] of this data-parallel rank, of one step. Every rank of a pipeline,
-    tensor and context group reads the same ones: token ids must reach all layers with memory.
+    microbatches: tokens [b, s + 1] of this data-parallel rank for one step. Every rank of a pipeline,
+    tensor and context group reads the same ones, because all layers with a memory need token ids.
     """
     schedule = get_forward_backward_func()
-    with torch.set_grad_enabled(not forward_only):  # which the schedules leave as it is
+    with torch.set_grad_enabled(not forward_only):  # the schedules do not set it
         reports = schedule(
             forward_step_func=forward_step,
-            # One iterator a chunk: each walks the microbatches on its own.
+            # One iterator per chunk: each chunk goes through the microbatches separately.
             data_iterator=_iterators(microbatches, layout),
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=layout.num_microbatches,
@@ -124,7 +126,8 @@ def forward_backward(
 
 
 def forward_step(batches: Iterator[Tensor], model: Module):
-    """megatron-core's forward_step_func: the output, and the function that makes it a loss."""
+    """megatron-core's forward_step_func: returns the output, on the last pipeline stage the loss of
+    each token, and the function that reduces it to a scalar loss."""
     tokens = next(batches).to(torch.cuda.current_device(), non_blocking=True)
     inputs, labels, mask = split_batch(tokens)
     output = model(inputs, labels)
@@ -132,13 +135,14 @@ def forward_step(batches: Iterator[Tensor], model: Module):
 
 
 def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over the scored tokens of a microbatch.
+    """Returns this rank's part of the mean loss over the scored tokens of a microbatch, and its
+    report: the sum of the losses and the number of tokens.
 
-    token_losses, mask: [b, s_local]; scored: how many tokens of the microbatch count, over all
-    context-parallel ranks. Every sample has the same number (a fragment ends in one EOD), so the
-    mean over microbatches and ranks is the mean over tokens. megatron-core multiplies by the
-    context-parallel size and averages over data- and context-parallel ranks, which together make
-    the sum over the context-parallel ranks that is meant.
+    token_losses, mask: [b, s_local]. scored: number of tokens of the microbatch that are scored,
+    over all context-parallel ranks. Every sample has the same number (a fragment ends in one EOD),
+    so the mean over microbatches and ranks is the mean over tokens. megatron-core multiplies by the
+    context-parallel size and averages over data- and context-parallel ranks; together these give
+    the intended sum over the context-parallel ranks.
     """
     total = (token_losses.float() * mask).sum()
     report = torch.stack([total.detach().double(), mask.sum().double()])
@@ -146,8 +150,9 @@ def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, di
 
 
 def _iterators(microbatches: Iterable[Tensor], layout: Layout) -> Iterator | list[Iterator]:
-    """As megatron-core's schedules want them: one, or one a virtual pipeline stage."""
+    """Returns what megatron-core's schedules expect: one iterator, or one per virtual pipeline
+    stage."""
     if layout.virtual_pipeline is None:
         return iter(microbatches)
-    kept = list(microbatches)
-    return [iter(kept) for _ in range(layout.virtual_pipeline)]
+    microbatches = list(microbatches)
+    return [iter(microbatches) for _ in range(layout.virtual_pipeline)]

@@ -1,8 +1,8 @@
-"""Ends a job of which a rank hangs, and says which one and where.
+"""Ends a job in which a rank hangs, and says which rank and where.
 
-Ranks wait for each other, so when one hangs, all stand still. Each rank's watchdog then writes the
-stacks of its threads to a file and looks into those of the others: the rank that hangs is the one
-that wrote nothing, or has come the least far, or does not wait for others.
+Ranks wait for each other, so when one hangs, all of them stop. Each rank's watchdog then writes the
+stacks of its threads to a file and reads the other ranks' files: the rank that hangs is the one
+that wrote nothing, or made the least progress, or is not waiting for other ranks.
 """
 
 import faulthandler
@@ -18,16 +18,23 @@ from pathlib import Path
 from gengram_megatron.errors import PREFIX
 
 HUNG = 70
-"""Exit code, on every rank."""
+"""Exit code of every rank."""
 GRACE_SECONDS = 5.0
-"""For the other ranks to notice and to write."""
+"""Time for the other ranks to notice the hang and write their files."""
 _WAITING = ("torch/distributed/", "p2p_communication.py", "param_and_grad_buffer.py")
-"""Files whose innermost frame means: this rank waits for others."""
+"""If the innermost frame of a rank's main thread is in one of these files, the rank is waiting for
+other ranks."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The first line of a rank's file."""
+    """The first line of a rank's file, as JSON.
+
+    Attributes:
+        doing: what the main thread was doing, in words.
+        marks: calls of Watchdog.mark so far.
+        waits: whether the main thread is waiting for other ranks.
+    """
 
     rank: int
     step: int
@@ -37,18 +44,18 @@ class Report:
 
 
 class Watchdog:
-    """Watches the main thread, from another one, while it is entered.
+    """A context manager that watches the main thread from another thread.
 
     Args:
-        seconds: without a mark until the job ends; None: watches nothing.
-        folder: where all ranks write their stacks; a new one each time a run is started.
-        rank, ranks: which this is, of how many.
+        seconds: time without a mark after which the job is ended. None: watch nothing.
+        folder: where all ranks write their stacks; a new folder for each start of a run.
+        rank, ranks: this rank and the number of ranks.
     """
 
     def __init__(self, seconds: float | None, folder: Path, rank: int, ranks: int):
         self._seconds, self._folder, self._rank, self._ranks = seconds, folder, rank, ranks
         self._step, self._doing, self._marks, self._since = 0, "starting", 0, time.monotonic()
-        self._left = threading.Event()
+        self._exited = threading.Event()
 
     def __enter__(self) -> "Watchdog":
         if self._seconds is not None:
@@ -56,36 +63,36 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left.set()
+        self._exited.set()
         faulthandler.cancel_dump_traceback_later()
 
     def mark(self, step: int, doing: str) -> None:
-        """Progress: what the main thread is about to do."""
+        """Record progress. doing: what the main thread is about to do."""
         self._step, self._doing = step, doing
         self._marks += 1
         self._since = time.monotonic()
         if self._seconds is not None:
-            # For code that hangs outside Python and lets no other thread run.
-            last = self._seconds + 2 * GRACE_SECONDS
-            faulthandler.dump_traceback_later(last, exit=True, file=sys.__stderr__)
+            # For native code that hangs without releasing the GIL: _watch cannot run then.
+            timeout = self._seconds + 2 * GRACE_SECONDS
+            faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:
-        while not self._left.wait(min(self._seconds / 10, 1)):
+        while not self._exited.wait(min(self._seconds / 10, 1)):
             if time.monotonic() - self._since > self._seconds:
                 faulthandler.cancel_dump_traceback_later()
                 self._write()
                 time.sleep(GRACE_SECONDS)
                 reports = self.reports()
                 if self._rank == min(reports):
-                    # Not sys.stderr: the display of progress, which may hang, stands in its place.
-                    told = f"{PREFIX}{self.verdict(reports)}"
-                    print(told, file=sys.__stderr__, flush=True)
-                else:  # those that wait for this rank would end with an error of their own
+                    # Not sys.stderr: the progress display replaces it, and may hang.
+                    message = f"{PREFIX}{self.verdict(reports)}"
+                    print(message, file=sys.__stderr__, flush=True)
+                else:  # if this rank exited first, ranks that wait for it would fail on their own
                     time.sleep(GRACE_SECONDS)
                 os._exit(HUNG)
 
     def _write(self) -> None:
-        """This rank's file: its report, then the stacks of all threads."""
+        """Write this rank's file: its report, then the stacks of all threads."""
         frame = sys._current_frames()[threading.main_thread().ident]
         waits = any(part in frame.f_code.co_filename for part in _WAITING)
         report = Report(self._rank, self._step, self._doing, self._marks, waits)
@@ -95,16 +102,16 @@ class Watchdog:
             faulthandler.dump_traceback(file)
 
     def reports(self) -> dict[int, Report]:
-        """What all ranks wrote, by rank."""
-        found = {}
+        """Returns the reports that ranks have written, by rank."""
+        reports = {}
         for path in self._folder.glob("rank_*.txt"):
             with suppress(ValueError, TypeError), path.open() as file:
                 report = Report(**json.loads(file.readline()))
-                found[report.rank] = report
-        return found
+                reports[report.rank] = report
+        return reports
 
     def verdict(self, reports: dict[int, Report]) -> str:
-        """The rank that hangs, and where, in a sentence."""
+        """Returns a sentence that names the rank that hangs, and where it hangs."""
         silent = [rank for rank in range(self._ranks) if rank not in reports]
         if silent:
             hung = f"rank {silent[0]} gave no sign of life"

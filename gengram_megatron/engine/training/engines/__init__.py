@@ -1,8 +1,9 @@
-"""Who adds up gradients and steps: megatron-core, or DeepSpeed's ZeRO. Losses are the same.
+"""The engines that sum gradients and update weights: megatron-core and DeepSpeed's ZeRO. Both give
+the same losses.
 
 An engine is a rank's model chunks, wrapped so that megatron-core's schedules can run them and their
-gradients are added up, and an optimizer with `zero_grad`, `step_if` and `param_groups`. What
-checkpoints hold of the two is in checkpoint/contents.py and checkpoint/zero.py.
+gradients are summed, and an optimizer with `zero_grad`, `step_if` and `param_groups`. What a
+checkpoint stores for each engine is in checkpoint/contents.py and checkpoint/zero.py.
 """
 
 from gengram_megatron.config.layout import Layout
@@ -13,7 +14,7 @@ from gengram_megatron.engine.training.optimizer import build_optimizer
 
 
 def build_engine(config: Config, layout: Layout, models: list) -> tuple[list, object]:
-    """The wrapped chunks and the optimizer of the engine that train.engine names.
+    """Returns the wrapped chunks and the optimizer of the engine that train.engine names.
 
     models: what build_model returned.
     """

@@ -1,12 +1,12 @@
-"""DeepSpeed's ZeRO beneath megatron-core's model and schedule.
+"""DeepSpeed's ZeRO with megatron-core's model and schedule.
 
-Forward passes go through DeepSpeed's engine, which takes each gradient as the backward pass makes
-it, adds it up over microbatches in float32 and averages it over the data-parallel ranks. Adam, its
-groups of parameters, schedule and clipping are the same as with megatron-core.
+Forward passes go through DeepSpeed's engine, which receives each gradient as the backward pass
+computes it, accumulates it over microbatches in float32 and averages it over the data-parallel
+ranks. Adam, its parameter groups, the schedule and clipping are the same as with megatron-core.
 
-DeepSpeed is told of megatron-core's process groups for experts. It averages their gradients over
-all data-parallel ranks, as megatron-core does, but adds them up over the ranks that hold the same
-experts only, and shares their states among these.
+DeepSpeed gets megatron-core's process groups for experts. It divides the experts' gradients by the
+number of all data-parallel ranks, as megatron-core does, but sums them only over the ranks that
+hold the same experts, and shards their optimizer states among these ranks.
 """
 
 import importlib
@@ -33,14 +33,15 @@ from gengram_megatron.engine.training.optimizer import adam_settings
 from gengram_megatron.errors import UserError
 
 
-def tell_of_experts(module: nn.Module, groups: list[dict]) -> None:
-    """Mark the experts, if they lie otherwise on the ranks than the rest of the model. groups: the
-    optimizer's, of megatron-core; each holds such experts alone or none of them."""
-    of_experts = [group for group in groups if group["is_expert_parallel"]]
-    if not of_experts:
+def mark_experts(module: nn.Module, groups: list[dict]) -> None:
+    """Mark the experts for DeepSpeed, if they are distributed over the ranks differently from the
+    rest of the model. groups: megatron-core's parameter groups; each holds only such experts, or
+    none of them."""
+    expert_groups = [group for group in groups if group["is_expert_parallel"]]
+    if not expert_groups:
         return
     name = f"ep_size_{parallel_state.get_expert_model_parallel_world_size()}"  # DeepSpeed's form
-    for group in of_experts:
+    for group in expert_groups:
         group.update(moe=True, name=name)
         for weight in group["params"]:
             weight.group_name = name
@@ -48,18 +49,18 @@ def tell_of_experts(module: nn.Module, groups: list[dict]) -> None:
 
 
 def _marker(name: str) -> nn.Module:
-    """A module without weights that is never run: DeepSpeed looks for one of this class to learn
-    that there are experts, and lets it set up their process groups under a name."""
+    """Returns a module without weights that is never run. DeepSpeed looks for a module of this class
+    to find out that there are experts, and calls it to set up their process groups under a name."""
 
     class Marker(importlib.import_module("deepspeed.moe.layer").MoE):
         def __init__(self):
             nn.Module.__init__(self)
-            self.num_experts = None  # asked for by DeepSpeed's own checkpoints
+            self.num_experts = None  # DeepSpeed's own checkpoint code reads it
 
         def set_deepspeed_parallelism(self, *_) -> None:
             groups = importlib.import_module("deepspeed.utils.groups")
             same_experts = parallel_state.get_expert_data_parallel_group()
-            # Over which the squares of gradients are added up, so it must hold all parts of them.
+            # Squared gradients are summed over this group, so it must cover all parts of the experts.
             all_experts = parallel_state.get_expert_tensor_and_model_parallel_group()
             groups._EXPERT_DATA_PARALLEL_GROUP[name] = same_experts
             groups._EXPERT_PARALLEL_GROUP[name] = all_experts
@@ -68,13 +69,12 @@ def _marker(name: str) -> nn.Module:
 
 
 def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimizer"]:
-    """The engine of one rank. models: the one chunk of the model that a rank has without
-    pipelines."""
+    """Build the engine of one rank. models: one model chunk, as there are no pipeline stages."""
     (model,) = models
-    # Before ZeRO lays the weights out anew.
-    pieces = [
-        (piece.without_data(), parameter, start)
-        for piece, parameter, start in sharded_parameters(model)
+    # Before ZeRO rearranges the weights.
+    shards = [
+        (shard.without_data(), parameter, start)
+        for shard, parameter, start in sharded_parameters(model)
     ]
     _sum_over_tensor_parallel_ranks(model)
     module = Float16Module(model.config, model) if config.train.dtype == "bf16" else model
@@ -92,37 +92,40 @@ def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimiz
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"DeepSpeed does not take this config ({reason}): change train.deepspeed.extra"
+                f"DeepSpeed does not accept this config ({reason}): change train.deepspeed.extra"
             ) from error
-    return [ZeroChunk(engine, pieces)], ZeroOptimizer(engine)
+    return [ZeroChunk(engine, shards)], ZeroOptimizer(engine)
 
 
 class ZeroChunk(nn.Module):
-    """What megatron-core's schedule runs as the model.
+    """The model as megatron-core's schedule runs it.
 
-    pieces: what this rank has of each global tensor, as model.initialize.parts says, without data.
-    With ZeRO 3 the model could no longer tell, as its weights are empty between uses.
+    shards: this rank's shard of each global tensor, as model.initialize.sharded_parameters yields
+    it, without data. With ZeRO 3 the model cannot tell later, as its weights are empty between uses.
     """
 
-    def __init__(self, engine, pieces: list):
+    def __init__(self, engine, shards: list):
         super().__init__()
-        self.module, self.config, self.pieces = engine.module, engine.module.config, pieces
+        self.module, self.config, self.shards = engine.module, engine.module.config, shards
         self._forward = engine.forward
 
     def forward(self, *args, **kwargs) -> Tensor:
         return self._forward(*args, **kwargs)
 
     def zero_grad_buffer(self) -> None:
-        """Nothing is left of the last step: DeepSpeed clears gradients when it has used them."""
+        """Does nothing: DeepSpeed clears gradients when it has used them."""
 
 
 class ZeroOptimizer:
-    """DeepSpeed's step, which asks before it changes a weight. engine: DeepSpeed's."""
+    """DeepSpeed's optimizer, with a step that asks before it changes a weight.
+
+    engine: DeepSpeed's engine.
+    """
 
     def __init__(self, engine):
         self.engine, self.zero = engine, KINDS[type(engine.optimizer).__name__](engine.optimizer)
         self.adam = engine.optimizer.optimizer
-        # As torch's Adam makes them in its first step.
+        # The states that torch's Adam creates in its first step.
         for tensor in self.zero.flat:
             moments = {name: torch.zeros_like(tensor, requires_grad=False) for name in MOMENTS}
             self.adam.state[tensor] = {"step": torch.tensor(0.0), **moments}
@@ -130,7 +133,7 @@ class ZeroOptimizer:
 
     @property
     def steps(self) -> int:
-        """That Adam has done."""
+        """The number of steps that Adam has done."""
         return int(self.adam.state[self.zero.flat[0]]["step"])
 
     @steps.setter
@@ -140,45 +143,46 @@ class ZeroOptimizer:
 
     @property
     def param_groups(self) -> list[dict]:
-        """Adam's, of whose learning rate and weight decay the schedule has charge."""
+        """Adam's parameter groups; the schedule sets their learning rates and weight decays."""
         return self.adam.param_groups
 
     def zero_grad(self) -> None:
         self.engine.optimizer.zero_grad()
 
     def step_if(self, accept: Callable[[float], bool]) -> float:
-        """A step, if `accept` agrees to the gradients' norm (before clipping), which is returned."""
+        """Do a step if `accept` returns True for the gradient norm (before clipping). Returns the
+        norm."""
         norm = math.nan
 
-        def refused() -> bool:
+        def rejected() -> bool:
             nonlocal norm
-            found = float(self.zero.norm())
-            norm = found if found >= 0 else math.nan
+            computed = float(self.zero.norm())
+            norm = computed if computed >= 0 else math.nan
             return not accept(norm)
 
-        self.zero.refuse_if(refused)
+        self.zero.skip_step_if(rejected)
         self.engine.step()
         return norm
 
     def describe(self) -> str:
-        """For people, read off what was built."""
+        """Describes the optimizer for the user, as it was built."""
         version = importlib.import_module("deepspeed").__version__
         stage = self.engine.zero_optimization_stage()
         adam = type(self.adam)
-        moved = {
+        offload = {
             "weights": self.engine.zero_offload_param(),
             "Adam": self.engine.zero_offload_optimizer(),
         }
-        host = [what for what, settings in moved.items() if settings and settings.device == "cpu"]
-        where = f", {' and '.join(host)} in host memory" if host else ""
+        host = [what for what, settings in offload.items() if settings and settings.device == "cpu"]
+        offloaded = f", {' and '.join(host)} in host memory" if host else ""
         library = adam.__module__.split(".")[0]
-        return f"DeepSpeed {version} ZeRO {stage} with {library} {adam.__name__}{where}"
+        return f"DeepSpeed {version} ZeRO {stage} with {library} {adam.__name__}{offloaded}"
 
 
 class _Groups:
-    """The process groups under the names by which DeepSpeed asks for them.
+    """The process groups, by the names that DeepSpeed uses for them.
 
-    Context-parallel ranks hold copies of the weights as data-parallel ones do.
+    Context-parallel ranks hold copies of the weights, as data-parallel ranks do.
     """
 
     @staticmethod
@@ -201,12 +205,12 @@ class _Groups:
 
 
 def _settings(config: Config) -> dict:
-    """DeepSpeed's config: what our keys decide, on top of train.deepspeed.extra."""
+    """Returns DeepSpeed's config: train.deepspeed.extra, overridden by what our own keys decide."""
     train, zero = config.train, config.train.deepspeed
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     ours = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        # The step decides when all microbatches are there; the schedule divides by their number.
+        # step_if is called after the last microbatch; the schedule divides by their number.
         "managed_gradient_accumulation": False,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.clip_grad,
@@ -214,7 +218,7 @@ def _settings(config: Config) -> dict:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # it is compiled when it is first used
+        "zero_force_ds_cpu_optimizer": False,  # that optimizer is compiled on first use
         "zero_optimization": {
             "stage": zero.zero_stage,
             **({"offload_optimizer": host} if zero.offload_optimizer else {}),
@@ -224,20 +228,20 @@ def _settings(config: Config) -> dict:
     return _merged(zero.extra, ours)
 
 
-def _merged(under: dict, over: dict) -> dict:
-    """Both together; where both have a key that is no group, over's."""
-    merged = {**under, **over}
-    for key in under.keys() & over.keys():
-        if isinstance(under[key], dict) and isinstance(over[key], dict):
-            merged[key] = _merged(under[key], over[key])
+def _merged(base: dict, overrides: dict) -> dict:
+    """Merges two nested dicts; where both have a value for a key, `overrides` wins."""
+    merged = {**base, **overrides}
+    for key in base.keys() & overrides.keys():
+        if isinstance(base[key], dict) and isinstance(overrides[key], dict):
+            merged[key] = _merged(base[key], overrides[key])
     return merged
 
 
 def _adam(config: Config, module: nn.Module) -> torch.optim.AdamW:
-    """Over the same groups of parameters as megatron-core's."""
+    """Returns AdamW over the same parameter groups as megatron-core's Adam."""
     settings, overrides = adam_settings(config)
     groups = [g for g in _get_param_groups([module], settings, overrides) if g["params"]]
-    tell_of_experts(module, groups)
+    mark_experts(module, groups)
     return torch.optim.AdamW(
         groups,
         lr=settings.lr,
@@ -248,36 +252,37 @@ def _adam(config: Config, module: nn.Module) -> torch.optim.AdamW:
 
 
 def _sum_over_tensor_parallel_ranks(model: nn.Module) -> None:
-    """The gradients of weights that each tensor-parallel rank has used on its part of the sequence
-    only, as megatron-core does after a step's last microbatch."""
+    """Sum over the tensor-parallel ranks the gradients of weights that each of these ranks has used
+    only on its part of the sequence; megatron-core does so after a step's last microbatch."""
     group = parallel_state.get_tensor_model_parallel_group()
 
-    def add_up(gradient: Tensor) -> Tensor:
+    def all_reduced(gradient: Tensor) -> Tensor:
         total = gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total.to(gradient.dtype)
 
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False):
-            parameter.register_hook(add_up)
+            parameter.register_hook(all_reduced)
 
 
 def import_deepspeed():
-    """DeepSpeed for this machine, without the groups of a run that this process has ended."""
+    """Import DeepSpeed, set up for this machine's accelerator, and drop process groups that an
+    earlier run of this process left behind. Returns the module."""
     os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.utils.groups._release_process_group_references()
     if not torch.cuda.is_available():
-        # None of its own kernels, which it would compile when they are first used.
+        # Use none of DeepSpeed's own kernels: it would compile them on first use.
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what DeepSpeed says of itself; errors stay."""
+    """Suppress DeepSpeed's output, except for errors."""
     with redirect_stdout(io.StringIO()):
         yield
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,5 +1,5 @@
-"""DeepSpeed's (0.19.8) three ZeRO optimizers under one face: what a step needs to know of them and
-they do not tell in the same way."""
+"""One interface to DeepSpeed's (0.19.8) three ZeRO optimizers, for what a step needs from them and
+each of them provides in a different way."""
 
 import importlib
 import math
@@ -12,48 +12,48 @@ from torch import Tensor
 class ZeroOneAndTwo:
     """DeepSpeedZeroOptimizer.
 
-    flat: this rank's parts of the weights in float32, which Adam works on: one tensor for each
-    group of parameters, or more.
+    flat: this rank's part of the float32 weights, which Adam updates: one or more tensors per
+    parameter group.
     """
 
     def __init__(self, zero):
         self.zero, self.flat = zero, zero.single_partition_of_fp32_groups
 
     def link_states(self) -> None:
-        """Have it find each weight's part of Adam's states. By itself it looks for them when the
-        first of several groups has made a step, and finds none in the others."""
+        """Link each weight to its part of Adam's states. DeepSpeed would do so after the step of the
+        first parameter group, when the other groups have no states yet."""
         self.zero._lazy_init_hp_params_optimizer_state()
 
     def norm(self) -> Tensor:
-        """Of the gradients of all ranks; negative if it is not finite."""
+        """Returns the norm of the gradients of all ranks; negative if it is not finite."""
         return self.zero.scaled_global_norm()
 
-    def refuse_if(self, refused: Callable[[], bool]) -> None:
-        """Have the next step ask whether it is refused, and then be left out, as one whose gradients
-        overflowed."""
+    def skip_step_if(self, rejected: Callable[[], bool]) -> None:
+        """Make the next step call `rejected`, and skip the update if it returns True, as DeepSpeed
+        does when gradients overflow."""
 
         def check(**_) -> None:
-            self.zero.overflow = refused()
+            self.zero.overflow = rejected()
 
         self.zero.check_grad_overflow, self.zero.check_overflow = True, check
 
 
 class ZeroOneInBf16(ZeroOneAndTwo):
-    """BF16_Optimizer, which leaves out a step whose gradients have no finite norm."""
+    """BF16_Optimizer, which skips a step whose gradient norm is not finite."""
 
     def __init__(self, zero):
         self.zero, self.flat = zero, zero.fp32_groups_flat_partition
         self._gradients = zero.get_grads_for_norm
 
     def norm(self) -> float:
-        gradients, of_experts = self._gradients()
+        gradients, expert_gradients = self._gradients()
         mpu, utils = self.zero.mpu, _utils()
         norm = utils.get_global_norm_of_tensors(gradients, mpu=mpu)
-        return utils.get_norm_with_moe_layers(norm, mpu=mpu, expert_tensors=of_experts)
+        return utils.get_norm_with_moe_layers(norm, mpu=mpu, expert_tensors=expert_gradients)
 
-    def refuse_if(self, refused: Callable[[], bool]) -> None:
+    def skip_step_if(self, rejected: Callable[[], bool]) -> None:
         def gradients(for_clipping: bool = False):
-            if not for_clipping and refused():
+            if not for_clipping and rejected():
                 return [torch.tensor(math.nan, device=torch.cuda.current_device())], {}
             return self._gradients(for_clipping)
 
@@ -67,14 +67,14 @@ class ZeroThree(ZeroOneAndTwo):
         self.zero, self.flat = zero, zero.fp32_partitioned_groups_flat
 
     def link_states(self) -> None:
-        """It looks them up each time."""
+        """Does nothing: this optimizer looks the states up each time."""
 
     def norm(self) -> Tensor:
         return _utils().combine_grad_norm_groups(self.zero._get_norm_groups())
 
-    def refuse_if(self, refused: Callable[[], bool]) -> None:
+    def skip_step_if(self, rejected: Callable[[], bool]) -> None:
         def check(**_) -> None:
-            self.zero.overflow = refused()
+            self.zero.overflow = rejected()
 
         self.zero._overflow_check_and_loss_scale_update = check
 
