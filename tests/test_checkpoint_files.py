@@ -61,7 +61,7 @@ def test_keep_every_that_never_comes_is_refused(interval: int | None, every: int
             "checkpoint": {"interval": interval, "keep_every": every},
         }
     )
-    with pytest.raises(UserError, match=f"checkpoint.keep_every is {every}, which is no multiple"):
+    with pytest.raises(UserError, match=f"checkpoint.keep_every is {every}, "):
         check_layout(config, 1)
     config.checkpoint.interval = 2
     check_layout(config, 1)

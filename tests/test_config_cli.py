@@ -189,7 +189,7 @@ def test_plan_says_how_tables_are_split_and_why() -> None:
     assert tables["k6"]["reason"] == "k is at most 6"
     # bf16 weights, float32 gradients, and 12 bytes of Adam's over four data-parallel ranks.
     gib = 390_625 * 512 * (2 + 4 + 12 / 4) / 2**30
-    assert tables["k8"]["reason"] == f"by columns {gib:.2f} GiB a rank"
+    assert tables["k8"]["reason"] == f"split by columns takes {gib:.2f} GiB per rank"
     shown = gengram("plan", *words, "--nproc", "8", COLUMNS="120")
     assert shown.returncode == 0 and "by columns" in shown.stdout
 

@@ -51,7 +51,7 @@ def test_a_healthy_config(tiny, tmp_path, one_process):
     assert (done.returncode, found["problems"]) == (0, [])
     assert parts_of_the_run(tiny, words, one_process).items() <= used(found).items()
     assert all(one["why"] for one in found["parts"].values())
-    assert "tokens a step and rank" in found["parts"]["memory"]["why"]
+    assert "tokens per step and rank" in found["parts"]["memory"]["why"]
     assert found["plan"]["projection"]["reason"] == found["parts"]["memory"]["why"]
     assert found["extensions"]["Adam"]["found"] == "torch"
     folder, measured = found["folder"], found["measured"]

@@ -11,7 +11,7 @@ or two bytes each, and smaller activations.
 
 from dataclasses import dataclass
 
-from gengram_megatron.config.layout import bytes_held
+from gengram_megatron.config.layout import projected_table_bytes
 from gengram_megatron.config.schema import DeepSpeed
 from gengram_megatron.plan.activations import BYTES, Activations
 from gengram_megatron.plan.stages import RankParameters, ShardedModel
@@ -108,7 +108,7 @@ def _states(split: ShardedModel, stage: int) -> int:
 def _projected(split: ShardedModel, stage: int) -> int:
     if split.projection is None or split.projection.of == "features":
         return 0
-    return sum(map(split.has_gengram, split.layers(stage))) * bytes_held(split.config)
+    return sum(map(split.has_gengram, split.layers(stage))) * projected_table_bytes(split.config)
 
 
 def _working(split: ShardedModel, stage: int, activations: Activations) -> int:

@@ -122,7 +122,7 @@ class ShardedModel:
         ) // self.feed_forward_ranks
         by_columns, by_rows = self.table_weights_held()
         return RankParameters(
-            copied=rest.held(tensor)
+            copied=rest.per_rank(tensor)
             + memories * by_columns
             + (feed_forward if self.is_dense else 0),
             experts=0 if self.is_dense else feed_forward,
