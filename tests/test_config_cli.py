@@ -137,7 +137,7 @@ def test_config_explains_the_keys_that_are_named(capsys):
 def test_help_teaches():
     done = gengram("train", "--help")
     assert done.returncode == 0
-    for words in ("CONFIG", "optimizer.lr=3e-4", "torchrun", "resumes by itself"):
+    for words in ("CONFIG", "optimizer.lr=3e-4", "torchrun", "resumes automatically"):
         assert words in done.stdout
 
 

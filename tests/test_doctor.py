@@ -152,7 +152,7 @@ def test_a_process_that_talks_nonsense_gives_no_answer(tmp_path, monkeypatch, sa
         tmp_path, "torch", "9.9", f"{says}\nimport os, sys; sys.stdout.flush(); os._exit(0)"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    with pytest.raises(NoAnswer, match="its last line is no JSON"):
+    with pytest.raises(NoAnswer, match="its last line is not JSON"):
         ask("machine", "devices")
 
 
