@@ -102,7 +102,7 @@ def test_from_genomes_to_a_trained_model(tmp_path, monkeypatch):
     assert len(entries(tmp_path / "runs/my_run", "train")) == 2
     for words in (["init"], ["init", "data"], ["init", "--output", "my_data.yaml"]):
         before = {path: path.read_text() for path in tmp_path.glob("*.yaml")}
-        with pytest.raises(UserError, match="there already"):
+        with pytest.raises(UserError, match="already exists"):
             run("gengram", words)
         assert before == {path: path.read_text() for path in tmp_path.glob("*.yaml")}
 
