@@ -161,7 +161,7 @@ def test_a_run_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     from gengram_megatron.runs.folder import make_folder
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         make_folder(tmp_path / "file" / "run")
 
 

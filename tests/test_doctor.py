@@ -168,7 +168,7 @@ def test_a_tool_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
 CANNOT_RUN = {
     "model.implementation=transformer_engine": "transformer_engine, which is not installed here",
     "launch.processes=3": "the world size is 3, which is not a multiple of",
-    "run.dir={file}/run": "cannot be made: Not a directory",
+    "run.dir={file}/run": "cannot be created: Not a directory",
 }
 """Words that make a config unfit for this machine, and what the reason says."""
 

@@ -200,7 +200,7 @@ def shown(rows: list[Row], title: str) -> Table:
     table = Table(title=title)
     for heading in ("run", "differs in", "state"):
         table.add_column(heading, no_wrap=heading == "run")
-    for heading in ("loss, nats", "bits a base"):
+    for heading in ("loss, nats", "bits per base"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         settings = (f"{key}={_written(value)}" for key, value in row["settings"].items())
