@@ -144,7 +144,7 @@ def test_why_gradients_are_added_up_as_they_are(config):
     gpu = [{}]
     assert "on GPUs" in parts._fusion([], config(), None)
     assert parts._fusion(gpu, config(), None) == (
-        "megatron-core found none of apex; Transformer Engine's layers have their own"
+        "megatron-core found none in apex; Transformer Engine's layers have their own"
     )
     torch = config("model.implementation=torch")
     assert parts._fusion(gpu, torch, "fused_x") == "megatron-core found apex's fused_x"
