@@ -70,7 +70,7 @@ def key_value_heads(model: Model) -> int:
 
 
 def attention_projections(model: Model) -> Weights:
-    """Returns the weights of one layer's attention projections. Of mla, the down-projections are
+    """Returns the weights of one layer's attention projections. With mla, the down-projections are
     replicated."""
     heads, hidden = model.num_attention_heads, model.hidden_size
     query_width, value_width = head_widths(model)

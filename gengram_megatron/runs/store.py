@@ -176,8 +176,8 @@ class CheckpointStore:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
-                f"a checkpoint needs {needed:,} bytes, but only {free:,} are free: make room, or "
-                "keep fewer with checkpoint.keep"
+                f"a checkpoint needs {needed:,} bytes and {free:,} are free: make room, or keep "
+                "fewer with checkpoint.keep"
             )
 
     def finish(self, partial: Path, facts: Facts, checksums: dict[str, str] | None = None) -> None:
