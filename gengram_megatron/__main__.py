@@ -1,14 +1,14 @@
-"""The program `gengram`, also as `python -m gengram_megatron`, which is what torchrun starts."""
+"""The program `gengram`, also run as `python -m gengram_megatron`, for example by torchrun."""
 
 import signal
 
 
 def main() -> None:
-    """Import the commands, and run the one that is asked for."""
-    # Nothing has begun while they are imported, so Ctrl-C just ends the process, as SIGTERM does.
-    # Python's own handler would show a traceback of the imports.
+    """Imports the commands, and runs the requested one."""
+    # During the imports Ctrl-C simply ends the process, as SIGTERM does. Python's default handler
+    # would show a traceback of the imports.
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # not where a shell in the background ignores it
+    if before is signal.default_int_handler:  # it is not if a background shell ignores SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from gengram_megatron.commands.cli import main as run_command
 

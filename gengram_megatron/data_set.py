@@ -1,13 +1,12 @@
-"""A built data set, as a run finds it: its manifest, and what can be wrong with it.
+"""Reads the manifest of a built data set, and checks the data set before a run uses it.
 
-That is, as far as its folder shows it: it is not there (where it was looked for, and what would
-build it), or its sequences have another length. And whether its files are what was built, compared
-with the manifest's checksums.
+Messages say if its folder is missing (where it was expected, and which command builds it), or if its
+sequences have a different length. Files are compared with the manifest's checksums.
 
-Reading all of a large data set takes minutes, so it is done once: a file that was found whole is
-remembered with its size and the times of its last changes, and is read again only when one of these
-differs. They are remembered beside the data, or, where that folder cannot be written to, in the
-user's cache folder; where neither can be written, each run reads the files again.
+Reading all of a large data set takes minutes, so it is done once: an intact file is recorded with
+its size and the times of its last changes, and is read again only if one of these differs. The
+records are stored beside the data or, if that folder is not writable, in the user's cache folder; if
+neither is writable, each run reads the files again.
 """
 
 import hashlib
@@ -27,36 +26,39 @@ from gengram_megatron.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Of the manifest, and of all that it lists."""
-PLACES = (".", "configs", "configs/data")
-"""Folders, from the current one, whose data configs are looked through."""
+"""Format version of the manifest and of all files that it lists."""
+CONFIG_FOLDERS = (".", "configs", "configs/data")
+"""Folders, relative to the current one, that are searched for data configs."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a built data set; UserError if the folder is none, or of another format."""
+    """Returns the manifest of a built data set. Raises UserError if the folder is not a data set, or
+    is one of another format."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{path.parent.absolute()} is not a data set: it has no {MANIFEST}")
     try:
         manifest = json.loads(path.read_text())
-        found = manifest["format"]
+        format = manifest["format"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; build the data set again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if found != FORMAT:
+    if format != FORMAT:
         raise UserError(
-            f"{path} has format {found}; this version reads format {FORMAT}: build the data set "
+            f"{path} has format {format}; this version reads format {FORMAT}: build the data set "
             "again, with gengram-data build CONFIG --overwrite"
         )
     return manifest
 
 
 def check_data_sets_exist(config: Config, config_file: Path) -> None:
-    """Raise UserError with a line for each data set of a run whose folder is not there.
+    """Raises UserError with a line for each data set of a run whose folder does not exist.
 
-    It opens nothing, and so takes no time before the work of a run begins. config_file: whose
-    folder is looked through for the data config too.
+    It opens no data file, and so takes no time before a run starts.
+
+    Args:
+        config_file: its folder is also searched for data configs.
     """
     missing = [
         no_data_set(key, Path(folder), beside=config_file.parent)
@@ -68,7 +70,7 @@ def check_data_sets_exist(config: Config, config_file: Path) -> None:
 
 
 def data_sets(config: Config) -> dict[str, str]:
-    """The folders of a run's data sets, by the keys that name them."""
+    """Returns the folders of a run's data sets, by the keys that name them."""
     if config.data.path is not None:
         return {"data.path": config.data.path}
     return {
@@ -78,22 +80,24 @@ def data_sets(config: Config) -> dict[str, str]:
 
 
 def no_data_set(key: str, folder: Path, beside: Path | None = None) -> str:
-    """A sentence: a data set is not there, which absolute path that is, and what would build it.
+    """Returns a message that a data set does not exist, with its absolute path and the command that
+    builds it.
 
     Args:
-        key: of the config that names the folder.
-        beside: one more folder to look for data configs in.
+        key: the config key that names the folder.
+        beside: one more folder to search for data configs.
     """
     where = os.path.abspath(folder)
     if not folder.is_absolute():
         where += f" ({folder} is relative to the current folder)"
-    builds = _config_that_builds(folder, beside)
-    command = f"gengram-data build {builds}" if builds else "gengram-data build"
+    data_config = _config_that_builds(folder, beside)
+    command = f"gengram-data build {data_config}" if data_config else "gengram-data build"
     return f"{key}: there is no folder {where}; `{command}` makes it"
 
 
 def other_seq_length(key: str, folder: Path, found: int, wanted: int) -> str:
-    """A sentence: the fragments of a data set are not as long as the model's sequences."""
+    """Returns a message that the fragments of a data set (`found` bases) are not as long as the
+    model's sequences (`wanted` bases)."""
     return (
         f"{key}: the fragments in {folder} have {found} bases and model.seq_length is {wanted}; "
         f"set it to {found}, or build the data set with another seq_length"
@@ -101,8 +105,8 @@ def other_seq_length(key: str, folder: Path, found: int, wanted: int) -> str:
 
 
 def _config_that_builds(folder: Path, beside: Path | None) -> Path | None:
-    """The data config whose output a folder is, if there is one nearby."""
-    for path in _nearby(beside):
+    """Returns the data config whose output is this folder; None if none is found."""
+    for path in _data_configs(beside):
         try:
             tree = read_tree(path).plain()
         except (UserError, OSError):
@@ -113,43 +117,44 @@ def _config_that_builds(folder: Path, beside: Path | None) -> Path | None:
     return None
 
 
-def _nearby(beside: Path | None) -> Iterator[Path]:
-    folders = dict.fromkeys([*map(Path, PLACES), *([beside] if beside else [])])
+def _data_configs(beside: Path | None) -> Iterator[Path]:
+    """Yields the YAML files that may be data configs."""
+    folders = dict.fromkeys([*map(Path, CONFIG_FOLDERS), *([beside] if beside else [])])
     for folder in folders:
         yield from sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
 
 
 CHECKED = ".checked.json"
-"""Lies beside a data set's files: which of them were compared with their checksums."""
+"""The file beside a data set's files that records which of them match their checksums."""
 BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of a data set, and the checksum that the data set's manifest has of it."""
+    """A file of a data set, and its checksum in the data set's manifest."""
 
     path: Path
     sha256: str
 
 
 def not_checked_yet(files: Iterable[DataFile]) -> list[DataFile]:
-    """The files that were never compared with their checksums, or have changed since, or cannot be
-    looked at."""
-    return [file for file in files if not _is_known(file)]
+    """Returns the files that were never compared with their checksums, have changed since, or cannot
+    be accessed."""
+    return [file for file in files if not _is_recorded(file)]
 
 
 def identity(file: DataFile) -> tuple[int, ...] | None:
-    """What only the same file has, also where other nodes see it: a copy was changed at another
-    nanosecond. None if the file cannot be looked at."""
+    """Returns numbers by which nodes can tell whether they see the same file: a copy has other
+    change times, in nanoseconds. None if the file cannot be accessed."""
     try:
-        found = file.path.stat()
+        status = file.path.stat()
     except OSError:
         return None
-    return (found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size)
+    return (status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
 
 
 def check(file: DataFile) -> Iterator[int]:
-    """Read a file and compare it with its checksum; yields the bytes of each block that was read.
+    """Reads a file and compares it with its checksum. Yields the number of bytes of each block.
 
     Raises UserError if its content is not what was built.
     """
@@ -171,60 +176,62 @@ def check(file: DataFile) -> Iterator[int]:
             "set again"
         )
     if _fingerprint(file) == before:
-        _remember(file, before)
+        _record(file, before)
 
 
-def _is_known(file: DataFile) -> bool:
+def _is_recorded(file: DataFile) -> bool:
     with suppress(OSError):
-        return _fingerprint(file) in _remembered(file)
+        return _fingerprint(file) in _recorded_fingerprints(file)
     return False
 
 
 def _fingerprint(file: DataFile) -> dict[str, int | str]:
-    """What is remembered of a file. The time at which its content or attributes last changed is
-    part of it, because a copy of a whole folder keeps the time of its content."""
-    found = file.path.stat()
+    """Returns what is recorded about a file. This includes ctime, because copying a whole folder can
+    preserve mtime."""
+    status = file.path.stat()
     return {
         "sha256": file.sha256,
-        "bytes": found.st_size,
-        "mtime_ns": found.st_mtime_ns,
-        "ctime_ns": found.st_ctime_ns,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
     }
 
 
-def _places(file: DataFile) -> Iterator[Path]:
-    """Where it may be remembered that a file was checked, the best first."""
+def _record_files(file: DataFile) -> Iterator[Path]:
+    """Yields the files that may record that a data file was checked, the preferred one first."""
     folder = file.path.parent
     yield folder / CHECKED
-    with suppress(RuntimeError):  # a user without a home
+    with suppress(RuntimeError):  # the user has no home folder
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
         yield cache / "gengram" / "checked_data" / f"{name}.json"
 
 
-def _remembered(file: DataFile) -> list[dict]:
-    """What each place has of a file."""
-    return [known[file.path.name] for known in map(_read, _places(file)) if file.path.name in known]
+def _recorded_fingerprints(file: DataFile) -> list[dict]:
+    """Returns the fingerprints of a file in all record files."""
+    records = map(_read, _record_files(file))
+    return [record[file.path.name] for record in records if file.path.name in record]
 
 
-def _read(place: Path) -> dict[str, dict]:
+def _read(record_file: Path) -> dict[str, dict]:
     try:
-        known = json.loads(place.read_text())
+        record = json.loads(record_file.read_text())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
-def _remember(file: DataFile, fingerprint: dict[str, int | str]) -> None:
-    """Note in the first place that can be written to that a file was found whole."""
-    for place in _places(file):
-        # Processes of several nodes may write at the same time: each beside, under its own name.
-        beside = place.with_name(f"{place.name}.{uuid4().hex[:8]}")
+def _record(file: DataFile, fingerprint: dict[str, int | str]) -> None:
+    """Records in the first writable record file that a data file is intact."""
+    for path in _record_files(file):
+        # Processes of several nodes may write at the same time, so each writes its own temporary
+        # file.
+        beside = path.with_name(f"{path.name}.{uuid4().hex[:8]}")
         try:
-            if place.parent != file.path.parent:
-                place.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps({**_read(place), file.path.name: fingerprint}, indent=1))
-            beside.replace(place)
+            if path.parent != file.path.parent:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps({**_read(path), file.path.name: fingerprint}, indent=1))
+            beside.replace(path)
             return
         except OSError:
             with suppress(OSError):

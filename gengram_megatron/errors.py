@@ -1,4 +1,4 @@
-"""Errors that a person can mend, shown as sentences and never as tracebacks."""
+"""Errors that the user can fix, which are shown as sentences and never as tracebacks."""
 
 import errno
 import os
@@ -10,64 +10,64 @@ from contextlib import suppress
 EXIT_CODE = 2
 """Exit code of a command that ended with a UserError, or could not use a file."""
 NOT_FINITE = 3
-"""Exit code of a run that ended in a loss or gradient that is not finite."""
+"""Exit code of a run that ended with a loss or gradient that is not finite."""
 READER_GONE = 141
-"""Exit code of a command whose output nobody reads any more, as in `gengram config --keys | head`:
-what a shell says of a program that SIGPIPE ended."""
+"""Exit code of a command whose output is no longer read, as in `gengram config --keys | head`. It is
+the code that shells give for a program that was ended by SIGPIPE."""
 PREFIX = "gengram: "
-"""How each line begins that tells what went wrong."""
+"""Prefix of each line of an error message."""
 
 _REASONS = {
     errno.ENOENT: "there is no such file or folder",
-    errno.ENOTDIR: "a part of its path is a file, where a folder must be",
-    errno.EISDIR: "it is a folder, where a file must be",
-    errno.EEXIST: "it is there already",
-    errno.ENOTEMPTY: "it is a folder that holds files",
-    errno.EACCES: "this user may not; change its permissions, or name another",
-    errno.EPERM: "this user may not; change its permissions, or name another",
-    errno.EROFS: "its file system can only be read; name another place",
+    errno.ENOTDIR: "a part of its path is a file, but must be a folder",
+    errno.EISDIR: "it is a folder, but must be a file",
+    errno.EEXIST: "it already exists",
+    errno.ENOTEMPTY: "it is a folder that is not empty",
+    errno.EACCES: "permission denied; change its permissions, or name another",
+    errno.EPERM: "permission denied; change its permissions, or name another",
+    errno.EROFS: "its file system is read-only; name another place",
     errno.ENOSPC: "the disk is full; make room, or name another place",
-    errno.EDQUOT: "this user's share of the disk is used up; make room, or name another place",
+    errno.EDQUOT: "this user's disk quota is used up; make room, or name another place",
     errno.EFBIG: "it would be larger than files may be here",
     errno.EIO: "the disk, or whatever is behind the file, failed",
     errno.ESTALE: "the network file system has lost it; try again",
 }
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
-"""Reasons for which reading and writing fail, which do not say the name of the file."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Reasons for which reading and writing fail with errors that do not name the file."""
 
 
 class UserError(Exception):
-    """Something the user can put right: a key, a file, a layout. The message is one sentence
-    that says what was found and what to change; command lines tell it and exit with exit_code."""
+    """An error that the user can fix: a key, a file, a layout. The message is a sentence, or several
+    lines of one each, that says what is wrong and what to change. Commands print it and exit with
+    exit_code."""
 
     exit_code = EXIT_CODE
 
 
 class NotFinite(UserError):
-    """A loss or gradient that is not finite, with which training cannot go on."""
+    """A loss or gradient is not finite, so training cannot continue."""
 
     exit_code = NOT_FINITE
 
 
 class RankError(UserError):
-    """An error that a single rank knows the reason of, such as a process of its own that died. That
-    rank shows it, also where otherwise the first rank of each machine speaks for all."""
+    """An error whose reason only one rank knows, such as the death of one of its worker processes.
+    That rank prints it, even where otherwise only the first rank of each machine prints errors."""
 
 
 def print_message(problem: object) -> None:
-    """Show on stderr what went wrong."""
-    with suppress(OSError):  # stderr is full or closed: there is nobody to tell
+    """Prints an error message to stderr."""
+    with suppress(OSError):  # stderr is closed, or its disk is full
         for line in str(problem).splitlines():
             print(f"{PREFIX}{line}", file=sys.stderr, flush=True)
 
 
 def run_program(program: Callable[[], object]) -> None:
-    """Run a command line program to its end, and exit with its code.
+    """Runs a command-line program to its end, and exits with its code.
 
-    Ends with a sentence: a UserError; an OSError that names a file, or whose reason is a disk
-    (full, read-only, failing), as these are for the user to mend; and output that cannot be
-    written. Any other exception, OSErrors of the program's own making among them, keeps its
-    traceback.
+    Errors that the user can fix end it with a sentence: a UserError; an OSError that names a file,
+    or is about a disk (full, read-only, failing); and output that cannot be written. Any other
+    exception, including OSErrors that are the program's fault, keeps its traceback.
     """
     try:
         code = _run(program)
@@ -85,11 +85,11 @@ def run_program(program: Callable[[], object]) -> None:
 
 
 def _run(program: Callable[[], object]) -> int | str | None:
-    """The exit code of a program."""
+    """Runs a program, and returns its exit code."""
     try:
         program()
     except SystemExit as end:
-        # typer and rich exit with 1 where a reader is gone, rich with stdout replaced by then.
+        # typer and rich exit with 1 if the reader is gone; rich has replaced stdout by then.
         return READER_GONE if isinstance(end.__context__, BrokenPipeError) else end.code
     except UserError as error:
         print_message(error)
@@ -97,18 +97,19 @@ def _run(program: Callable[[], object]) -> int | str | None:
     except OSError as error:
         if (sentence := explain(error)) is None:
             raise
-        if not _stdout_fails():  # else that is what failed, and run_program says so
+        if not _stdout_fails():  # if it does, run_program reports that
             print_message(sentence)
         return EXIT_CODE
     return 0
 
 
 def explain(error: OSError) -> str | None:
-    """What the user can mend of an error of the operating system, as a sentence; None: nothing."""
+    """Returns a sentence for an error of the operating system that the user can fix; None if the
+    user cannot fix it."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if _is_name(name)]
     if names:
         return f"{' -> '.join(names)} cannot be used: {_reason(error)}"
-    if error.errno in _OF_THE_DISK:
+    if error.errno in _DISK_ERRORS:
         return f"the output, or a file, could not be written or read: {_reason(error)}"
     return None
 
@@ -122,7 +123,7 @@ def _reason(error: OSError) -> str:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads."""
+    """Returns whether stdout or stderr is a pipe without a reader."""
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)
@@ -139,14 +140,14 @@ def _stdout_fails() -> bool:
 
 
 def _flush_output() -> OSError | None:
-    """Write what is left of the output; why that failed, if it did."""
+    """Writes the buffered output. Returns the error if that fails, otherwise None."""
     try:
         if sys.__stdout__ is not None:
             sys.__stdout__.flush()
     except OSError as error:
-        # What is left goes nowhere, or the interpreter would try again when it ends.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.__stdout__.fileno())
-        os.close(nowhere)
+        # The rest is discarded, because the interpreter would try to write it again at exit.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.__stdout__.fileno())
+        os.close(devnull)
         return error
     return None

@@ -1,4 +1,4 @@
-"""What writers and readers of files share."""
+"""Helpers for reading and writing files: atomic replacement, checks, locks and checksums."""
 
 import errno
 import fcntl
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, TextIO
 
 from gengram_megatron.errors import UserError
 
-if TYPE_CHECKING:  # commands that draw nothing need not wait for it
+if TYPE_CHECKING:  # its import is slow, and most commands draw nothing
     from matplotlib.figure import Figure
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file, or a folder's list of files, before a rename makes it visible."""
+    """Flushes a file, or a folder's list of files, to the disk, for example before a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,31 +30,35 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of a file, or becomes one: it does so when the disk holds
-    it, and not after an error, so nobody ever reads half of it."""
+    """A context manager for writing a file atomically. It yields a temporary path to write to. At
+    the end that file is flushed to disk and renamed to `path`; after an error it is removed. So
+    nobody ever reads a half-written file."""
     beside = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
         yield beside
         flush(beside)
         beside.replace(path)
     except OSError as error:
-        if error.filename in (str(beside), beside):  # a name that means nothing to the user
+        if error.filename in (str(beside), beside):  # the user does not know the temporary name
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        with suppress(NotADirectoryError):  # its folder is a file: so the error above says
+        with suppress(NotADirectoryError):  # its folder is a file, which is the error raised above
             beside.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, key: str) -> None:
-    """Raise UserError unless a file can be written there, by trying it beside its place.
+    """Raises UserError unless a file can be written at `path`, by writing a temporary one beside it.
 
-    Called before work whose result the file is to hold. key: the option or key that named the file.
+    Called before the work whose result will be written there.
+
+    Args:
+        key: the option or key that names the file.
     """
     if path.is_dir():
         raise UserError(f"{key} {path} is a folder; give the name of a file")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"{key} {path}: there is no folder {path.parent}; make it")
+        raise UserError(f"{key} {path}: there is no folder {path.parent}; create it")
     try:
         with tempfile.TemporaryFile(dir=path.absolute().parent):
             pass
@@ -65,10 +69,10 @@ def check_writable(path: Path, key: str) -> None:
 
 
 def check_folder_writable(folder: Path) -> None:
-    """UserError: a folder, which need not be there yet, cannot be made or written to.
+    """Raises UserError if a folder, which need not exist yet, cannot be created or written to.
 
-    It is tried out, because what permissions say does not hold for root, for file systems that
-    are mounted read-only, or on a disk that is full.
+    This is tested by writing, because permissions do not tell it for root, for file systems that
+    are mounted read-only, or for a full disk.
     """
     nearest = folder
     try:
@@ -83,16 +87,17 @@ def check_folder_writable(folder: Path) -> None:
 
 
 class Locked(Exception):
-    """Another process holds the lock; the message says which."""
+    """Another process holds the lock; the message names it."""
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[TextIO]:
-    """Hold a lock file, or raise Locked. It stays when it is given back, and then means nothing.
+    """A context manager that locks a file, or raises Locked. The file remains after the lock is
+    released, without meaning anything.
 
-    The lock is the kernel's, so it ends with its process however that ends; processes that this
-    one starts do not hold it. File systems without locks (some network ones) give none, and are
-    used without.
+    The lock belongs to the kernel, so it is released when the process ends in whatever way; child
+    processes do not hold it. On file systems that do not support locks (some network ones), nothing
+    is locked.
     """
     with path.open("a+") as file:
         try:
@@ -110,12 +115,12 @@ def lock(path: Path) -> Iterator[TextIO]:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Returns the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_figure(figure: "Figure", out: Path, dpi: int) -> None:
-    """Draw a picture into a file, whose ending decides the format."""
+    """Writes a figure to a file, whose suffix decides the format."""
     with replacing(out) as beside:
         figure.savefig(beside, dpi=dpi)

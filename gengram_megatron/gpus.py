@@ -1,4 +1,4 @@
-"""NVIDIA GPUs of this machine without torch, whose import takes seconds."""
+"""Lists the NVIDIA GPUs of this machine without torch, whose import takes seconds."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ NVIDIA_SMI = [
     "--format=csv,noheader,nounits",
 ]
 SECONDS = 2
-"""nvidia-smi never answers where a driver hangs."""
+"""Time limit for nvidia-smi, which never answers if a driver hangs."""
 
 
 @dataclass(frozen=True)
@@ -24,29 +24,31 @@ class Gpu:
 
 
 def nvidia_gpus() -> list[Gpu]:
-    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; none without an answer."""
+    """Returns the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows; empty if nvidia-smi
+    gives no answer."""
     if shutil.which(NVIDIA_SMI[0]) is None:
         return []
     try:
         done = subprocess.run(
             NVIDIA_SMI, capture_output=True, text=True, timeout=SECONDS, check=True
         )
-        found = [_gpu(line) for line in done.stdout.splitlines()]
+        gpus = [_gpu(line) for line in done.stdout.splitlines()]
     except (OSError, ValueError, subprocess.SubprocessError):
-        return []  # a driver that does not work
+        return []  # the driver does not work
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else _visible(found, visible)
+    return gpus if visible is None else _visible(gpus, visible)
 
 
 def _gpu(line: str) -> Gpu:
     name, mebibytes, capability = (cell.strip() for cell in line.rsplit(",", 2))
-    float(capability)  # a ValueError where the tool says [N/A]
+    float(capability)  # raises ValueError if nvidia-smi prints [N/A]
     return Gpu(name, int(mebibytes) << 20, capability)
 
 
-def _visible(found: list[Gpu], names: str) -> list[Gpu]:
-    """The GPUs that a list of numbers leaves; of other names only their count is heeded."""
+def _visible(gpus: list[Gpu], names: str) -> list[Gpu]:
+    """Returns the GPUs with the listed numbers. If names are not numbers, returns as many GPUs as
+    there are names."""
     chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "-1")]
     if all(name.isdecimal() for name in chosen):
-        return [found[int(name)] for name in chosen if int(name) < len(found)]
-    return found[: len(chosen)]
+        return [gpus[int(name)] for name in chosen if int(name) < len(gpus)]
+    return gpus[: len(chosen)]

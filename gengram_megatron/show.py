@@ -1,36 +1,36 @@
-"""Tables for people at a terminal, and the same tables as plain lines for programs.
+"""Prints tables for people at a terminal, and as plain lines for programs.
 
-At a terminal a table takes the width there is: columns of numbers and names are never broken,
-columns of text are folded at words, and a table that does not fit even so is shown as a block of
-lines for each row. Anywhere else, such as in a pipe or a file, a row is a line of cells between
-tabs, at full width.
+At a terminal a table is fitted into its width: columns of numbers and names are never folded,
+columns of text are folded at words, and a table that still does not fit is shown as a block of lines
+for each row. Anywhere else, such as in a pipe or a file, each row is one line of tab-separated
+cells.
 """
 
 import sys
 import textwrap
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # rich is imported when something is shown, so that commands start at once
+if TYPE_CHECKING:  # rich is imported only when needed, so that commands start quickly
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
 NARROWEST = 20
-"""Columns of text are not folded to fewer characters than this; then blocks are easier to read."""
+"""Columns of text are not folded to fewer characters than this, because blocks are then easier to
+read."""
 
 
 def print_table(table: "Table", console: "Console | None" = None) -> None:
-    """Print a table on standard output.
+    """Prints a table on standard output.
 
-    Cells and headings are literal text: brackets in them are not markup. Columns that are
-    justified to the right or have no_wrap are kept whole, all others are folded at words. The
-    title and the caption become lines above and below, which begin with # where standard output
-    is no terminal.
+    Cells and headings are literal text: brackets in them are not markup. Right-justified columns
+    and those with no_wrap are not folded, all others are folded at words. The title and the caption
+    become lines above and below, which begin with # if standard output is not a terminal.
 
     Args:
-        table: its columns' headings, justify and no_wrap, its rows' styles and sections, its
-            title, caption and show_header are read.
-        console: where to print instead, as tests do.
+        table: of its properties only the columns' headings, justify and no_wrap, the rows' styles
+            and sections, and title, caption and show_header are used.
+        console: where to print instead; used by tests.
     """
     from rich.console import Console
 
@@ -43,7 +43,7 @@ def print_table(table: "Table", console: "Console | None" = None) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print a line on standard output, folded at words where that is a terminal."""
+    """Prints a line on standard output, folded at words if that is a terminal."""
     if _stdout_is_terminal():
         from rich.console import Console
 
@@ -52,13 +52,13 @@ def print_text(text: str) -> None:
 
 
 def _stdout_is_terminal() -> bool:
-    # Not is_terminal of a new rich console, which the variable FORCE_COLOR also makes true of a
-    # pipe. stdout is None where the shell closed it.
+    # rich's is_terminal is not used, because the variable FORCE_COLOR makes it true for pipes too.
+    # stdout is None if the shell closed it.
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _lines(table: "Table") -> list[str]:
-    """A table as lines of cells between tabs."""
+    """Returns a table as lines of tab-separated cells."""
     title, caption = (_plain(text) for text in (table.title, table.caption))
     headings = [_plain(column.header) for column in table.columns]
     lines = [f"# {title}"] if title else []
@@ -73,7 +73,7 @@ def _rows(table: "Table") -> list[tuple]:
 
 
 def _plain(cell: object) -> str:
-    """A cell in one line without tabs."""
+    """Returns a cell's text in one line without tabs."""
     text = "" if cell is None else str(cell)  # str of a rich Text is its text without styles
     return "; ".join(" ".join(line.split("\t")) for line in text.splitlines())
 
@@ -99,7 +99,7 @@ def _print_for_people(table: "Table", console: "Console") -> None:
 
 
 def _fold(text: str, width: int) -> str:
-    """Fold each line of a text at spaces only; a longer word stays whole."""
+    """Folds each line of a text at spaces only; longer words are not broken."""
     lines = (
         textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
         for line in text.splitlines()
@@ -108,7 +108,7 @@ def _fold(text: str, width: int) -> str:
 
 
 def _column_widths(table: "Table", width: int) -> list[int] | None:
-    """How many characters each column gets; None where the table cannot be that narrow."""
+    """Returns the width of each column in characters; None if the table cannot be that narrow."""
     from rich.cells import cell_len
 
     least, most = [], []
@@ -123,14 +123,14 @@ def _column_widths(table: "Table", width: int) -> list[int] | None:
         folded = max(max(map(cell_len, words), default=0), min(longest, NARROWEST))
         least.append(max(longest if kept_whole else folded, of_heading, 1))
         most.append(max(longest, cell_len(heading), 1))
-    borders = 3 * len(least) + 1  # a line beside each column, and a space on both of its sides
+    borders = 3 * len(least) + 1  # lines between columns, and a space on both sides of each cell
     spare = width - borders - sum(least)
     if spare < 0:
         return None
     widths = list(least)
     for _ in range(spare):
         # The column whose cells need the most lines gets the next character.
-        neediest = max(range(len(widths)), key=lambda at: most[at] / widths[at])
+        neediest = max(range(len(widths)), key=lambda index: most[index] / widths[index])
         if widths[neediest] >= most[neediest]:
             break
         widths[neediest] += 1
@@ -138,7 +138,7 @@ def _column_widths(table: "Table", width: int) -> list[int] | None:
 
 
 def _fitted(table: "Table", widths: list[int]) -> "Table":
-    """The table with cells folded to these widths."""
+    """Returns the table with cells folded to these widths."""
     from rich.table import Table
 
     fitted = Table(show_header=table.show_header)
@@ -152,7 +152,7 @@ def _fitted(table: "Table", widths: list[int]) -> "Table":
 
 
 def _folded(cell: object, width: int) -> "Text":
-    """A cell whose lines are at most so wide, with its style."""
+    """Returns a cell folded to a width, with its style."""
     from rich.text import Text
 
     text = _text(cell)
@@ -161,17 +161,18 @@ def _folded(cell: object, width: int) -> "Text":
 
 
 def _print_blocks(table: "Table", console: "Console") -> None:
-    """Each row as lines, one for each cell that is not empty, beneath its first cell."""
+    """Prints each row as a block: its first cell, and below it a line for each cell that is not
+    empty."""
     from rich.text import Text
 
     headings = (str(column.header) if table.show_header else "" for column in table.columns)
-    first, *others = headings
-    label_width = max(map(len, others), default=0)
+    first, *labels = headings
+    label_width = max(map(len, labels), default=0)
     indent = " " * (label_width + 4)
     for cells in _rows(table):
         heading, *values = map(_text, cells)
         console.print(Text(f"{first} {heading.plain}".strip(), style="bold"), soft_wrap=True)
-        for label, value in zip(others, values, strict=True):
+        for label, value in zip(labels, values, strict=True):
             if not value.plain:
                 continue
             lines = _fold(value.plain, max(console.width - len(indent), NARROWEST)).splitlines()

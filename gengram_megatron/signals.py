@@ -1,25 +1,25 @@
-"""Signals that ask a run to stop: Slurm's time limit (SIGUSR1 with `--signal=USR1@300`, or SIGTERM),
-a node that is taken away, `kill`, Ctrl-C."""
+"""Handles signals that ask a run to stop: Slurm's time limit (SIGUSR1 with `--signal=USR1@300`, or
+SIGTERM), preemption of a node, `kill`, Ctrl-C."""
 
 import os
 import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUEUE = 75
-"""Exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, start it again."""
+"""Exit code of a run that saved and stopped on request, and can be started again (EX_TEMPFAIL)."""
 
 
 class StopSignals:
-    """Notes, while it is entered, that one of the signals came. Nothing else happens to the process
-    until it asks: the training loop does so once a step and once a batch of a validation. Only a
-    second SIGINT ends the process at once, as it would have without a handler.
+    """A context manager that records whether one of the signals came. The signals have no other
+    effect: the training loop checks `received` once per step and per validation batch. Only a second
+    SIGINT ends the process immediately, as it would without a handler.
 
-    After a signal its handlers stay for as long as the process lives, since a launcher repeats its
-    SIGTERM when the first of its processes ends.
+    After a signal the handlers stay until the process ends, because a launcher repeats SIGTERM when
+    the first of its processes ends.
 
     Args:
-        announce: write a line to stderr when SIGINT comes, for the person who pressed Ctrl-C: the
-            step at hand may take a while.
+        announce: write a line to stderr on SIGINT, for the person who pressed Ctrl-C, because the
+            current step may take a while.
     """
 
     def __init__(self, announce: bool = False):
@@ -28,7 +28,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        # Delivers those that a launcher had held back while the process started.
+        # Delivers signals that were blocked while the process started (see commands/rank.py).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
@@ -45,13 +45,14 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         elif self._announce:
-            # Not print: the handler may have interrupted one, and text streams are not reentrant.
+            # Not print, because the handler may have interrupted a print, and text streams are not
+            # reentrant.
             os.write(2, b"\ngengram: Ctrl-C: saving after this step; again: ends without saving\n")
         self._interrupted = True
 
 
 def ignore_stop_signals(*_: object) -> None:
-    """For helper processes: Slurm and terminals signal all processes of a job, and a helper that
-    ends takes the training process with it before that has saved."""
+    """Makes a helper process ignore stop signals. Slurm and terminals signal all processes of a job,
+    and if a helper ended, it would end the training process before that has saved."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

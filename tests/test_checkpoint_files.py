@@ -61,7 +61,7 @@ def test_keep_every_that_never_comes_is_refused(interval: int | None, every: int
             "checkpoint": {"interval": interval, "keep_every": every},
         }
     )
-    with pytest.raises(UserError, match=f"checkpoint.keep_every is {every}, which is no multiple"):
+    with pytest.raises(UserError, match=f"checkpoint.keep_every is {every}, "):
         check_layout(config, 1)
     config.checkpoint.interval = 2
     check_layout(config, 1)
@@ -203,7 +203,7 @@ def test_verify_of_what_is_no_run_is_told_in_one_sentence(tmp_path: Path) -> Non
     )
     assert done.returncode == 2
     assert done.stderr == (
-        f"gengram: {tmp_path} is no checkpoint, and no folder of a run that has any\n"
+        f"gengram: {tmp_path} is neither a checkpoint nor the folder of a run that has any\n"
     )
 
 

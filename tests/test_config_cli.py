@@ -137,7 +137,7 @@ def test_config_explains_the_keys_that_are_named(capsys):
 def test_help_teaches():
     done = gengram("train", "--help")
     assert done.returncode == 0
-    for words in ("CONFIG", "optimizer.lr=3e-4", "torchrun", "resumes by itself"):
+    for words in ("CONFIG", "optimizer.lr=3e-4", "torchrun", "resumes automatically"):
         assert words in done.stdout
 
 
@@ -161,7 +161,7 @@ def test_a_run_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     from gengram_megatron.runs.folder import make_folder
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         make_folder(tmp_path / "file" / "run")
 
 
@@ -189,7 +189,7 @@ def test_plan_says_how_tables_are_split_and_why() -> None:
     assert tables["k6"]["reason"] == "k is at most 6"
     # bf16 weights, float32 gradients, and 12 bytes of Adam's over four data-parallel ranks.
     gib = 390_625 * 512 * (2 + 4 + 12 / 4) / 2**30
-    assert tables["k8"]["reason"] == f"by columns {gib:.2f} GiB a rank"
+    assert tables["k8"]["reason"] == f"split by columns takes {gib:.2f} GiB per rank"
     shown = gengram("plan", *words, "--nproc", "8", COLUMNS="120")
     assert shown.returncode == 0 and "by columns" in shown.stdout
 

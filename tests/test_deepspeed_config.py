@@ -20,17 +20,17 @@ ENGINE = "train.engine=deepspeed"
 
 # Number of processes, words, and what the sentence must say.
 REFUSED = {
-    "pipeline": (2, ["parallel.pipeline=2"], "parallel.pipeline is 2, which train.engine deepspeed cannot do: set parallel.pipeline to 1, or engine to megatron"),
-    "interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], "parallel.pipeline is 2, which train.engine deepspeed cannot do"),
-    "tensor, weights shared": (2, ["parallel.tensor=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.tensor 2, which train.engine deepspeed cannot do: set train.deepspeed.zero_stage to 2, or engine to megatron"),
-    "expert, weights shared": (2, ["parallel.expert=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.expert 2, which train.engine deepspeed cannot do: set train.deepspeed.zero_stage to 2"),
+    "pipeline": (2, ["parallel.pipeline=2"], "parallel.pipeline is 2, which train.engine deepspeed does not support: set parallel.pipeline to 1, or engine to megatron"),
+    "interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], "parallel.pipeline is 2, which train.engine deepspeed does not support"),
+    "tensor, weights shared": (2, ["parallel.tensor=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.tensor 2, which train.engine deepspeed does not support: set train.deepspeed.zero_stage to 2, or engine to megatron"),
+    "expert, weights shared": (2, ["parallel.expert=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.expert 2, which train.engine deepspeed does not support: set train.deepspeed.zero_stage to 2"),
     "expert tensor, weights shared": (2, ["parallel.expert_tensor=2", "train.deepspeed.zero_stage=3"], "train.deepspeed.zero_stage is 3 with parallel.expert_tensor 2, which"),
     "rows": (2, ["model.gengram.split=rows"], "model.gengram.split is rows, which"),
     "projected tables": (2, ["model.gengram.project=tables"], "model.gengram.project is tables, but train.engine is deepspeed: set it to megatron, or set project to features"),
     "whole states": (2, ["optimizer.distributed=false"], "optimizer.distributed is false, which"),
     "reduction": (2, ["optimizer.overlap_grad_reduce=true"], "optimizer.overlap_grad_reduce is true, which"),
     "weights in host memory": (2, ["train.deepspeed.offload_parameters=true"], "train.deepspeed.offload_parameters is true with zero_stage 1, which keeps all weights on every rank: set zero_stage to 3"),
-    "batch": (2, ["train.deepspeed.extra={train_batch_size: 4}"], "train.deepspeed.extra has train_batch_size, which train.global_batch_size decides: take it out"),
+    "batch": (2, ["train.deepspeed.extra={train_batch_size: 4}"], "train.deepspeed.extra has train_batch_size, which train.global_batch_size decides: remove it"),
     "precision": (2, ["train.deepspeed.extra.bf16.enabled=true"], "train.deepspeed.extra has bf16, which train.precision decides"),
     "stage": (2, ["train.deepspeed.extra.zero_optimization.stage=2"], "train.deepspeed.extra has zero_optimization.stage, which train.deepspeed.zero_stage decides"),
     "no such engine": (2, ["train.engine=megatron", "train.deepspeed.zero_stage=2"], "train.deepspeed is given, but train.engine is megatron: set engine to deepspeed"),

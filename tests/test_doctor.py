@@ -51,7 +51,7 @@ def test_a_healthy_config(tiny, tmp_path, one_process):
     assert (done.returncode, found["problems"]) == (0, [])
     assert parts_of_the_run(tiny, words, one_process).items() <= used(found).items()
     assert all(one["why"] for one in found["parts"].values())
-    assert "tokens a step and rank" in found["parts"]["memory"]["why"]
+    assert "tokens per step and rank" in found["parts"]["memory"]["why"]
     assert found["plan"]["projection"]["reason"] == found["parts"]["memory"]["why"]
     assert found["extensions"]["Adam"]["found"] == "torch"
     folder, measured = found["folder"], found["measured"]
@@ -152,7 +152,7 @@ def test_a_process_that_talks_nonsense_gives_no_answer(tmp_path, monkeypatch, sa
         tmp_path, "torch", "9.9", f"{says}\nimport os, sys; sys.stdout.flush(); os._exit(0)"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    with pytest.raises(NoAnswer, match="its last line is no JSON"):
+    with pytest.raises(NoAnswer, match="its last line is not JSON"):
         ask("machine", "devices")
 
 
@@ -168,7 +168,7 @@ def test_a_tool_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
 CANNOT_RUN = {
     "model.implementation=transformer_engine": "transformer_engine, which is not installed here",
     "launch.processes=3": "the world size is 3, which is not a multiple of",
-    "run.dir={file}/run": "cannot be made: Not a directory",
+    "run.dir={file}/run": "cannot be created: Not a directory",
 }
 """Words that make a config unfit for this machine, and what the reason says."""
 

@@ -107,7 +107,7 @@ def test_weights_stay_in_bf16(config):
 HOPPER = (9, 0)
 GPUS = {
     "none": ((), None, "model.implementation is transformer_engine, which needs a GPU"),
-    "Ampere": ((), (8, 0), "compute capability 8.9 or more, and here is one of 8.0"),
+    "Ampere": ((), (8, 0), "compute capability 8.9 or more, but one here has 8.0"),
     "Ada": ((), (8, 9), None),
     "Ada with blocks": (("train.fp8.recipe=blockwise",), (8, 9), "of compute capability 9.0"),
     "Hopper with smaller blocks": ((BLACKWELL,), HOPPER, "of compute capability 10.0"),
@@ -137,14 +137,14 @@ def test_the_doctor_looks_at_the_oldest_gpu(config):
     assert examination._fits_gpus([new])
     assert not examination._fits_gpus([new, old])
     [problem] = examination.problems
-    assert "here is one of 8.6" in problem
+    assert "one here has 8.6" in problem
 
 
 def test_why_gradients_are_added_up_as_they_are(config):
     gpu = [{}]
     assert "on GPUs" in parts._fusion([], config(), None)
     assert parts._fusion(gpu, config(), None) == (
-        "megatron-core found none of apex; Transformer Engine's layers have their own"
+        "megatron-core found none in apex; Transformer Engine's layers have their own"
     )
     torch = config("model.implementation=torch")
     assert parts._fusion(gpu, torch, "fused_x") == "megatron-core found apex's fused_x"

@@ -498,7 +498,7 @@ def test_new_config_is_written_with_the_checkpoint(there) -> None:
     assert config.train.samples == 800
     assert (Path("runs/mine/checkpoints") / "step_00000000").is_dir()
     assert "give another run.dir" in refused("there", "new.yaml")
-    assert "new.yaml is there already" in refused("there", "--new-config", "new.yaml")
+    assert "new.yaml already exists" in refused("there", "--new-config", "new.yaml")
     planned = CliRunner().invoke(app, ["plan", "new.yaml"])
     assert planned.exit_code == 0, planned.exception
 

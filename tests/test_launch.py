@@ -235,7 +235,7 @@ def test_names_that_do_not_resolve(tmp_path: Path, monkeypatch) -> None:
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "dna").mkdir()
     (tmp_path / "the run").write_text("a file")
-    assert "cannot be made" in refused(written(tmp_path, {}), "--nproc", "2")
+    assert "cannot be created" in refused(written(tmp_path, {}), "--nproc", "2")
 
 
 def test_data_set_of_a_slurm_job_is_looked_at_first(

@@ -80,7 +80,7 @@ def test_every_rank_holds_what_the_plan_says(case):
     found = [built(split, rank) for rank in range(processes)]
     for stage in range(split.layout.pipeline):
         ranks = [counts for own, counts in found if own == stage]
-        held = split.held(stage)
+        held = split.rank_parameters(stage)
         assert {counts["experts"] for counts in ranks} == {held.experts}
         most = max(sum(counts.values()) for counts in ranks)
         uneven = sum(place.over is not None for place in split.tables)
@@ -98,7 +98,7 @@ def test_stages_add_up_to_the_model(case):
     words = [word for word in words if "tensor" not in word and "hash" not in word]
     config = load(name, *words, "parallel.expert=1", "train.global_batch_size=48")
     split = ShardedModel(config, check_layout(config, config.parallel.pipeline))
-    total = sum(split.held(stage).total for stage in range(split.layout.pipeline))
+    total = sum(split.rank_parameters(stage).total for stage in range(split.layout.pipeline))
     assert total == count_parameters(config).total
     layers = [layer for stage in range(split.layout.pipeline) for layer in split.layers(stage)]
     assert sorted(layers) == list(range(1, config.model.num_layers + 1))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gengram_megatron.config.layout import bytes_held, check_layout
+from gengram_megatron.config.layout import check_layout, projected_table_bytes
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan import plan
@@ -81,13 +81,15 @@ def test_a_plan_counts_the_buffers_that_there_are(sizes: list[int], window: int 
     settings = {"kmer_sizes": sizes, "window": window, "project": "tables"}
     rows = FoldedRows(max(sizes), Pooling(window)).total
     config = config_of(settings)
-    assert bytes_held(config) == 2 * rows * 2 * RUN["model"]["hidden_size"] * 4
+    assert projected_table_bytes(config) == 2 * rows * 2 * RUN["model"]["hidden_size"] * 4
 
     def buffers(project: str) -> int:
         changed = config_of({**settings, "project": project})
         return peak_rank(ShardedModel(changed, check_layout(changed, 1))).buffers
 
-    assert buffers("tables") - buffers("features") == 2 * bytes_held(config)  # two layers
+    assert buffers("tables") - buffers("features") == 2 * projected_table_bytes(
+        config
+    )  # two layers
 
 
 def test_a_plan_counts_what_auto_chooses_on_each_kind_of_machine() -> None:
@@ -96,4 +98,4 @@ def test_a_plan_counts_what_auto_chooses_on_each_kind_of_machine() -> None:
     on_cpu, on_gpu = (plan(config, layout, Speed(), 80, on_gpu=there) for there in (False, True))
     assert [one["projection"]["of"] for one in (on_cpu, on_gpu)] == ["tables", "features"]
     buffers = [one["memory_bytes_per_rank"]["buffers"] for one in (on_cpu, on_gpu)]
-    assert buffers[0] - buffers[1] == 2 * bytes_held(config)
+    assert buffers[0] - buffers[1] == 2 * projected_table_bytes(config)

@@ -56,7 +56,7 @@ def test_a_run_fits_its_machine(tmp_path, name, length):
     (said,) = re.findall(r"^model: +# ([0-9,]+) parameters$", text, re.MULTILINE)
     assert said == f"{planned['parameters']['total']:,}"
     samples = config.train.steps * config.train.global_batch_size
-    assert f"# {samples:,} samples, and the data set has 40 to train on" in text
+    assert f"# {samples:,} samples; the data set has 40 to train on" in text
 
 
 def test_a_larger_machine_gets_a_larger_model(tmp_path):
@@ -102,7 +102,7 @@ def test_from_genomes_to_a_trained_model(tmp_path, monkeypatch):
     assert len(entries(tmp_path / "runs/my_run", "train")) == 2
     for words in (["init"], ["init", "data"], ["init", "--output", "my_data.yaml"]):
         before = {path: path.read_text() for path in tmp_path.glob("*.yaml")}
-        with pytest.raises(UserError, match="there already"):
+        with pytest.raises(UserError, match="already exists"):
             run("gengram", words)
         assert before == {path: path.read_text() for path in tmp_path.glob("*.yaml")}
 

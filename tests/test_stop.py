@@ -94,7 +94,7 @@ def test_request_while_a_run_starts(
 ) -> None:
     code, said = launched(moment, number, tiny, tmp_path / "run")
     assert code == REQUEUE, said
-    assert "Traceback" not in said and "the same command goes on" in said
+    assert "Traceback" not in said and "the same command continues" in said
     assert "saved and stopped" not in said
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -136,7 +136,7 @@ def test_first_interrupt_after_another_request_ends_nothing(capfd) -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         assert requests.received and not requests.at_once
-    assert "again: ends at once" in capfd.readouterr().err
+    assert "again to end immediately" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("handlers")

@@ -105,7 +105,7 @@ def test_keys_of_equal_last_words_are_named_in_full(written) -> None:
         ("sweep:\n  runs:\n    a: {run.dir: b}", ":5: 'run.dir' is not a key"),
         ("sweep:\n  grid:\n    train.steps: 6", ":5: sweep.grid.train.steps is 6; it must be a list"),
         ("sweep:\n  grids: {}", ":4: there is no key sweep.grids; did you mean sweep.grid?"),
-        ("sweep:\n  runs:\n    a/b: {}", "has an entry 'a/b'; such names must be"),
+        ("sweep:\n  runs:\n    a/b: {}", "has an entry 'a/b'; such names must"),
         ("sweep: {}", "the sweep is empty; give sweep.grid or sweep.runs"),
         ("", "use `gengram train"),
         (

@@ -74,13 +74,13 @@ def test_decode_names_other_tokens():
 
 @pytest.mark.parametrize("text", ["ACGEA", "ACG-A", "ACG A", "ACGéA", "ACG€A", b"ACG\xffA"])
 def test_other_letters_are_refused_with_their_place(text):
-    with pytest.raises(UserError, match="at position 4 is no nucleotide code"):
+    with pytest.raises(UserError, match="at position 4 is not a nucleotide code"):
         DnaTokenizer().encode(text)
 
 
 def test_what_is_skipped_does_not_count():
     assert DnaTokenizer().encode(b"AC\nG\r\nT\n", skip=b"\r\n").tolist() == [8, 5, 6, 7]
-    with pytest.raises(UserError, match="'E' at position 1,003 is no nucleotide code"):
+    with pytest.raises(UserError, match="'E' at position 1,003 is not a nucleotide code"):
         DnaTokenizer().encode(b"A\nC\nEF", skip=b"\n", first=1001)
 
 

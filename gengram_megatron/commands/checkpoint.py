@@ -1,4 +1,4 @@
-"""The command `gengram checkpoint`: look at checkpoints, verify them, and carry them in and out."""
+"""The command `gengram checkpoint`: inspect, verify, strip, export and import checkpoints."""
 
 import json
 from pathlib import Path
@@ -21,6 +21,7 @@ from gengram_megatron.runs.store import (
 )
 
 DAMAGED = 1
+"""Exit code of `verify` if a checkpoint is damaged."""
 
 
 def verify(
@@ -28,24 +29,26 @@ def verify(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A checkpoint, or the folder of a run, of which all are read.",
+            help="A checkpoint, or the folder of a run, to verify all of its checkpoints.",
             show_default=False,
         ),
     ],
 ) -> None:
     """Read all files of checkpoints and compare them with their checksums.
 
-    Also looks whether all files are there that the checkpoint's own list of tensors names. Names
-    what is wrong, and exits with code 1 if anything is. Training does the same with the checkpoint
-    that it goes on from, and takes the one before if it is damaged.
+    Also checks that every file named in the checkpoint's list of tensors exists. Reports what is
+    wrong, and exits with code 1 if anything is. Training makes the same check on the checkpoint that
+    it resumes from, and uses the previous one if it is damaged.
     """
-    found = checkpoints_at(path)
-    if not found:
-        raise UserError(f"{path} is no checkpoint, and no folder of a run that has any")
+    checkpoints = checkpoints_at(path)
+    if not checkpoints:
+        raise UserError(f"{path} is neither a checkpoint nor the folder of a run that has any")
     from gengram_megatron.engine.checkpoint.stored import missing_files
 
-    # A damaged list of tensors is not worth reading.
-    damaged = {checkpoint: damage(checkpoint) or missing_files(checkpoint) for checkpoint in found}
+    # missing_files reads the list of tensors, so it is not called if that may be damaged.
+    damaged = {
+        checkpoint: damage(checkpoint) or missing_files(checkpoint) for checkpoint in checkpoints
+    }
     for checkpoint, problems in damaged.items():
         for problem in problems:
             print(f"{checkpoint}: {problem}")
@@ -56,7 +59,7 @@ def verify(
 
 
 app = typer.Typer(
-    help="Look at checkpoints, and carry them in and out.",
+    help="Inspect, verify, strip, export and import checkpoints.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -66,7 +69,7 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="PATH",
-        help="A checkpoint, or the folder of a run, whose newest is meant.",
+        help="A checkpoint, or the folder of a run, to use its newest one.",
         show_default=False,
     ),
 ]
@@ -76,22 +79,22 @@ Checkpoint = Annotated[
 def inspect(
     path: Checkpoint,
     as_json: Annotated[
-        bool, typer.Option("--json", help="For programs; with the config of the run.")
+        bool, typer.Option("--json", help="Print JSON, which includes the config of the run.")
     ] = False,
 ) -> None:
-    """Say what a checkpoint holds, without loading its tensors.
+    """Show what a checkpoint contains, without loading its tensors.
 
-    Step, tokens, the layout that wrote it, parameters by module, memory tables and sizes.
+    Step, tokens, the layout that wrote it, parameters by module, Gengram tables and sizes.
     """
     from gengram_megatron.engine.checkpoint.stored import find_checkpoint
     from gengram_megatron.engine.checkpoint.summary import show, summary
 
     with reading(path):
-        found = summary(find_checkpoint(path))
+        facts = summary(find_checkpoint(path))
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(facts, indent=1))
     else:
-        show(found)
+        show(facts)
 
 
 @app.command()
@@ -100,14 +103,14 @@ def strip(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="Folder of checkpoints to write to.", show_default=False
+            metavar="OUT", help="The folder to write the checkpoint into.", show_default=False
         ),
     ],
 ) -> None:
-    """Copy a checkpoint without its optimizer, a quarter or less of its size.
+    """Copy a checkpoint without its optimizer states, a quarter or less of its size.
 
-    What remains can be inspected and exported, and a new run can start from its weights
-    (checkpoint.load); the run itself cannot go on from it. PATH stays as it is.
+    The copy can be inspected and exported, and a new run can start from its weights
+    (checkpoint.load), but the run itself cannot resume from it. PATH is not changed.
     """
     check_folder_writable(out)
     from gengram_megatron.engine.checkpoint.stored import find_checkpoint
@@ -125,17 +128,17 @@ def export(
     path: Checkpoint,
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="The folder to write, a new one.", show_default=False),
+        typer.Argument(metavar="OUT", help="The new folder to write.", show_default=False),
     ],
     largest_file: Annotated[
-        float, typer.Option(min=1e-6, max=5, help="Gigabytes of weights in one file at most.")
+        float, typer.Option(min=1e-6, max=5, help="Maximum gigabytes of weights in one file.")
     ] = 5,
 ) -> None:
     """Write a model for Hugging Face's transformers: safetensors, configs, tokenizer, model card.
 
-    A model without memory becomes a stock Llama (dense) or Mixtral (experts). One with Gengram
-    memory brings its code along and is loaded with trust_remote_code=True. Models with MLA, and
-    those that send a token to a single expert, are refused. Needs the extra hf.
+    A model without Gengram becomes a standard Llama (dense) or Mixtral (experts). A model with
+    Gengram includes its code and is loaded with trust_remote_code=True. Models with MLA, and
+    those that route a token to a single expert, are refused. Needs the extra hf.
 
     \b
       gengram checkpoint export runs/mine exported
@@ -174,32 +177,34 @@ def import_(
         typer.Option(
             "--new-config",
             metavar="FILE",
-            help="Write the config that the model wants to FILE, a new one, and import with it.",
+            help="Write a config that fits the model to the new file FILE, and import with it.",
             show_default=False,
         ),
     ] = None,
     print_config: Annotated[
         bool,
-        typer.Option("--print-config", help="Print the config that the model wants, and no more."),
+        typer.Option("--print-config", help="Only print a config that fits the model."),
     ] = False,
 ) -> None:
-    """Let a run start from the weights of another format.
+    """Import weights of another format, for a run to start from.
 
-    PATH is a folder of transformers (a Llama or Mixtral, or what `gengram checkpoint export` wrote),
-    or a checkpoint of Megatron-LM (its folder, or that of one iteration; files of tensor-, pipeline-
-    and expert-parallel ranks, or torch_dist), with or without the Gengram code published for it.
+    PATH is a model folder of transformers (a Llama or Mixtral, or one that `gengram checkpoint
+    export` wrote), or a checkpoint of Megatron-LM (its folder, or that of one iteration; files of
+    tensor-, pipeline- and expert-parallel ranks, or torch_dist), with or without the published
+    Gengram code.
 
     \b
       gengram checkpoint import megatron/iter_0001000 --print-config
       gengram checkpoint import megatron/iter_0001000 --new-config my_run.yaml run.dir=runs/mine
       gengram checkpoint import megatron/iter_0001000 my_run.yaml run.dir=runs/mine
 
-    A config can be written from what the model says of itself; set its data.path then, and how long
-    it trains (train.steps or train.samples). Or CONFIG describes the model that is there. Either names the new run's folder as run.dir:
-    `gengram train` with the same config then starts at step 0 from these weights.
+    --new-config writes a config from the model's own settings; then set its data.path and how long
+    it trains (train.steps or train.samples). Otherwise CONFIG must describe the same model. In both
+    cases run.dir names the new run's folder: `gengram train` with the same config then starts at
+    step 0 from these weights.
 
-    A model other than the config's is refused, with a table of the settings that differ: the sizes
-    and all else that changes what the same weights compute.
+    If the model is not the one of the config, it is refused with a table of the settings that
+    differ: the sizes, and everything else that changes what the same weights compute.
     """
     file = None if config is None or "=" in config else Path(config)
     words = [word for word in (config, *(overrides or [])) if word is not None]
@@ -207,15 +212,15 @@ def import_(
         option = "--print-config" if print_config else "--new-config"
         if file is not None:
             raise UserError(
-                f"CONFIG {file} and {option} are both given: leave out CONFIG, which would be "
-                f"written, or {option}"
+                f"CONFIG {file} and {option} are both given: leave out CONFIG, because {option} "
+                "makes the config, or leave out that option"
             )
         if print_config and new_config:
             raise UserError("--print-config and --new-config are both given: give one of them")
     elif file is None:
         raise UserError(
-            "CONFIG is missing: name the config of the model that is there, or let --new-config "
-            "FILE write it"
+            "CONFIG is missing: name a config that describes the model, or let --new-config FILE "
+            "write one"
         )
     if print_config:
         _print_config(path, words)
@@ -237,10 +242,10 @@ def _print_config(path: Path, words: list[str]) -> None:
 
 
 def _import_with_new_config(path: Path, file: Path, words: list[str]) -> None:
-    """The file is written last, so that it is there only if the checkpoint is."""
+    """Writes the file last, so that it exists only if the checkpoint does."""
     if file.exists():
         raise UserError(
-            f"--new-config {file} is there already: give another name, or give it as CONFIG"
+            f"--new-config {file} already exists: give another name, or give it as CONFIG"
         )
     check_writable(file, "--new-config")
     from gengram_megatron.engine.exchange.importing import import_foreign
@@ -257,7 +262,7 @@ def _import_with_new_config(path: Path, file: Path, words: list[str]) -> None:
 
 
 def _opened(path: Path):
-    """The model, after its warnings have been shown."""
+    """Opens a model of another format, and shows its warnings."""
     from gengram_megatron.engine.exchange.importing import open_foreign
 
     foreign = open_foreign(path)

@@ -1,7 +1,7 @@
 """The command `gengram`.
 
 torch and megatron-core are imported only by the commands that compute, so that help, configs
-and mistakes are shown at once.
+and error messages appear immediately.
 """
 
 from functools import partial
@@ -33,9 +33,11 @@ app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def main(own_log: bool = False) -> None:
-    """Entry point: an error that a person can mend is shown as a sentence, never a traceback.
+    """Entry point. Errors that the user can fix are shown as sentences, never as tracebacks.
 
-    own_log: that no other process of the run writes to where this one writes.
+    Args:
+        own_log: whether this process has its output to itself, so that no other process of the
+            run writes to the same terminal or file.
     """
     run_program(partial(app, obj=own_log))
 

@@ -1,4 +1,4 @@
-"""The command `gengram config`: the whole config of a run, or what its keys mean."""
+"""The command `gengram config`: prints the whole config of a run, or what its keys mean."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,20 +22,20 @@ def config(
         bool,
         typer.Option(
             "--keys",
-            help="List every key, what it may be, its default and its meaning; or those that are "
-            "named in place of CONFIG.",
+            help="List all keys with allowed values, defaults and meanings, or only the keys named "
+            "in place of CONFIG.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="--keys for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print --keys as JSON.")] = False,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Also check that the run works on so many processes."),
+        typer.Option(min=1, help="Also check that the run works on this number of processes."),
     ] = None,
 ) -> None:
     """Print the whole config of a run, or what its keys mean.
 
-    Files, words and defaults are put together. What is printed is itself a config file that gives
-    the same run.
+    Merges files, overrides and defaults. The output is itself a config file that gives the same
+    run.
 
     \b
       gengram config configs/smoke/cpu.yaml optimizer.lr=3e-4
@@ -47,7 +47,7 @@ def config(
         print_keys(Config, [*filter(None, [config]), *(overrides or [])], as_json)
         return
     if config is None:
-        raise UserError("gengram config prints a CONFIG; name its file, or ask for --keys")
+        raise UserError("CONFIG is missing: name the config file to print, or give --keys")
     loaded = load_config(Path(config), overrides or [], Config)
     if nproc is not None:
         check_layout(loaded, nproc)

@@ -23,14 +23,14 @@ from gengram_megatron.plan.time import Speed
 
 FASTA = re.compile(r"\.(fa|fasta|fna)(\.(gz|bgz|bz2|xz|zst))?$")
 COMPRESSION = 4
-"""About so many bases are in a byte of a compressed FASTA file."""
+"""Approximate number of bases per byte of a compressed FASTA file."""
 FRAGMENTS = 1000
-"""Fragments that a starter data set has at least, or else shorter ones are cut."""
+"""Minimum number of fragments of a starter data set; with fewer bases, fragments are shorter."""
 SHARE_OF_MEMORY = {"gpu": 0.6, "cpu": 0.25}
-"""Of a device's memory, what the estimate of a run may be: it leaves out what CUDA and torch's
-allocator take, and the memory of a host belongs to others too."""
+"""Share of a device's memory that the estimate of a run may reach. The estimate leaves out what
+CUDA and torch's allocator need, and other programs use the host's memory too."""
 BF16_CAPABILITY = 8.0
-"""Of GPUs whose arithmetic knows bf16: Ampere and later."""
+"""Lowest compute capability with bf16 arithmetic, that of Ampere."""
 
 
 class Kind(StrEnum):
@@ -51,8 +51,8 @@ def init(
         list[Path] | None,
         typer.Argument(
             metavar="PATH",
-            help="FASTA files of a data set, or folders of them; or the data set that a run reads; "
-            "without them, what lies in the current folder or below genomes/ and datasets/.",
+            help="For data: FASTA files, or folders of them; default: those in the current folder "
+            "and in genomes/. For run: the folder of its data set; default: the one in datasets/.",
             show_default=False,
         ),
     ] = None,
@@ -61,11 +61,11 @@ def init(
         typer.Option(
             "--output",
             metavar="FILE",
-            help="The file to write, a new one; my_run.yaml or my_data.yaml.",
+            help="The new file to write; default: my_run.yaml or my_data.yaml.",
         ),
     ] = None,
 ) -> None:
-    """Write a commented config to begin with.
+    """Write a commented config to start from.
 
     \b
       gengram init data sample_data/*.fa.gz
@@ -73,29 +73,35 @@ def init(
       gengram init run datasets/my_data
       gengram train my_run.yaml
 
-    The config of a run takes its model and batch from the memory of the GPUs here, as
-    `gengram plan` estimates it, and its sequence length from the data set. Nothing is overwritten.
+    For a run, the model and the batch are chosen to fit into the memory of this machine's GPUs, as
+    estimated by `gengram plan`, and the sequence length is that of the data set. Nothing is
+    overwritten.
     """
     output = output or Path(f"my_{kind}.yaml")
     if output.exists():
-        raise UserError(f"{output} is there already; give --output another name")
+        raise UserError(f"{output} already exists; give --output another name")
     check_writable(output, "--output")
     machine = find_machine()
     if kind == Kind.data:
         text = data_text(output, _fasta_files(paths or [Path(), Path("genomes")]), machine)
-        then = f"gengram-data build {output}"
+        next_command = f"gengram-data build {output}"
     else:
         text = run_text(output, _one_data_set(paths or _data_sets_here()), machine)
-        then = f"gengram {'launch' if machine.gpus > 1 else 'train'} {output}"
+        next_command = f"gengram {'launch' if machine.gpus > 1 else 'train'} {output}"
     with output.open("x") as file:
         file.write(text)
-    print(f"wrote {output}; next: {then}")
+    print(f"wrote {output}; next: {next_command}")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is sized to. gpus: their number, 0 where all computes on the CPU.
-    memory: bytes of the smallest GPU, or of the host. bf16: whether it computes in bf16 fast."""
+    """The machine that a starter config is made for.
+
+    Attributes:
+        gpus: number of GPUs; 0 if everything computes on the CPU.
+        memory: bytes of memory of the smallest GPU, or of the host without GPUs.
+        bf16: whether bf16 arithmetic is fast.
+    """
 
     gpus: int
     memory: int
@@ -103,7 +109,7 @@ class Machine:
 
     @property
     def usable(self) -> int:
-        """Bytes that the estimate of a run may be."""
+        """Bytes of memory per device that the estimate of a run may reach."""
         return int(self.memory * SHARE_OF_MEMORY["gpu" if self.gpus else "cpu"])
 
     def __str__(self) -> str:
@@ -114,7 +120,7 @@ class Machine:
 
 
 def find_machine() -> Machine:
-    """The GPUs of this machine, or else its CPU."""
+    """Returns the GPUs of this machine, or its CPU if it has none."""
     gpus = nvidia_gpus()
     if not gpus:
         return Machine(0, psutil.virtual_memory().total, bf16=False)
@@ -124,7 +130,12 @@ def find_machine() -> Machine:
 
 @dataclass(frozen=True)
 class Size:
-    """A model to begin with. experts: None for a dense one. tokens: of a step."""
+    """A starter model and its training.
+
+    Attributes:
+        experts: number of experts; None for a dense model.
+        tokens: tokens per step.
+    """
 
     hidden: int
     layers: int
@@ -139,41 +150,41 @@ class Size:
 
 
 SIZES = [
-    # The paper's mixture of experts, and its dense model, with memory in its best layers.
+    # The paper's mixture of experts and dense model, with Gengram in the paper's best layers.
     Size(1024, 12, 16, 4096, 8, [3, 6, 10], 1024, 1e-4, 1 << 19, 1000),
     Size(1280, 12, 16, 5120, None, [3, 6, 10], 1024, 1e-4, 1 << 19, 1000),
     Size(512, 8, 8, 2048, None, [2, 4, 6], 256, 5e-4, 1 << 17, 1000),
-    # The smoke run's.
+    # The model of the smoke run.
     Size(128, 4, 4, 256, 4, [2, 3], 64, 2e-3, 1 << 12, 100),
 ]
-"""Largest first; on a CPU only the last is ever chosen."""
+"""Starter models, largest first. On a CPU only the last one is used."""
 
 
 def run_text(output: Path, data: Path, machine: Machine) -> str:
-    """The config of a run on a data set: the largest model, with the largest microbatch, that the
-    estimate says this machine holds."""
-    length, samples = _facts(data)
+    """Returns the config of a run on a data set, with the largest model and microbatch that fit on
+    this machine according to the estimate of `gengram plan`."""
+    length, samples = _data_set_size(data)
     for size in SIZES if machine.gpus else SIZES[-1:]:
         ranks = max(machine.gpus, 1)
-        each = 1 << max(size.tokens // length // ranks, 1).bit_length() - 1  # a power of two
-        while each > 1 and each * ranks > samples:
-            each //= 2
-        micro = each if machine.gpus else min(each, 4)
+        per_rank = 1 << max(size.tokens // length // ranks, 1).bit_length() - 1  # a power of two
+        while per_rank > 1 and per_rank * ranks > samples:
+            per_rank //= 2
+        micro = per_rank if machine.gpus else min(per_rank, 4)
         while True:
-            text = _run_text(output, data, machine, size, (length, samples), each, micro)
-            if _needs(text, ranks, machine) <= machine.usable:
+            text = _run_text(output, data, machine, size, (length, samples), per_rank, micro)
+            if _memory_needed(text, ranks, machine) <= machine.usable:
                 return text.replace(PARAMETERS, f"{_parameters(text, ranks):,}")
             if micro == 1:
                 break
             micro //= 2
     raise UserError(
-        f"not even a small model of {length:,} bases a sample fits in the memory of {machine}; "
+        f"not even a small model with {length:,} bases per sample fits in the memory of {machine}; "
         "build a data set with a smaller seq_length"
     )
 
 
 PARAMETERS = "PARAMETERS"
-"""Stands in the text of a run until they are counted."""
+"""Placeholder in the text of a run for its number of parameters."""
 
 
 def _planned(text: str, ranks: int, on_gpu: bool) -> dict:
@@ -181,7 +192,7 @@ def _planned(text: str, ranks: int, on_gpu: bool) -> dict:
     return plan(config, check_layout(config, ranks), Speed(), float("inf"), on_gpu=on_gpu)
 
 
-def _needs(text: str, ranks: int, machine: Machine) -> int:
+def _memory_needed(text: str, ranks: int, machine: Machine) -> int:
     planned = _planned(text, ranks, bool(machine.gpus))
     return planned["memory_bytes_per_rank"]["total"]
 
@@ -190,8 +201,8 @@ def _parameters(text: str, ranks: int) -> int:
     return _planned(text, ranks, on_gpu=False)["parameters"]["total"]
 
 
-def _facts(data: Path) -> tuple[int, int]:
-    """Bases a sample and training samples of a built data set."""
+def _data_set_size(data: Path) -> tuple[int, int]:
+    """Returns the bases per sample and the number of training samples of a built data set."""
     try:
         manifest = json.loads((data / "manifest.json").read_text())
         length = manifest["settings"]["seq_length"]
@@ -199,7 +210,7 @@ def _facts(data: Path) -> tuple[int, int]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{data} is not a data set: it has no manifest.json that can be read; "
-            "`gengram init data` begins one"
+            "start with `gengram init data` to build one"
         ) from None
 
 
@@ -208,32 +219,38 @@ def _run_text(
     data: Path,
     machine: Machine,
     size: Size,
-    data_facts: tuple[int, int],
-    each: int,
+    data_set_size: tuple[int, int],
+    per_rank: int,
     micro: int,
 ) -> str:
-    """each: samples of a step on each rank; micro: of them, those of one forward pass."""
-    length, samples = data_facts
-    batch = each * max(machine.gpus, 1)
+    """Returns the text of a run's config.
+
+    Args:
+        data_set_size: bases per sample and number of training samples of the data set.
+        per_rank: samples per step on each rank.
+        micro: samples per forward pass on each rank.
+    """
+    length, samples = data_set_size
+    batch = per_rank * max(machine.gpus, 1)
     steps = max(min(size.steps, 2 * samples // batch), 1)
     quarter = max(steps // 4, 1)
     launch = "" if machine.gpus < 2 else f"#   gengram launch {output}  trains on all GPUs\n"
     processes = max(machine.gpus, 1)
     experts = "null" if size.experts is None else size.experts
     precision = "bf16" if machine.bf16 else "fp32"
-    why = "of weights and activations"
+    precision_comment = "of weights and activations"
     if not machine.bf16:
-        why += "; not bf16, which CPUs and older GPUs may emulate slowly"
+        precision_comment += "; not bf16, which CPUs and older GPUs may emulate slowly"
     of_expert = " of each expert" if size.experts else ""
-    one_each = ": one for each GPU" if machine.gpus else ""
-    slurm = "" if machine.gpus else "  slurm: {gpus: 0}\t# asked of Slurm by --slurm\n"
+    per_gpu = ": one for each GPU" if machine.gpus else ""
+    slurm = "" if machine.gpus else "  slurm: {gpus: 0}\t# GPUs to request with --slurm\n"
     return _aligned(f"""\
-# A run for {machine}, to begin with. `gengram config --keys` lists all keys.
-#   gengram plan {output}  says what it needs, and starts nothing
-#   gengram train {output}  trains in one process; after an interruption it goes on
+# A starter run for {machine}. `gengram config --keys` lists all keys.
+#   gengram plan {output}  shows what it needs, without starting it
+#   gengram train {output}  trains in one process, and resumes after an interruption
 {launch}
 run:
-  dir: {inline_yaml(f"runs/{output.stem}")}\t# relative to the current folder; a run of its own each
+  dir: {inline_yaml(f"runs/{output.stem}")}\t# relative to the current folder; a new folder for each run
   seed: 1234\t# decides the initial weights and the order of the samples
 
 model:\t# {PARAMETERS} parameters
@@ -242,42 +259,43 @@ model:\t# {PARAMETERS} parameters
   num_attention_heads: {size.heads}\t# two of them share a key-value head
   ffn_hidden_size: {size.ffn}\t# SwiGLU width{of_expert}
   num_experts: {experts}\t# null: a dense model
-  seq_length: {length}\t# bases a sample, those of the data set
-  init_std: {0.02 if size.hidden < 1024 else 0.01}\t# standard deviation of the weights at the start
+  seq_length: {length}\t# bases per sample, as in the data set
+  init_std: {0.02 if size.hidden < 1024 else 0.01}\t# standard deviation of the initial weights
   gengram:
-    enabled: true\t# false: the same model without memory, to compare with
-    layers: {size.gengram_layers}\t# decoder layers with memory, from 1
-    dim: {size.gengram_dim}\t# columns of each table of k-mers
-    window: 21\t# tokens of a window; null: only the k-mer that ends at each token
+    enabled: true\t# false: the same model without Gengram, to compare with
+    layers: {size.gengram_layers}\t# decoder layers with Gengram, counted from 1
+    dim: {size.gengram_dim}\t# columns of each k-mer table
+    window: 21\t# tokens in the window; null: only the k-mer that ends at each token
 
 data:
-  path: {inline_yaml(str(data))}\t# what gengram-data build wrote, relative to the current folder
+  path: {inline_yaml(str(data))}\t# written by gengram-data build; relative to the current folder
 
 optimizer:
-  lr: {size.lr:g}\t# the peak
-  min_lr: {size.lr / 10:g}\t# where the cosine ends
-  warmup_fraction: 0.1\t# of all samples
-  beta2: 0.95\t# of Adam; runs of many thousand steps may take 0.999, as the paper's do
+  lr: {size.lr:g}\t# peak learning rate
+  min_lr: {size.lr / 10:g}\t# learning rate at the end of the cosine
+  warmup_fraction: 0.1\t# share of all samples
+  beta2: 0.95\t# of Adam; runs of many thousand steps can use 0.999, like the paper's
 
 train:
-  global_batch_size: {batch}\t# samples a step, over all processes
-  micro_batch_size: {micro}\t# samples of one forward pass; more of them need more memory
-  steps: {steps}\t# {steps * batch:,} samples, and the data set has {samples:,} to train on
-  precision: {precision}\t# {why}
+  global_batch_size: {batch}\t# samples per step, over all processes
+  micro_batch_size: {micro}\t# samples per forward pass; more need more memory
+  steps: {steps}\t# {steps * batch:,} samples; the data set has {samples:,} to train on
+  precision: {precision}\t# {precision_comment}
   validation_interval: {quarter}\t# steps between validations
-  validation_samples: 256\t# of each validation, at most all there are
+  validation_samples: 256\t# samples per validation, at most all
 
 checkpoint:
-  interval: {quarter}\t# steps between checkpoints; after an interruption the newest counts
-  keep: 2\t# newest checkpoints that stay
+  interval: {quarter}\t# steps between checkpoints; training resumes from the newest
+  keep: 2\t# how many of the newest checkpoints to keep
 
 launch:
-  processes: {processes}\t# of `gengram launch`{one_each}
+  processes: {processes}\t# processes that `gengram launch` starts{per_gpu}
 {slurm}""")
 
 
 def _aligned(text: str) -> str:
-    """A text whose comments, which follow a tab, stand in one column where there is room."""
+    """Replaces the tab before each comment by spaces, so that comments start in one column where
+    there is room."""
     lines = (line.split("\t", 1) for line in text.splitlines())
     return "".join(
         f"{line[0]:26} {line[1]}\n" if len(line) > 1 else f"{line[0]}\n" for line in lines
@@ -285,7 +303,7 @@ def _aligned(text: str) -> str:
 
 
 def data_text(output: Path, files: list[Path], machine: Machine) -> str:
-    """The config of a data set from FASTA files."""
+    """Returns the config of a data set made of FASTA files."""
     bases = sum(
         path.stat().st_size * (1 if path.suffix in (".fa", ".fasta", ".fna") else COMPRESSION)
         for path in files
@@ -299,12 +317,12 @@ def data_text(output: Path, files: list[Path], machine: Machine) -> str:
         for name, path in _named(files).items()
     )
     return _aligned(f"""\
-# A data set to begin with. `gengram-data build --help` explains all keys.
+# A starter data set. `gengram-data build --help` explains all keys.
 #   gengram-data build {output}
 
 output: {inline_yaml(f"datasets/{output.stem}")}\t# the folder to write, relative to the current folder
-seq_length: {length}\t# bases a fragment, and so a training sample
-seed: 1234\t# decides what a mix of groups leaves out
+seq_length: {length}\t# bases per fragment; a fragment is one training sample
+seed: 1234\t# decides what is left out when groups are mixed
 validation: 0.05\t# share of each source held out for validation, in blocks spread over it
 max_n_fraction: 0.1\t# fragments with a larger share of N are dropped
 reverse_complement: 0\t# share of the fragments written as the other strand
@@ -316,48 +334,50 @@ groups:\t# several groups are mixed by their weights
 
 
 def _named(files: list[Path]) -> dict[str, Path]:
-    """A name for each file: its own without endings, with a number where that is not enough."""
+    """Returns the files by unique names: the file name without suffixes, with a number appended if
+    it occurs more than once."""
     named: dict[str, Path] = {}
     for path in files:
-        own = re.sub(r"[^A-Za-z0-9_-]+", "_", FASTA.sub("", path.name)).strip("_") or "source"
-        name, number = own, 2
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", FASTA.sub("", path.name)).strip("_") or "source"
+        name, number = stem, 2
         while name in named:
-            name, number = f"{own}_{number}", number + 1
+            name, number = f"{stem}_{number}", number + 1
         named[name] = path
     return named
 
 
 def _fasta_files(paths: list[Path]) -> list[Path]:
-    """The files among these paths, and those in the folders among them whose names say FASTA."""
-    found = []
+    """Returns the files among these paths, and the files with FASTA suffixes in the folders among
+    them."""
+    files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(path.iterdir())
-            found += [one for one in inside if FASTA.search(one.name) and one.is_file()]
+            entries = sorted(path.iterdir())
+            files += [entry for entry in entries if FASTA.search(entry.name) and entry.is_file()]
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         elif path != Path("genomes"):
             raise UserError(f"there is no FASTA file {os.path.abspath(path)}")
-    if not found:
+    if not files:
         raise UserError(
             f"there is no FASTA file in {', '.join(map(os.path.abspath, paths))}; name some, as in "
             "`gengram init data genomes/chm13.fa.gz`"
         )
-    return found
+    return files
 
 
 def _data_sets_here() -> list[Path]:
-    found = sorted(path.parent for path in Path("datasets").glob("*/manifest.json"))
-    if not found:
+    folders = sorted(path.parent for path in Path("datasets").glob("*/manifest.json"))
+    if not folders:
         raise UserError(
             "there is no data set in datasets/; name its folder, as in `gengram init run "
-            "datasets/mine`, or begin one with `gengram init data`"
+            "datasets/mine`, or start with `gengram init data` to build one"
         )
-    return found
+    return folders
 
 
-def _one_data_set(found: list[Path]) -> Path:
-    if len(found) > 1:
-        names = ", ".join(map(str, found))
-        raise UserError(f"a run to begin with reads one data set; name one of {names}")
-    return found[0]
+def _one_data_set(folders: list[Path]) -> Path:
+    if len(folders) > 1:
+        names = ", ".join(map(str, folders))
+        raise UserError(f"a starter run reads one data set; name one of {names}")
+    return folders[0]

@@ -1,4 +1,4 @@
-"""The command `gengram launch`."""
+"""The command `gengram launch`: starts a run with torchrun or Slurm."""
 
 import os
 import socket
@@ -18,21 +18,23 @@ from gengram_megatron.launch import local, slurm
 from gengram_megatron.launch.job import Job, check_job, write_record
 from gengram_megatron.launch.stop import StopRequests
 
-Slurm = Annotated[bool, typer.Option("--slurm", help="Give it to sbatch.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; do nothing.")]
+Slurm = Annotated[bool, typer.Option("--slurm", help="Submit to Slurm with sbatch.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what would be done.")]
 
 
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes of each node: launch.processes.")
+        int | None, typer.Option(min=1, help="Processes per node; sets launch.processes.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Machines: launch.nodes.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of machines; sets launch.nodes.")
+    ] = None,
     use_slurm: Slurm = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Start a run: torchrun on this machine, or a job of Slurm.
+    """Start a run with torchrun on this machine, or as a Slurm job.
 
     \b
       gengram launch configs/smoke/cpu.yaml
@@ -40,17 +42,17 @@ def launch(
       gengram launch my_run.yaml --nodes 4 --nproc 8 launch.rendezvous=node1:29500
       gengram launch my_run.yaml --nodes 4 --nproc 8 --slurm launch.slurm.time=2-00:00:00
 
-    The third form is given on each of the nodes. Settings that stay, such as account, partition,
-    container and variables of NCCL, belong into the section launch of the config;
-    `gengram config --keys` lists them.
+    Give the third command on each of the nodes. Permanent settings, such as account, partition,
+    container and NCCL variables, belong in the section launch of the config;
+    `gengram config --keys launch` lists them.
 
-    The run's folder keeps, in launches/, the config with all its values, commit and changes of
-    the code, packages and environment of every start; in logs/, a file for each rank. The first
-    rank that failed is named with its error.
+    In the run's folder, launches/ records for every start the whole config, the commit and
+    uncommitted changes of the code, packages and environment, and logs/ has a file for each rank.
+    If ranks fail, the first one is reported with its error.
 
-    SIGTERM, SIGUSR1 or Ctrl-C let the run save and stop, with exit code 75. On Slurm that
-    happens by itself launch.slurm.save_before seconds before the time limit; then the job goes
-    back into the queue and on from there.
+    SIGTERM, SIGUSR1 or Ctrl-C make the run save and stop with exit code 75. On Slurm this happens
+    automatically, launch.slurm.save_before seconds before the time limit; then the job goes back
+    into the queue and resumes when it restarts.
     """
     words = list(overrides or [])
     words += [f"launch.processes={nproc}"] if nproc is not None else []
@@ -65,7 +67,7 @@ def launch(
 
 
 def name_of_start() -> str:
-    """The name of a start: when, on which machine, and by which process, as the nodes of a run may
+    """Returns a name for a start made of time, machine and process, because the nodes of a run may
     all start it in the same second."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
 
@@ -80,12 +82,12 @@ def _with_slurm(job: Job, dry_run: bool) -> None:
 
 def _here(job: Job, config_file: Path, dry_run: bool, requests: StopRequests | None) -> None:
     if dry_run:
-        print(f"# keeps config, code version and environment in {job.record}, and starts")
+        print(f"# records config, code version and environment in {job.record}, and starts")
         print(*(f"{name}={quote(value)}" for name, value in local.environment(job).items()), end="")
         print(" torchrun", join(local.torchrun_words(job)))
         return
     local.check_names(job)
-    if job.config.launch.nodes == 1:  # several nodes tell each other, once they have met
+    if job.config.launch.nodes == 1:  # with several nodes, the ranks check this together
         check_data_sets_exist(job.config, config_file)
     write_record(job)
     raise typer.Exit(local.run_here(job, requests))

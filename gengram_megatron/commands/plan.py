@@ -1,4 +1,4 @@
-"""The command `gengram plan`: a plan as tables for people, or as JSON."""
+"""The command `gengram plan`: prints a plan as tables, or as JSON."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
-from gengram_megatron.plan import plan as work_out
+from gengram_megatron.plan import plan as make_plan
 from gengram_megatron.plan.suggest import GB, Suggestion
 from gengram_megatron.plan.suggest import suggest as find_layouts
 from gengram_megatron.plan.time import GPU_TFLOPS, UTILISATION, Speed
@@ -25,19 +25,21 @@ Gpus = Annotated[
         "--nproc",
         "--gpus",
         min=1,
-        help="Processes of the run, one a GPU; default: those of the config (launch.nodes times "
-        "launch.processes), or else as few as the layout needs.",
+        help="Processes of the run, one per GPU; default: launch.nodes times launch.processes of "
+        "the config, or else as few as the layout needs.",
     ),
 ]
 Gigabytes = Annotated[
     float, typer.Option("--memory", min=0, help="Memory of one GPU, in GB of 10^9 bytes.")
 ]
 Utilisation = Annotated[
-    float, typer.Option(min=0.01, max=1, help="Share of the GPUs' peak that the arithmetic takes.")
+    float, typer.Option(min=0.01, max=1, help="Share of the GPUs' peak speed that is reached.")
 ]
 Tflops = Annotated[
     float,
-    typer.Option("--gpu-tflops", min=0.001, help="Peak of one GPU; default: H100, dense bf16."),
+    typer.Option(
+        "--gpu-tflops", min=0.001, help="Peak speed of one GPU; default: H100, dense bf16."
+    ),
 ]
 
 
@@ -52,47 +54,47 @@ def plan(
         bool,
         typer.Option(
             "--suggest",
-            help="Rank the layouts that fit: the fastest first, of "
-            "those about as fast (5 %) the one with the fewest changes.",
+            help="Rank the layouts that fit, fastest first; among those about as fast (5 %), the "
+            "one with the fewest changes comes first.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a run will be, without starting it.
+    """Estimate what a run needs, without starting it.
 
-    Steps, tokens and parameters; memory of the fullest rank by kind; FLOPs, bytes that are sent, and
-    time; of Gengram's tables, how each is split over the ranks, and why; and what to think about.
+    Shows steps, tokens and parameters; memory by kind on the rank that needs most; FLOPs, bytes
+    sent and time; how and why each Gengram table is split over the ranks; and warnings.
 
     \b
       gengram plan configs/smoke/cpu.yaml
       gengram plan my_run.yaml --nproc 64 'model.gengram.kmer_sizes=[1,2,3,4,5,6,12]'
       gengram plan configs/pretrain_200b_8k/gengram_window_21.yaml --suggest --gpus 256
 
-    Parameters are exact. Memory is an estimate, on small models on the CPU 1 % too low to 5 % too
-    high, not yet compared with a GPU; it leaves out what CUDA, NCCL and torch's allocator take for
-    themselves, a few GB. The time of a run is its FLOPs at the utilisation that you give;
-    --suggest adds waiting and communication to it, to compare layouts.
+    Parameters are exact. Memory is an estimate: for small models on the CPU it is between 1 % too
+    low and 5 % too high; it has not yet been compared with a GPU. It leaves out the few GB that
+    CUDA, NCCL and torch's allocator need. The time of a run is that of its FLOPs at the given
+    utilisation; --suggest adds pipeline bubbles and communication, to compare layouts.
     """
     loaded, speed = load_config(config, overrides or [], Config), Speed(utilisation, gpu_tflops)
     if suggest:
         _suggest(loaded, nproc, memory, speed, as_json)
         return
-    layout = check_layout(loaded, nproc or _asked_for(loaded) or smallest_world(loaded))
-    found = work_out(loaded, layout, speed, memory)
+    layout = check_layout(loaded, nproc or _launch_world(loaded) or smallest_world(loaded))
+    figures = make_plan(loaded, layout, speed, memory)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(figures, indent=1))
     else:
-        show(found)
+        show(figures)
 
 
-def _asked_for(config: Config) -> int | None:
-    """Processes with which the config's section launch starts the run, where it says so."""
+def _launch_world(config: Config) -> int | None:
+    """Returns the number of processes that the section launch starts; None if it does not say."""
     launch = config.launch
     return launch.nodes * launch.processes if launch.processes else None
 
 
 def smallest_world(config: Config) -> int:
-    """Processes that a layout takes at least."""
+    """Returns the smallest number of processes that the config's layout can run on."""
     parallel = config.parallel
     copy = parallel.tensor * parallel.context
     experts = (parallel.expert_tensor or parallel.tensor) * parallel.expert
@@ -104,31 +106,34 @@ def _suggest(
 ) -> None:
     if gpus is None:
         raise UserError("--suggest needs --gpus, the number of GPUs of the run")
-    found = find_layouts(config, gpus, gigabytes, speed)
+    suggestions = find_layouts(config, gpus, gigabytes, speed)
     if as_json:
-        rows = [{**asdict(one), "seconds_per_step": one.time.total} for one in found]
+        rows = [
+            {**asdict(suggestion), "seconds_per_step": suggestion.time.total}
+            for suggestion in suggestions
+        ]
         print(json.dumps(rows, indent=1))
     else:
-        show_suggestions(found, gpus, gigabytes)
+        show_suggestions(suggestions, gpus, gigabytes)
 
 
 SHOWN = 10
-"""Layouts that --suggest prints; --json has all."""
+"""Number of layouts that --suggest prints; --json has all."""
 
 
 def show(plan: dict) -> None:
-    """What gengram plan prints."""
+    """Prints a plan as tables."""
     print_table(_facts(plan))
     stage = plan["memory_bytes_per_rank"]["stage"] + 1
     kinds = {k: v for k, v in plan["memory_bytes_per_rank"].items() if k != "stage"}
-    print_table(_bytes(f"Memory of the fullest rank, in pipeline stage {stage}", kinds))
+    print_table(_bytes(f"Memory of the rank that needs most, in pipeline stage {stage}", kinds))
     sent = {k.replace("_", " "): v for k, v in plan["bytes_sent_per_rank_and_step"].items() if v}
     if sent:
-        print_table(_bytes("Sent by a rank in a step, at most", sent))
+        print_table(_bytes("Sent per step by the rank that sends most", sent))
     if plan["tables"]:
         print_table(_tables(plan))
-        made = plan["projection"]
-        print_text(f"Key and value are projected from {made['of']}: {made['reason']}")
+        projection = plan["projection"]
+        print_text(f"Key and value are projected from {projection['of']}: {projection['reason']}")
     for sentence in plan["warnings"]:
         print_text(f"warning: {sentence}")
 
@@ -143,12 +148,14 @@ def _facts(plan: dict) -> Table:
         facts.add_row("samples, in whole batches", f"{plan['samples_trained']:,}")
     for name, number in plan["parameters"].items():
         facts.add_row(f"parameters, {name}", f"{number:,}")
-    facts.add_row("parameters, of the fullest rank", f"{plan['parameters_per_rank']:,}")
-    facts.add_row("FLOPs a token, forward", f"{plan['forward_flops_per_token']:,}")
-    facts.add_row("FLOPs a token, forward and backward", f"{plan['flops_per_token']:,}")
-    facts.add_row("FLOPs a step", f"{plan['flops_per_step']:.3g}")
+    facts.add_row(
+        "parameters, on the rank that needs most memory", f"{plan['parameters_per_rank']:,}"
+    )
+    facts.add_row("FLOPs per token, forward", f"{plan['forward_flops_per_token']:,}")
+    facts.add_row("FLOPs per token, forward and backward", f"{plan['flops_per_token']:,}")
+    facts.add_row("FLOPs per step", f"{plan['flops_per_step']:.3g}")
     at = f"at {plan['utilisation']:.0%} of {plan['gpu_tflops']:g} TFLOP/s"
-    facts.add_row(f"seconds a step, {at}", f"{plan['seconds_per_step']:,.3g}")
+    facts.add_row(f"seconds per step, {at}", f"{plan['seconds_per_step']:,.3g}")
     facts.add_row(f"hours, {at}", f"{plan['hours']:,.1f}")
     facts.add_row(f"GPU hours, {at}", f"{plan['gpu_hours']:,.0f}")
     return facts
@@ -167,14 +174,12 @@ def _tables(plan: dict) -> Table:
     layers = ", ".join(map(str, plan["memory_layers"]))
     hashed = any(row["hashed"] for row in plan["tables"])
     shown = Table(
-        title=f"Memory tables of each of the layers {layers}",
+        title=f"Gengram tables of each of the layers {layers}",
         caption="* hashed" if hashed else None,
     )
-    for heading in ("table", "rows", "columns", "split by", "a rank holds", "because"):
-        right = heading in ("rows", "columns", "a rank holds")
-        shown.add_column(
-            heading, justify="right" if right else "left", no_wrap=heading != "because"
-        )
+    for heading in ("table", "rows", "columns", "split by", "per rank", "reason"):
+        right = heading in ("rows", "columns", "per rank")
+        shown.add_column(heading, justify="right" if right else "left", no_wrap=heading != "reason")
     for row in plan["tables"]:
         shown.add_row(
             row["name"] + ("*" if row["hashed"] else ""),
@@ -187,22 +192,22 @@ def _tables(plan: dict) -> Table:
     return shown
 
 
-def show_suggestions(found: list[Suggestion], gpus: int, gigabytes: float) -> None:
-    """The fastest layouts, where their time goes, and the words that choose the first."""
+def show_suggestions(suggestions: list[Suggestion], gpus: int, gigabytes: float) -> None:
+    """Prints the fastest layouts, how their time divides, and the overrides for the first."""
     shown = Table(
-        title=f"Layouts on {gpus} GPUs that fit in {gigabytes:g} GB: {len(found)}, the fastest first; of "
-        "those about as fast, the one with the fewest changes",
-        caption="seconds a step: arithmetic + waiting in the pipeline + communication",
+        title=f"Layouts on {gpus} GPUs that fit in {gigabytes:g} GB: {len(suggestions)}, fastest "
+        "first; among those about as fast, the one with the fewest changes first",
+        caption="seconds per step: arithmetic + pipeline bubble + communication",
     )
-    for heading in ("change", "GB a rank", "seconds a step", "of which"):
+    for heading in ("change", "GB per rank", "seconds per step", "of which"):
         shown.add_column(heading, justify="left" if heading == "change" else "right")
-    for one in found[:SHOWN]:
-        time = one.time
+    for suggestion in suggestions[:SHOWN]:
+        time = suggestion.time
         shown.add_row(
-            one.words.replace("parallel.", "").replace("train.", "") or "as it is",
-            f"{one.memory.total / GB:.1f}",
+            suggestion.words.replace("parallel.", "").replace("train.", "") or "unchanged",
+            f"{suggestion.memory.total / GB:.1f}",
             f"{time.total:.2f}",
             f"{time.arithmetic:.2f} + {time.bubble:.2f} + {time.communication:.2f}",
         )
     print_table(shown)
-    print_text(f"The first: {found[0].words or 'the config as it is'}")
+    print_text(f"The first: {suggestions[0].words or 'the config unchanged'}")

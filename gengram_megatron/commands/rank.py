@@ -1,6 +1,6 @@
 """One process of a launched run: `python -m gengram_megatron.commands.rank LOGS train CONFIG`.
 
-It is `gengram train`, with a log and, should it fail, an error file under the number of its rank.
+It runs `gengram train` with a log file named for its rank, and an error file if it fails.
 """
 
 import os
@@ -14,9 +14,9 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def main() -> None:
-    """Train as the rank that torchrun or srun made this process."""
-    # Blocked before the first import that takes time, so that a request to stop stays pending, and
-    # does not kill the process, until `gengram train` has handlers (see StopSignals).
+    """Trains as the rank that torchrun or srun assigned to this process."""
+    # The signals are blocked before the first slow import, so that a request to stop stays pending
+    # and does not kill the process until `gengram train` has handlers (see StopSignals).
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     from gengram_megatron.config.layout import world_size_from_environment
     from gengram_megatron.launch.job import log_file
@@ -24,7 +24,7 @@ def main() -> None:
     logs = Path(sys.argv[1])
     sys.argv = ["gengram", *sys.argv[2:]]
     _, rank = world_size_from_environment()
-    if ERROR_FILE in os.environ:  # torchrun, which leaves the output to us
+    if ERROR_FILE in os.environ:  # torchrun leaves the output to its processes
         _write_output_to(log_file(logs, rank))
     else:
         os.environ[ERROR_FILE] = str(log_file(logs, rank).with_suffix(".error.json"))
@@ -39,7 +39,8 @@ def _train() -> None:
     try:
         gengram(own_log=True)
     finally:
-        # All is said and saved: a request to stop must not make a failure of how this process ends.
+        # Everything is reported and saved. A request to stop that comes now must not make this
+        # process end as a failed one.
         ignore_stop_signals()
 
 

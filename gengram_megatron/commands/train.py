@@ -1,4 +1,4 @@
-"""The command `gengram train`: one process of a run."""
+"""The command `gengram train`: runs one process of a training run."""
 
 import shlex
 from pathlib import Path
@@ -21,13 +21,13 @@ from gengram_megatron.signals import StopSignals
 
 
 def train(context: typer.Context, config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train a model, or go on with its training.
+    """Train a model, or resume its training.
 
     CONFIG is a YAML file with the sections run, model, parallel, data, optimizer, train,
-    checkpoint, logging and launch. Its key `base:` names files that it builds on; what stands in the
-    file itself wins over them. `gengram config --keys` lists every key and what it may be.
+    checkpoint, logging and launch. Its key `base:` names files that it builds on; the file overrides
+    them. `gengram config --keys` lists every key and its allowed values.
 
-    Words of the form key=value win over the file. Keys are written with dots, values as in
+    Arguments of the form key=value override the file. Keys are written with dots, values as in
     YAML:
 
     \b
@@ -35,11 +35,11 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
       gengram train configs/smoke/one_gpu.yaml 'model.gengram.layers=[2,3]'
       gengram train configs/smoke/one_gpu.yaml model.gengram.window=null
 
-    Paths: what the commands of gengram and gengram-data write (run.dir, data.path,
-    checkpoint.load) is relative to the current folder, also when a run reads it; what you wrote or
-    downloaded (base, data.tokenizer) is relative to the file that names it.
+    Paths of what gengram and gengram-data write (run.dir, data.path, checkpoint.load) are relative
+    to the current folder, also when a run reads them. Paths of files that you wrote or downloaded
+    (base, data.tokenizer) are relative to the file that names them.
 
-    A layout of several processes takes rank and world size from torchrun or srun:
+    With several processes, rank and world size come from torchrun or srun:
 
     \b
       torchrun --nproc-per-node 4 -m gengram_megatron train configs/smoke/cpu.yaml
@@ -47,12 +47,12 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
     The world size must be a multiple of parallel.tensor * pipeline * context; the rest is
     data parallelism.
 
-    A run resumes by itself: the same command on the same run.dir goes on from the newest good
-    checkpoint there. For a fresh run give another folder, such as run.dir=runs/second.
+    A run resumes automatically: the same command with the same run.dir continues from the newest
+    intact checkpoint there. For a new run give another folder, such as run.dir=runs/second.
 
-    On SIGTERM or SIGUSR1, as batch systems send before a time limit, and on Ctrl-C, it ends the
-    step, saves a checkpoint and exits with code 75: the same command goes on from there. A second
-    Ctrl-C ends it at once.
+    On SIGTERM or SIGUSR1, which batch systems send before a time limit, and on Ctrl-C, it finishes
+    the step, saves a checkpoint and exits with code 75; the same command resumes from there. A
+    second Ctrl-C ends it immediately, without saving.
 
     \b
     Exit codes: 0 done; 2 a mistake in config, data or files; 3 a loss or gradient that is not
@@ -61,9 +61,10 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
     try:
         loaded = load_config(config, overrides or [], Config)
         layout = _layout_here(loaded, config, overrides or [])
-        if layout.world_size == 1:  # several ranks tell each other, once they have met
+        if layout.world_size == 1:  # several ranks check this together, once they are connected
             check_data_sets_exist(loaded, config)
-        # Before the slow imports, in which a signal would otherwise end the process in a traceback.
+        # Entered before the slow imports, during which a signal would otherwise end the process
+        # with a traceback.
         with StopSignals(announce=not context.obj and is_first_on_its_node()) as signals:
             from gengram_megatron.engine.training.run import train as run_training
 
@@ -77,16 +78,16 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
 
 
 def _layout_here(loaded: Config, file: Path, overrides: list[str]) -> Layout:
-    """The layout on the processes that are there; where a process on its own is too few, the error
-    holds the command that starts enough."""
+    """Returns the layout on the processes that were started. If this is a single process and the
+    config needs more, the error includes the command that starts enough."""
     world_size, _ = world_size_from_environment()
     try:
         return check_layout(loaded, world_size)
     except UserError as error:
-        least, asked = smallest_world(loaded), loaded.launch.processes or 1
-        wanted = least if asked % least else asked
+        smallest, configured = smallest_world(loaded), loaded.launch.processes or 1
+        wanted = smallest if configured % smallest else configured
         if world_size > 1 or wanted == 1 or loaded.launch.nodes > 1:
             raise
-        check_layout(loaded, wanted)  # says what is wrong beside the number of processes
+        check_layout(loaded, wanted)  # reports problems other than the number of processes
         command = shlex.join(["gengram", "launch", str(file), "--nproc", str(wanted), *overrides])
-        raise UserError(f"{error}\nthis command starts {wanted}: {command}") from None
+        raise UserError(f"{error}\nthis command starts {wanted} processes: {command}") from None

@@ -1,5 +1,5 @@
-"""The parts of a command line that commands with a config file share: its arguments, and --keys,
-which prints the keys of a schema, what each may be, its default and its meaning.
+"""What all commands that read a config file share: their arguments, and --keys, which prints the
+keys of a schema with allowed values, defaults and meanings.
 """
 
 import json
@@ -16,7 +16,7 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.show import print_table
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-"""Settings of both programs, which their commands inherit."""
+"""Typer settings of both programs (`gengram` and `gengram-data`); their commands inherit them."""
 
 ConfigFile = Annotated[
     Path,
@@ -26,8 +26,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings that win over the file's, such as optimizer.lr=3e-4 of a run, or seed=1 of a "
-        "data set.",
+        help="Settings that override the file's, such as optimizer.lr=3e-4 for a run, or seed=1 for "
+        "a data set.",
         show_default=False,
     ),
 ]
@@ -37,9 +37,9 @@ def print_keys(schema: type[BaseModel], names: list[str], as_json: bool = False)
     """List the keys of a schema as a table, or as JSON.
 
     Args:
-        names: keys, or sections whose keys are all listed; none: every key.
+        names: keys, or sections, all of whose keys are listed; an empty list means every key.
 
-    Raises UserError with a line for each name that the schema does not have.
+    Raises UserError with one line for each name that the schema does not have.
     """
     keys = _chosen(Keys(schema), names)
     if as_json:
@@ -64,15 +64,15 @@ def print_keys(schema: type[BaseModel], names: list[str], as_json: bool = False)
 def _chosen(keys: Keys, names: list[str]) -> list[Key]:
     if not names:
         return keys.with_entries()
-    found = {name: keys.named(name) for name in names}
+    matches = {name: keys.named(name) for name in names}
     problems = [
         f"{COMMAND_LINE}: there is no key {name}; {keys.suggestion(tuple(name.split('.')))}"
         for name in names
-        if not found[name]
+        if not matches[name]
     ]
     if problems:
         raise UserError("\n".join(problems))
-    return list({key.name: key for some in found.values() for key in some}.values())
+    return list({key.name: key for matching in matches.values() for key in matching}.values())
 
 
 def _as_json(key: Key) -> dict:

@@ -1,6 +1,7 @@
-"""What a schema allows, in plain words: its keys, their values, and the key that was meant.
+"""Describes a schema in plain words: its keys, their allowed values, and the key that a misspelled
+one was probably meant to be.
 
-`Section` is what the sections of every config file are made of.
+`Section` is the base class of the sections of every config file.
 """
 
 import difflib
@@ -17,15 +18,15 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A group of keys. Unknown keys are errors, and numbers are never guessed from strings."""
+    """A group of keys. Unknown keys are errors, and strings are never converted to numbers."""
 
     input_files: ClassVar[tuple[str, ...]] = ()
-    """Keys of a whole config whose values are files that the user has, with * for a name that the
-    config chooses. A relative one is looked for from the file that names it, or from the current
-    folder where the command line does."""
+    """Dotted keys whose values are paths of the user's files; * stands for a name that the config
+    chooses. A relative path is resolved from the file that gives it, or from the current folder if
+    the command line gives it."""
     absolute_inputs: ClassVar[bool] = False
-    """Whether loading makes these paths absolute, so that a copy of the config means the same files
-    wherever it lies; else they become relative to the folder of the config that is loaded."""
+    """Whether loading makes these paths absolute, so that a copy of the config refers to the same
+    files wherever it is stored. Otherwise they become relative to the loaded config's folder."""
 
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
@@ -34,12 +35,12 @@ class Section(BaseModel):
 
 Path = tuple[str | int, ...]
 ENTRY = "NAME"
-"""Stands in a key's name for a name that a config chooses, such as that of a group."""
+"""Placeholder in a key's name for a name that the config chooses, such as that of a group."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a schema. `default` is shown as YAML would; None where a value must be given."""
+    """One key of a schema. `default` is a plain YAML value, and None if the key is required."""
 
     name: str
     allowed: str
@@ -49,7 +50,8 @@ class Key:
 
 
 def dotted(path: Path) -> str:
-    """A path as people write it; entries of lists are counted from 1."""
+    """Returns a path as people write it, such as `data.blend entry 1.path`. List entries count
+    from 1."""
     name = ""
     for part in path:
         name += f" entry {part + 1}" if isinstance(part, int) else f".{part}" if name else part
@@ -57,32 +59,32 @@ def dotted(path: Path) -> str:
 
 
 class Keys:
-    """The keys of a schema, read from its JSON schema (pydantic's public description of it)."""
+    """The keys of a schema, read from the JSON schema that pydantic generates for it."""
 
     def __init__(self, schema: type[BaseModel]):
         self._root = schema.model_json_schema()
         self.all = list(self._walk(self._root, "", entries=False))
 
     def with_entries(self) -> list[Key]:
-        """All keys, and those of the entries of lists and of maps whose names a config chooses:
-        `data.blend[].path`, `groups.NAME.weight`."""
+        """Returns all keys, including those inside list entries (`data.blend[].path`) and inside
+        maps whose names the config chooses (`groups.NAME.weight`)."""
         return list(self._walk(self._root, "", entries=True))
 
     def named(self, name: str) -> list[Key]:
-        """The key of a name, or all keys below a section of that name, from `with_entries`.
+        """Returns the key of this name, or all keys in a section of this name.
 
-        A name of the config's own, such as human in groups.human.weight, counts as NAME, and [] may
-        be left out.
+        A name that the config chooses, such as human in groups.human.weight, matches NAME, and []
+        may be left out.
         """
-        asked = name.replace("[]", "").split(".")
+        wanted = name.replace("[]", "").split(".")
 
-        def fits(key: Key) -> bool:
-            parts = key.name.replace("[]", "").split(".")[: len(asked)]
-            return len(parts) == len(asked) and all(
-                part in (ENTRY, word) for part, word in zip(parts, asked, strict=True)
+        def matches(key: Key) -> bool:
+            parts = key.name.replace("[]", "").split(".")[: len(wanted)]
+            return len(parts) == len(wanted) and all(
+                part in (ENTRY, word) for part, word in zip(parts, wanted, strict=True)
             )
 
-        return [key for key in self.with_entries() if fits(key)]
+        return [key for key in self.with_entries() if matches(key)]
 
     def _deref(self, node: dict) -> dict:
         if "$ref" not in node:
@@ -138,23 +140,24 @@ class Keys:
         return nodes[0]
 
     def allowed(self, path: Path) -> str | None:
-        """What may stand at a path, such as "a whole number of at least 1, or null"."""
+        """Describes the values allowed at a path, such as "a whole number at least 1, or null"."""
         node = self._at(path)
         return self._words(node) if node is not None else None
 
     def description(self, path: Path) -> str:
-        """The meaning of the key at a path, empty where the schema says nothing."""
+        """Returns the description of the key at a path, or "" if the schema has none."""
         node = self._at(path)
         return "" if node is None else self._deref(node).get("description", "")
 
     def names_in(self, path: Path) -> list[str]:
-        """The keys of the group at a path."""
+        """Returns the names of the keys in the group at a path."""
         node = self._at(path)
         choices = self._choices(node) if node is not None else []
         return [name for choice in choices for name in choice.get("properties", {})]
 
     def allowed_name(self, path: Path) -> str | None:
-        """The pattern of the names that entries of the free map at a path may have."""
+        """Returns the pattern that names must match in the map at a path whose names the config
+        chooses, or None if there is none."""
         node = self._at(path)
         choices = self._choices(node) if node is not None else []
         return next(
@@ -166,7 +169,7 @@ class Keys:
         return ", or ".join(dict.fromkeys(words))
 
     def meant(self, path: Path) -> list[str]:
-        """The right keys that a wrong one was most likely meant to be, best first."""
+        """Returns the keys that an unknown key was most likely meant to be, best first."""
         leaf, group = str(path[-1]), path[:-1]
         names = self._all_names()
         same = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
@@ -181,7 +184,7 @@ class Keys:
         return [leaves[near[0]]] if near else []
 
     def suggestion(self, path: Path) -> str:
-        """What to write instead of the wrong key at a path."""
+        """Returns a hint what to write instead of the unknown key at a path."""
         meant = self.meant(path)
         if meant:
             return f"did you mean {' or '.join(meant)}?"
@@ -191,7 +194,8 @@ class Keys:
         )
 
     def _all_names(self) -> list[str]:
-        """Every key and group, outer ones first, without entries of lists and free maps."""
+        """Returns the names of all keys and groups, outer ones first, except those inside lists
+        and maps."""
         names: dict[str, None] = {}
         for key in self.all:
             parts = key.name.split(".")
@@ -201,14 +205,14 @@ class Keys:
 
 
 def _free_entries(node: dict) -> list[dict]:
-    """What the entries of a map with names of the user's own may be."""
+    """Returns the schemas of the entries of a map whose names the config chooses."""
     any_name = node.get("additionalProperties")
     entries = list(node.get("patternProperties", {}).values())
     return [*entries, any_name] if isinstance(any_name, dict) else entries
 
 
 def _kind(node: dict, words_of: Callable[[dict], str]) -> str:
-    """One kind of value in words."""
+    """Describes one kind of value in words."""
     if "enum" in node or "const" in node:
         values = node.get("enum", [node.get("const")])
         return " or ".join(filter(None, [", ".join(map(str, values[:-1])), str(values[-1])]))

@@ -1,4 +1,4 @@
-"""The section `launch`: on how many machines a run starts, and how."""
+"""The section `launch`: how many machines a run starts on, and how it starts there."""
 
 import re
 from typing import Annotated, Literal
@@ -11,13 +11,14 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 def _as_text(value: object) -> object:
-    """Numbers as people write them where text is wanted: NCCL_IB_TIMEOUT: 22, time: 60."""
+    """Converts numbers to text for keys such as `NCCL_IB_TIMEOUT: 22` and `time: 60`, which people
+    write without quotes."""
     return str(value) if type(value) in (int, float) else value
 
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 UNLIMITED = ("infinite", "unlimited")
-"""Slurm's words for no time limit, in letters of either case."""
+"""Slurm's words for no time limit; letter case does not matter."""
 
 
 def _time_limit(text: str) -> str:
@@ -33,70 +34,77 @@ TimeLimit = Annotated[Text, AfterValidator(_time_limit)]
 
 
 class Container(Section):
-    """A container that every process of a Slurm job runs in."""
+    """The container that every process of a Slurm job runs in."""
 
     runtime: Literal["pyxis", "apptainer"] = Field(
-        description="pyxis: srun's own --container-image; apptainer: apptainer exec"
+        description="pyxis: srun --container-image; apptainer: apptainer exec"
     )
-    image: Name = Field(description="its name or file, as the runtime takes it")
+    image: Name = Field(description="name or file of the image, as the runtime expects it")
     mounts: list[Name] = Field(
         [],
-        description="folders it sees, as FOLDER or FOLDER:NAME; the current folder, run.dir, "
-        "the data sets and tokenizer of data, and checkpoint.load are always among them",
+        description="more folders to mount, as FOLDER or FOLDER:NAME; the current folder, run.dir, "
+        "the data sets, data.tokenizer and checkpoint.load are always mounted",
     )
 
 
 class Slurm(Section):
-    """What `gengram launch --slurm` asks sbatch for."""
+    """What `gengram launch --slurm` requests from sbatch."""
 
-    account: Name | None = Field(None, description="null: the user's own")
+    account: Name | None = Field(None, description="null: the user's default account")
     partition: Name | None = Field(None, description="null: the cluster's default")
     qos: Name | None = Field(None, description="quality of service; null: the default")
     time: TimeLimit | None = Field(
         None,
-        description="limit of a job: minutes, days-hours:minutes:seconds, or infinite; null: "
+        description="time limit of a job: minutes, days-hours:minutes:seconds, or infinite; null: "
         "the partition's default",
     )
-    memory: Name | None = Field(None, description="of a node, such as 500G; null: the default")
+    memory: Name | None = Field(
+        None, description="RAM per node, such as 500G; null: the cluster's default"
+    )
     gpus: NonNegative | None = Field(
-        None, description="of a node; null: one a process; 0: the run computes on the CPU"
+        None, description="GPUs per node; null: one per process; 0: run on the CPU"
     )
     save_before: Positive = Field(
-        300, description="seconds before the time limit at which the run is told to save and stop"
+        300, description="how many seconds before the time limit the run is told to save and stop"
     )
     requeue: bool = Field(
-        True, description="back into the queue after that, and on from what was saved"
+        True, description="put the job back into the queue after that; it resumes when it restarts"
     )
-    options: list[Name] = Field([], description="more of sbatch's, such as --constraint=a100")
+    options: list[Name] = Field(
+        [], description="further options of sbatch, such as --constraint=a100"
+    )
     setup: list[Name] = Field(
-        [], description="lines of shell before the start, such as module load cuda"
+        [], description="shell lines to run before the start, such as module load cuda"
     )
     virtual_environment: Name | None = Field(
-        None, description="folder of the one to run in; null: the Python that launches"
+        None,
+        description="folder of the virtual environment to run in; null: that of the launching "
+        "Python",
     )
-    container: Container | None = Field(None, description="null: none")
+    container: Container | None = Field(None, description="null: no container")
 
 
 class Launch(Section):
-    """On how many machines a run starts, and how; read by `gengram launch` and `sweep`."""
+    """How many machines a run starts on, and how; read by `gengram launch` and `gengram sweep`."""
 
-    nodes: Positive = Field(1, description="machines")
+    nodes: Positive = Field(1, description="number of machines")
     processes: Positive | None = Field(
-        None, description="of each node; null: one for each GPU of this machine, or else one"
+        None,
+        description="processes per node; null: one per GPU of this machine, or one without GPUs",
     )
     cpus: Positive | None = Field(
         None,
-        description="cores of each process: its threads, and what Slurm is asked for; null: what "
-        "Slurm gives; elsewhere one, or all for a process on its own",
+        description="cores per process: its threads, and what Slurm is asked for; null: what Slurm "
+        "gives; without Slurm one, or all for a single process",
     )
     rendezvous: Annotated[str, Field(pattern=r"^[^\s:]+:[0-9]+$")] | None = Field(
         None,
-        description="HOST:PORT of one of several nodes without Slurm; the same command is given "
-        "on all of them",
+        description="HOST:PORT of one of the nodes, to run on several without Slurm; give the same "
+        "command on all of them",
     )
     environment: dict[VariableName, Text] = Field(
         {},
-        description="variables of every process, such as NCCL_DEBUG: INFO; no secrets, as they are "
-        "kept in config.yaml, launches/ and checkpoints",
+        description="environment variables of every process, such as NCCL_DEBUG: INFO; no secrets, "
+        "because they are stored in config.yaml, launches/ and checkpoints",
     )
     slurm: Slurm = Slurm()

@@ -1,9 +1,9 @@
-"""The layout of a run, from a config whose keys go together: every null is resolved, and what
-cannot work is refused.
+"""Checks that the keys of a config fit together, and derives the layout of the run from them, with
+every null resolved.
 
-Also resolved here: whether key and value are projected from the features of each token, or the
-tables are projected once a step and looked up then (engine/model/gengram/projected.py). Both give
-the same numbers.
+This includes the choice of how key and value are computed: by projecting each token's features, or
+by projecting the tables once a step and looking up the result (engine/model/gengram/projected.py).
+Both give the same numbers.
 """
 
 import os
@@ -40,11 +40,12 @@ from gengram_megatron.config.tables import ALPHABET_SIZE, SMALL_K, Placement, pl
 from gengram_megatron.errors import UserError
 
 RESERVED_STEPS = 0xFFFFFFF0
-"""Slurm numbers the steps that srun starts from 0, and the script's and the shell's from here."""
+"""Slurm numbers the job steps that srun starts from 0; numbers from this one on are reserved, for
+example for the steps of sbatch's script and of salloc's shell."""
 
 
 class Projection(NamedTuple):
-    """of: features or tables."""
+    """How key and value are computed: `of` says what is projected, "features" or "tables"."""
 
     of: str
     reason: str
@@ -52,7 +53,8 @@ class Projection(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread over its processes, with every null of the config resolved."""
+    """How a run is distributed over its processes, with every null of the config resolved. Fields
+    named for a kind of parallelism hold its size."""
 
     world_size: int
     tensor: int
@@ -65,26 +67,28 @@ class Layout:
     data: int
     expert_data: int
     num_microbatches: int
-    """Microbatches that each data-parallel rank runs a step."""
+    """Microbatches of each data-parallel rank per step."""
     steps: int
     samples: int
-    """Samples of the whole run: whole global batches only."""
+    """Samples of the whole run, a multiple of the global batch size."""
     placements: tuple[Placement, ...] = ()
-    """How each table of a layer with memory is split over the ranks."""
+    """How each table of a Gengram layer is split over the ranks."""
     projections: tuple[Projection, Projection] | None = None
-    """What is projected where the run is on CPUs, and where it is on GPUs; None: no memory."""
+    """What is projected on CPUs, and what on GPUs; None without Gengram."""
 
     def projection(self, on_gpu: bool) -> Projection | None:
-        """What is projected on one kind of machine; None: there is no memory."""
+        """Returns what is projected on CPUs or GPUs; None without Gengram."""
         return self.projections and self.projections[on_gpu]
 
     @property
     def rows_shared_over(self) -> str | None:
-        """The group that shares tables by rows, if it is the data- or the expert-parallel one."""
-        return next((one.over for one in self.placements if one.over in ("data", "expert")), None)
+        """The group that tables are split over by rows, if it is the data- or expert-parallel one,
+        otherwise None."""
+        groups = (placement.over for placement in self.placements)
+        return next((group for group in groups if group in ("data", "expert")), None)
 
     def sizes(self) -> dict[str, Any]:
-        """All that is a number, a flag or None, by name: what a checkpoint keeps of a layout."""
+        """Returns the fields that are numbers, flags or None, by name. A checkpoint stores them."""
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)
@@ -93,15 +97,19 @@ class Layout:
 
 
 def world_size_from_environment() -> tuple[int, int]:
-    """World size and rank as torchrun or srun set them; 1 and 0 for a process on its own."""
+    """Returns the world size and rank that torchrun or srun set; 1 and 0 for a single process.
+
+    Raises UserError if only one of the two is set, if they do not fit together, or if Slurm
+    allotted several tasks but srun did not start this process.
+    """
     for size_name, rank_name in (("WORLD_SIZE", "RANK"), ("SLURM_NTASKS", "SLURM_PROCID")):
         size, rank = os.environ.get(size_name), os.environ.get(rank_name)
         if size is None and rank is None:
             continue
         if size is None or rank is None:
-            there, absent = (rank_name, size_name) if size is None else (size_name, rank_name)
+            present, absent = (rank_name, size_name) if size is None else (size_name, rank_name)
             raise UserError(
-                f"the environment has {there} but not {absent}: "
+                f"the environment has {present} but not {absent}: "
                 "start with torchrun or srun, which set both, or unset it"
             )
         if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
@@ -112,23 +120,24 @@ def world_size_from_environment() -> tuple[int, int]:
         if size_name == "SLURM_NTASKS" and int(size) > 1 and not _started_by_srun():
             raise UserError(
                 f"the environment has SLURM_NTASKS={size}, but srun did not start this process, so "
-                f"it would wait for {int(size) - 1} that never come: put srun before the command, "
-                "or leave the job to `gengram launch --slurm`"
+                f"it would wait forever for {int(size) - 1} others: put srun before the command, "
+                "or start the job with `gengram launch --slurm`"
             )
         return int(size), int(rank)
     return 1, 0
 
 
 def _started_by_srun() -> bool:
-    """Whether this process is a task of a job step. sbatch gives its script the number of tasks
-    and a rank as well, and so does the shell of salloc, whose step has a reserved number."""
+    """Returns whether srun started this process. The number of tasks and a rank alone do not show
+    it: the script of sbatch and the shell of salloc (a step with a reserved number) have them too.
+    """
     step = os.environ.get("SLURM_STEP_ID", "")
     return step.isdecimal() and int(step) < RESERVED_STEPS
 
 
 def check_model(config: Config) -> None:
-    """UserError with one line for each thing that no run of this model could do, whatever its
-    processes and its machine."""
+    """Raises UserError with one line for each problem that no number of processes and no machine
+    could solve."""
     if problems := [*_model_problems(config), *optimizer_problems(config)]:
         raise UserError("\n".join(problems))
 
@@ -140,9 +149,9 @@ def _model_problems(config: Config) -> Iterator[str]:
 
 
 def check_layout(config: Config, world_size: int) -> Layout:
-    """The layout of a run on so many processes.
+    """Returns the layout of a run on `world_size` processes.
 
-    Raises UserError with one line for each thing that cannot work.
+    Raises UserError with one line for each problem.
     """
     problems = [
         *installation_problems(config),
@@ -181,7 +190,8 @@ def check_layout(config: Config, world_size: int) -> Layout:
 
 
 def with_memory(layout: Layout, config: Config) -> Layout:
-    """A layout with what follows from it for the memory of a config, if that has one."""
+    """Returns the layout with the placements and projections of Gengram filled in; unchanged if
+    Gengram is not enabled."""
     if not config.model.gengram.enabled:
         return layout
     return replace(
@@ -195,12 +205,12 @@ def with_memory(layout: Layout, config: Config) -> Layout:
 
 
 def _projection(config: Config, layout: Layout, on_gpu: bool) -> Projection:
-    """What is projected, of a config with memory."""
+    """Chooses what is projected, for a config with Gengram."""
     gengram = config.model.gengram
     if gengram.project != "auto":
         return Projection(gengram.project, f"gengram.project is {gengram.project}")
     if on_gpu:
-        return Projection("features", "on GPUs the other way has not been measured")
+        return Projection("features", "projecting tables has not been measured on GPUs")
     if max(gengram.kmer_sizes) > SMALL_K:
         return Projection("features", f"k is above {SMALL_K}")
     for obstacle, _ in projection_obstacles(config):
@@ -208,31 +218,32 @@ def _projection(config: Config, layout: Layout, on_gpu: bool) -> Projection:
     tokens = layout.num_microbatches * config.train.micro_batch_size * config.model.seq_length
     tokens //= layout.context
     needed = break_even(max(gengram.kmer_sizes))
-    found = f"{tokens:,} tokens a step and rank, and {needed:,} rows a table on average"
-    return Projection("tables" if tokens > needed else "features", found)
+    reason = f"{tokens:,} tokens per step and rank, and {needed:,} rows per table on average"
+    return Projection("tables" if tokens > needed else "features", reason)
 
 
 def is_first_on_its_node() -> bool:
-    """Whether this process is the first on its machine, by what torchrun and srun say; where neither
-    does, every process counts as first.
+    """Returns whether this process is the first on its machine, according to torchrun or srun.
+    Without either, every process counts as the first.
 
-    All ranks find the same faults in the same file, so one of each machine tells them; a file that
-    is missing on a single machine is told as well.
+    All ranks find the same problems in the same file, so one process per machine reports them. A
+    file that is missing on only one machine is reported too.
     """
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def break_even(largest: int) -> int:
-    """The tables' rows over their number: as many tokens' features cost as much to project."""
+    """Returns the average number of rows per table for k from 1 to `largest`. Projecting the
+    features of that many tokens costs as much as projecting the tables."""
     return sum(ALPHABET_SIZE**k for k in range(1, largest + 1)) // largest
 
 
-def bytes_held(config: Config) -> int:
-    """Of a layer's projected tables and their gradient, in float32, on every rank."""
+def projected_table_bytes(config: Config) -> int:
+    """Returns the size in bytes of one layer's projected tables and their gradient, in float32.
+    Every rank holds all of them."""
     gengram, largest = config.model.gengram, max(config.model.gengram.kmer_sizes)
     rows = sum(ALPHABET_SIZE**k for k in range(1, largest + 1))
     if gengram.window is not None and largest > 1:
-        rows += ALPHABET_SIZE ** (
-            largest - 1
-        )  # what begins a window (engine/model/gengram/projected.py)
+        # Rows for the start of a window (engine/model/gengram/projected.py).
+        rows += ALPHABET_SIZE ** (largest - 1)
     return 2 * 4 * rows * 2 * config.model.hidden_size

@@ -1,4 +1,4 @@
-"""A config file and `key=value` words to a checked config, and back to YAML."""
+"""Turns a config file and `key=value` overrides into a validated config, and back into YAML."""
 
 import json
 import os
@@ -15,15 +15,16 @@ from gengram_megatron.errors import UserError
 
 COMMAND_LINE = "command line"
 ALTERNATIVE = re.compile(r"(constrained-)?(int|float|str)$|literal\[")
-"""What pydantic puts behind a key that may have values of several kinds: the kind it tried."""
+"""Matches what pydantic appends to the path of a key with several allowed kinds of value: the kind
+it tried."""
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_config(path: Path, overrides: list[str], schema: type[AnySection]) -> AnySection:
-    """Read a config file, the files it builds on and the `key=value` words that win over them.
+    """Reads a config file and its base files, and applies the `key=value` overrides.
 
-    Raises UserError with one line for each thing that is wrong.
+    Raises UserError with one line for each problem.
     """
     tree = read_tree(Path(path))
     refuse_other_kinds(tree, path, set(schema.model_fields))
@@ -33,10 +34,10 @@ def load_config(path: Path, overrides: list[str], schema: type[AnySection]) -> A
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of config file: the keys that only it has, and the command that takes it."""
+    """A kind of config file: the top-level keys that only it has, and the command that reads it."""
 
     keys: tuple[str, ...]
-    what: str
+    description: str
     command: str
 
 
@@ -50,23 +51,27 @@ _KINDS = (
 
 
 def refuse_other_kinds(tree: Tree, path: Path, allowed: set[str]) -> None:
-    """Raise UserError if a file is of a kind that another command takes, and name that command.
+    """Raise UserError if a file is of a kind that another command reads, and name that command.
 
-    allowed: the top-level keys of the kind that is wanted. A file that has keys of the wanted kind
-    is one, whatever else it has; but the config of a run with a section sweep is a sweep.
+    Args:
+        allowed: the top-level keys of the wanted kind. A file with any of its keys counts as that
+            kind, whatever else it has, except that a config of a run with a section sweep counts
+            as a sweep.
     """
-    there = [kind for kind in _KINDS if tree.value.keys() & set(kind.keys)]
-    wanted = [kind for kind in there if allowed.intersection(kind.keys)]
-    if there and (not wanted or (there[0] is _SWEEP and _SWEEP not in wanted)):
-        kind = there[0]
+    matching = [kind for kind in _KINDS if tree.value.keys() & set(kind.keys)]
+    wanted = [kind for kind in matching if allowed.intersection(kind.keys)]
+    if matching and (not wanted or (matching[0] is _SWEEP and _SWEEP not in wanted)):
+        kind = matching[0]
         key = next(key for key in kind.keys if key in tree.value)
         raise UserError(
-            f"{path}: this is {kind.what}, as its key {key} says: use `{kind.command} {path}`"
+            f"{path}: this is {kind.description}, because it has the key {key}: "
+            f"use `{kind.command} {path}`"
         )
 
 
 def with_overrides(tree: Tree, overrides: list[str]) -> tuple[Tree, list[str]]:
-    """A tree with `key=value` words on top of it, and what is wrong with those words."""
+    """Applies `key=value` overrides to a tree. Returns the new tree, and one message for each
+    override that is not valid."""
     problems = []
     for word in overrides:
         try:
@@ -79,30 +84,30 @@ def with_overrides(tree: Tree, overrides: list[str]) -> tuple[Tree, list[str]]:
 def check_tree(
     tree: Tree, path: Path, schema: type[AnySection], problems: list[str] | None = None
 ) -> AnySection:
-    """The config that a tree read from `path` stands for.
+    """Validates a tree that was read from `path`, and returns its config.
 
-    Raises UserError with one line for each thing that is wrong, after the `problems` known before.
+    Raises UserError with one line for each problem, after the given `problems`.
     """
     problems = list(problems or [])
     folder = None if schema.absolute_inputs else Path(os.path.normpath(path)).parent
     for key in schema.input_files:
         tree = _with_input_path(tree, key.split("."), folder)
     try:
-        # As JSON, because strict checking of JSON takes text for a path and a list for a tuple,
-        # yet never text for a number.
+        # Strict validation of JSON accepts text for a path and a list for a tuple, but never text
+        # for a number.
         config = schema.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
         keys = Keys(schema)
-        found = error.errors(include_url=False)
-        problems += dict.fromkeys(_sentence(one, tree, keys, path) for one in found)
+        details = error.errors(include_url=False)
+        problems += dict.fromkeys(_sentence(detail, tree, keys, path) for detail in details)
     if problems:
         raise UserError("\n".join(problems))
     return config
 
 
 def _with_input_path(tree: Tree, parts: list[str], folder: Path | None) -> Tree:
-    """A tree whose values at a key are paths that hold wherever they are read: relative to a folder,
-    or absolute where that is None. Values that are no paths, URLs among them, stay."""
+    """Returns the tree with the paths at a key made relative to `folder`, or absolute if that is
+    None. Values that are not paths, such as URLs, are unchanged."""
     if parts and isinstance(tree.value, dict):
         children = {
             name: _with_input_path(child, parts[1:], folder) if parts[0] in ("*", name) else child
@@ -121,12 +126,12 @@ def _with_input_path(tree: Tree, parts: list[str], folder: Path | None) -> Tree:
 
 
 def dump_config(config: Section) -> str:
-    """The whole config as YAML, in the schema's order; it loads back to an equal config."""
+    """Returns the whole config as YAML, in the schema's order. It loads back to an equal config."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def _override(word: str) -> Tree:
-    """`a.b=value` as a tree. Values are YAML, so they mean what they mean in a file."""
+    """Parses `a.b=value` into a tree. The value is parsed as YAML, as in a file."""
     key, equals, text = word.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -135,43 +140,47 @@ def _override(word: str) -> Tree:
         )
     if not text.strip():
         raise UserError(
-            f"{COMMAND_LINE}: {key.strip()} has no value; write {key.strip()}=null for none"
+            f"{COMMAND_LINE}: {key.strip()} has no value; write {key.strip()}=null to unset it"
         )
     tree = parse_yaml(text, f"{COMMAND_LINE}, value of {key.strip()}", numbered=False)
     return tree_at(parts, Tree(tree.value, COMMAND_LINE))
 
 
 def tree_at(parts: list[str], value: Tree) -> Tree:
-    """A tree with nothing but a value under the key of these parts, all in the value's place."""
+    """Returns a tree that holds only this value, under the key with these parts. All its groups get
+    the value's place."""
     for part in reversed(parts):
         value = Tree({part: value}, value.place)
     return value
 
 
 def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
-    """One of pydantic's errors in plain words."""
+    """Returns the message for one of pydantic's errors."""
     where: tuple[str | int, ...] = error["loc"]
     while where and ALTERNATIVE.match(str(where[-1])):
         where = where[:-1]
     name = dotted(where)
-    found = tree.nearest(where)
+    nearest = tree.nearest(where)
     if error["type"] == "json_invalid":
-        return f"{path}: a text holds half of a Unicode character, such as \\ud800; write it whole"
+        return (
+            f"{path}: a text contains half of a Unicode character, such as \\ud800; "
+            "write the whole character"
+        )
     if where and where[-1] == "[key]":
         pattern = keys.allowed_name(where[:-2])
         return (
-            f"{found.place}: {dotted(where[:-2])} has an entry {where[-2]!r}; "
-            f"such names must be of the pattern {pattern}"
+            f"{nearest.place}: {dotted(where[:-2])} has an entry {where[-2]!r}; "
+            f"such names must match the pattern {pattern}"
         )
     if error["type"] == "extra_forbidden":
-        return f"{found.place}: there is no key {name}; {keys.suggestion(where)}"
+        return f"{nearest.place}: there is no key {name}; {keys.suggestion(where)}"
     if error["type"] == "missing":
-        place = path if found is tree or found.place == COMMAND_LINE else found.place
+        place = path if nearest is tree or nearest.place == COMMAND_LINE else nearest.place
         meaning = f" ({text})" if (text := keys.description(where).rstrip(".")) else ""
         return f"{place}: the key {name} is missing; it must be {keys.allowed(where)}{meaning}"
     if error["type"] == "value_error":
-        place = f"{found.place}: {name}" if where else str(path)
-        was = "" if isinstance(found.value, dict) else f" is {describe(found.plain())}"
-        return f"{place}{was}: {error['ctx']['error']}"
+        place = f"{nearest.place}: {name}" if where else str(path)
+        value = "" if isinstance(nearest.value, dict) else f" is {describe(nearest.plain())}"
+        return f"{place}{value}: {error['ctx']['error']}"
     allowed = keys.allowed(where) or error["msg"].lower()
-    return f"{found.place}: {name} is {describe(found.plain())}; it must be {allowed}"
+    return f"{nearest.place}: {name} is {describe(nearest.plain())}; it must be {allowed}"

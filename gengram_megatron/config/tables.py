@@ -1,14 +1,15 @@
-"""The memory tables that a config asks for, and how each is split over the ranks.
+"""The Gengram tables of a config, and how each is split over the ranks.
 
-Up to k = 8 a table is direct: a row for each of the 5^k k-mers, and no collisions. Above that a
-k-mer's row is found by hashing, in the manner of DeepSeek's Engram (arXiv 2601.07372): several
-tables a k, its heads, each with a share of the columns, a prime number of rows of its own and a
-hash of its own, so that two k-mers that meet in one head hardly meet in another.
+Up to k = 8 a table is direct: it has a row for each of the 5^k k-mers, without collisions. Above
+that, rows are found by hashing, as in DeepSeek's Engram (arXiv 2601.07372): each k has several
+tables, called heads. Each head has a share of the columns, and its own prime number of rows and
+hash function, so two k-mers that collide in one head rarely collide in another.
 
-Tables split by columns: a tensor-parallel rank holds d / tensor columns of every row; nothing is
-communicated to look a row up, but each rank of a data-parallel group has a copy. By rows: a rank
-holds a range of rows, and rows are fetched from the ranks that hold them; over the data- or
-expert-parallel group, no rank holds a whole table, its gradient or its optimizer states.
+A table is split by columns or by rows. By columns, a tensor-parallel rank holds d / tensor columns
+of every row: a look-up needs no communication, but every rank of the data-parallel group has a
+copy. By rows, a rank holds a range of rows, and rows are fetched from the ranks that hold them.
+Split over the data- or expert-parallel group, no rank holds a whole table, its whole gradient or
+its whole optimizer states.
 """
 
 import hashlib
@@ -27,9 +28,11 @@ LARGEST_DIRECT = 8
 class KmerTable:
     """One table of one layer.
 
-    rows: of the whole table, over all ranks. columns: likewise; d_m, or d_m / heads.
-    hash_seed: of a hashed table; None: a direct one.
-    shared: a k-mer and its reverse complement have one row.
+    Attributes:
+        rows: number of rows over all ranks.
+        columns: number of columns over all ranks: d_m, or d_m / heads for a hashed table.
+        hash_seed: seed of the hash; None for a direct table.
+        shared: whether a k-mer and its reverse complement share a row.
     """
 
     name: str
@@ -41,7 +44,10 @@ class KmerTable:
 
 
 def kmer_tables(gengram: Gengram) -> tuple[KmerTable, ...]:
-    """All tables of a layer with memory, k after k. ValueError: more hashed tables than primes."""
+    """Returns all tables of a Gengram layer in the order of kmer_sizes.
+
+    Raises ValueError if there are more hashed tables than primes up to hashing.rows.
+    """
     hashing = gengram.hashing
     return _tables(
         tuple(gengram.kmer_sizes),
@@ -51,7 +57,7 @@ def kmer_tables(gengram: Gengram) -> tuple[KmerTable, ...]:
     )
 
 
-@cache  # asked for in every step
+@cache  # called in every step
 def _tables(sizes: tuple[int, ...], dim: int, shared: bool, hashing: tuple[int, int, int]):
     rows, heads, seed = hashing
     primes, tables = _primes_below(rows), []
@@ -60,29 +66,30 @@ def _tables(sizes: tuple[int, ...], dim: int, shared: bool, hashing: tuple[int, 
             tables.append(direct_table(k, dim, shared))
             continue
         for name in (f"k{k}_{head}" for head in range(heads)):
-            own = _hash_seed(seed, name)
-            tables.append(KmerTable(name, k, next(primes), dim // heads, own, shared))
+            hash_seed = _hash_seed(seed, name)
+            tables.append(KmerTable(name, k, next(primes), dim // heads, hash_seed, shared))
     return tuple(tables)
 
 
 def direct_table(k: int, columns: int, shared: bool = False) -> KmerTable:
-    """The table that has a row for each k-mer, or for each pair of reverse complements."""
+    """Returns a table with a row for each k-mer, or, if shared, for each pair of reverse
+    complements."""
     rows = ALPHABET_SIZE**k
     if shared:
-        # Those that are their own reverse complement: the first half decides the second, and an
-        # odd k has N, its own complement, in the middle.
+        # 5^(k // 2) k-mers are their own reverse complement: the first half decides the second,
+        # and for odd k the base in the middle is N, its own complement.
         rows = (rows + ALPHABET_SIZE ** (k // 2)) // 2
     return KmerTable(f"k{k}", k, rows, columns, shared=shared)
 
 
 def _hash_seed(seed: int, name: str) -> int:
-    """63 bits that depend on nothing but the config."""
+    """Returns a 63-bit seed that depends only on the config and the table's name."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def _primes_below(limit: int):
-    """Primes from the largest that is at most `limit` downwards."""
+    """Yields the primes up to `limit`, largest first. Raises ValueError after the last."""
     return (n for n in count(limit, -1) if _is_prime(n))
 
 
@@ -98,7 +105,12 @@ LARGE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Placement:
-    """over: the group whose ranks share the rows; None: split by columns."""
+    """How a table is split over the ranks.
+
+    Attributes:
+        over: the process group that the rows are split over; None if split by columns.
+        reason: why, for reports.
+    """
 
     table: KmerTable
     over: Literal["tensor", "expert", "data"] | None
@@ -106,16 +118,17 @@ class Placement:
 
     @property
     def split(self) -> str:
-        """As the config's key has it."""
+        """The value of `gengram.split` that this corresponds to."""
         return "columns" if self.over is None else "rows"
 
     def columns_held(self, tensor: int) -> int:
-        """Columns that each of so many tensor-parallel ranks holds: all where they share rows."""
+        """Returns the number of columns that each of `tensor` tensor-parallel ranks holds: all of
+        them if the rows are split over these ranks."""
         return self.table.columns if self.over == "tensor" else self.table.columns // tensor
 
 
 def placements(config: Config, world_size: int) -> tuple[Placement, ...]:
-    """Of all tables of a layer. The config is one that check_layout accepts."""
+    """Returns the placements of all tables of a layer. The config must have passed check_layout."""
     return tuple(_place(table, config, world_size) for table in kmer_tables(config.model.gengram))
 
 
@@ -126,7 +139,7 @@ def _place(table: KmerTable, config: Config, world_size: int) -> Placement:
     if gengram.split == "columns":
         return Placement(table, None, "gengram.split is columns")
     if config.train.engine == "deepspeed":
-        return Placement(table, None, "DeepSpeed shares tables as it does all weights")
+        return Placement(table, None, "DeepSpeed shards tables like all other weights")
     if gengram.split == "auto" and table.k <= SMALL_K:
         return Placement(table, None, f"k is at most {SMALL_K}")
     if ranks == 1:
@@ -136,24 +149,25 @@ def _place(table: KmerTable, config: Config, world_size: int) -> Placement:
     if gengram.split == "rows":
         return Placement(table, over, "gengram.split is rows")
     size = bytes_by_columns(table, config, world_size)
-    gib = f"{size / 2**30:.2f} GiB a rank"
+    gib = f"{size / 2**30:.2f} GiB per rank"
     if size < LARGE_BYTES:
-        return Placement(table, None, f"by columns {gib}")
-    return Placement(table, over, f"by columns {gib}")
+        return Placement(table, None, f"split by columns takes {gib}")
+    return Placement(table, over, f"split by columns takes {gib}")
 
 
 def bytes_by_columns(table: KmerTable, config: Config, world_size: int) -> int:
-    """Weights, float32 gradients and Adam's states of a rank, were the table split by columns."""
+    """Returns the bytes of weights, float32 gradients and Adam's states per rank if the table is
+    split by columns."""
     parameters = table.rows * table.columns // config.parallel.tensor
     bf16 = config.train.dtype == "bf16"
-    states = 12 if bf16 else 8  # two moments, and the float32 weights of bf16 ones
+    states = 12 if bf16 else 8  # two moments, and for bf16 the float32 master weights
     copies = group_sizes(config, world_size)["data"] if config.optimizer.distributed else 1
     return parameters * ((2 if bf16 else 4) + 4) + parameters * states // copies
 
 
 def group_sizes(config: Config, world_size: int) -> dict[str, int]:
-    """Ranks that rows can be shared by. Context-parallel ranks count as data-parallel ones: both
-    hold copies of the weights."""
+    """Returns the sizes of the groups that rows can be split over. Context-parallel ranks belong to
+    the data-parallel group here, because both hold copies of the weights."""
     parallel = config.parallel
     return {
         "tensor": parallel.tensor,

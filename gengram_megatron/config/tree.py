@@ -1,6 +1,6 @@
-"""YAML files as trees whose every value remembers where it was written.
+"""Reads YAML files into trees in which every value knows where it was written.
 
-The dialect is YAML 1.2's: `1e-4` is a number, and `no`, `010`, `1:30` and dates are text.
+The dialect is that of YAML 1.2: `1e-4` is a number, and `no`, `010`, `1:30` and dates are text.
 """
 
 import os
@@ -16,13 +16,14 @@ from gengram_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Tree:
-    """A value of a config and its place: a dict or list of trees, or a scalar."""
+    """A value of a config, which is a dict or list of trees or a scalar, and the place where it was
+    given, such as FILE:LINE."""
 
     value: Any
     place: str
 
     def plain(self) -> Any:
-        """The value without places, in Python's own types."""
+        """Returns the value without places, as plain Python objects."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -30,7 +31,7 @@ class Tree:
         return self.value
 
     def nearest(self, path: tuple[str | int, ...]) -> "Tree":
-        """What stands at the path, or the innermost group on the way that exists."""
+        """Returns the value at the path, or the innermost group on the way to it that exists."""
         node = self
         for part in path:
             children = node.value
@@ -42,7 +43,7 @@ class Tree:
         return node
 
     def merged_with(self, later: "Tree") -> "Tree":
-        """Both together: groups merge, of anything else the later one stays."""
+        """Merges a later tree into this one: groups are merged, other values are replaced."""
         if not (isinstance(self.value, dict) and isinstance(later.value, dict)):
             return later
         merged = dict(self.value)
@@ -68,7 +69,7 @@ GROUP_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 def _with_resolvers(cls: type) -> type:
-    """Give a PyYAML loader or dumper the dialect of config files."""
+    """Gives a PyYAML loader or dumper the YAML dialect of config files."""
     cls.yaml_implicit_resolvers = {}
     for name, pattern, first in RESOLVERS:
         letters = ["" if letter == "\0" else letter for letter in first]
@@ -85,7 +86,7 @@ class ConfigLoader(yaml.SafeLoader):
 
 @_with_resolvers
 class ConfigDumper(yaml.SafeDumper):
-    """Writes config files; text that ConfigLoader would take for a number is quoted."""
+    """Writes config files. Text that ConfigLoader would read as a number is quoted."""
 
 
 def _represent_list(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
@@ -97,14 +98,14 @@ ConfigDumper.add_representer(list, _represent_list)
 
 
 def dump_yaml(value: Any) -> str:
-    """The value as YAML in its own order, lists of scalars on one line."""
+    """Returns the value as YAML, with keys in their given order and lists of scalars on one line."""
     return yaml.dump(value, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def parse_yaml(text: str, source: str, numbered: bool = True) -> Tree:
-    """Parse one YAML document. Places are `source:line`, or only the source if not numbered.
+    """Parses one YAML document. Places are `source:line`, or only the source if not numbered.
 
-    Raises UserError for syntax errors, repeated keys and keys that are not words.
+    Raises UserError for syntax errors, repeated keys and keys that are not text.
     """
 
     def place(mark: yaml.Mark | None) -> str:
@@ -112,14 +113,14 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Tree:
 
     problems: list[str] = []
 
-    def grow(node: yaml.Node) -> Tree:
+    def to_tree(node: yaml.Node) -> Tree:
         here = place(node.start_mark)
         if isinstance(node, yaml.ScalarNode):
             return Tree(loader.construct_object(node), here)
         if node.tag not in GROUP_TAGS:
-            problems.append(f"{here}: the tag {node.tag} means nothing here; take it away")
+            problems.append(f"{here}: the tag {node.tag} is not supported; remove it")
         if isinstance(node, yaml.SequenceNode):
-            return Tree([grow(child) for child in node.value], here)
+            return Tree([to_tree(child) for child in node.value], here)
         children: dict[str, Tree] = {}
         for key_node, child in node.value:
             key, where = key_node.value, place(key_node.start_mark)
@@ -131,13 +132,13 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Tree:
                     "keep one of them"
                 )
             else:
-                children[key] = Tree(grow(child).value, where)
+                children[key] = Tree(to_tree(child).value, where)
         return Tree(children, here)
 
     try:
         loader = ConfigLoader(text)
         root = loader.get_single_node()
-        tree = Tree(None, source) if root is None else grow(root)
+        tree = Tree(None, source) if root is None else to_tree(root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(str(error.problem or error.context).split())
@@ -146,10 +147,12 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Tree:
         line = text.count("\n", 0, error.position) + 1
         where = f"{source}:{line}" if numbered else source
         raise UserError(f"{where}: the character {error.character!r:.20} is not allowed") from None
-    except ValueError as error:  # an explicit tag on a value that is none, such as `!!int x`
+    except ValueError as error:  # an explicit tag that the value does not fit, such as `!!int x`
         raise UserError(f"{source}: a value does not fit its tag: {error}") from None
     except RecursionError:
-        raise UserError(f"{source}: an alias contains itself, or groups nest too deep") from None
+        raise UserError(
+            f"{source}: an alias contains itself, or groups are nested too deeply"
+        ) from None
     if problems:
         raise UserError("\n".join(problems))
     return tree
@@ -160,9 +163,10 @@ def _shown(node: yaml.Node) -> str:
 
 
 def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> Tree:
-    """Read a file and the files that its `base:` names; what is read later wins.
+    """Reads a file and the base files that its `base:` names. Later base files override earlier
+    ones, and the file itself overrides them all.
 
-    `chain` is the way from the file that was asked for to this one.
+    `chain` lists the files from the requested one to the one whose base this file is.
     """
     path = Path(os.path.normpath(path))
     tree = parse_yaml(_read_text(path), str(path))
@@ -182,8 +186,8 @@ def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> Tree:
         if not file.is_file():
             raise UserError(f"{base.place}: base names {name}, but there is no file {file}")
         if any(file.samefile(above) for above in chain):
-            way = " -> ".join(map(str, [*chain, file]))
-            raise UserError(f"{base.place}: base goes round in a circle: {way}")
+            cycle = " -> ".join(map(str, [*chain, file]))
+            raise UserError(f"{base.place}: base goes round in a circle: {cycle}")
         merged = merged.merged_with(read_tree(file, chain))
     return merged.merged_with(tree)
 
@@ -202,8 +206,8 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        there = "" if path.is_absolute() else f", that is {path.absolute()}"
-        raise UserError(f"there is no config file {path}{there}") from None
+        absolute = "" if path.is_absolute() else f", that is {path.absolute()}"
+        raise UserError(f"there is no config file {path}{absolute}") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: the file is not UTF-8 text (byte {error.start} cannot be read); save it as UTF-8"
@@ -213,21 +217,21 @@ def _read_text(path: Path) -> str:
 
 
 def flattened(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups as one, keys written with dots."""
+    """Returns nested groups as one flat group with dotted keys."""
     flat = {}
     for name, value in group.items():
-        inner = isinstance(value, dict)
-        flat |= flattened(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+        is_group = isinstance(value, dict)
+        flat |= flattened(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
     return flat
 
 
 def inline_yaml(value: Any) -> str:
-    """A scalar or a list of scalars as it is written in a file."""
+    """Returns a scalar or a list of scalars as it would be written in a YAML file."""
     return dump_yaml(value).removesuffix("...\n").strip()
 
 
 def describe(value: Any) -> str:
-    """A value as an error message shows it."""
+    """Returns a value as error messages show it."""
     if isinstance(value, dict):
         return "a group of keys" if value else "an empty group"
     if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""What is launched: a checked config, its processes, and the files that one start leaves behind.
+"""A job: a checked config, its processes, and the record of one start.
 
-Every start of a run is recorded, so that it can be repeated: the config with all its values, the
-code, the packages and the environment.
+Every start of a run is recorded, so that it can be repeated: the whole config, the code, the
+packages and the environment.
 """
 
 import json
@@ -23,7 +23,7 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.runs.folder import make_folder
 
 SLURM_IS_EARLY = 60
-"""Seconds by which Slurm may send a signal too soon, as its manual says."""
+"""Seconds by which Slurm may send a signal too early, according to its manual."""
 SLURM_FILE = "slurm_job.txt"
 RANK_MODULE = "gengram_megatron.commands.rank"
 
@@ -32,8 +32,9 @@ RANK_MODULE = "gengram_megatron.commands.rank"
 class Job:
     """One start of a run.
 
-    processes: of each node.
-    name: of this start, unique in the run's folder.
+    Attributes:
+        processes: processes per node.
+        name: name of this start, unique in the run's folder.
     """
 
     config: Config
@@ -48,22 +49,22 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """Where config, code version and environment of this start are kept."""
+        """The folder that records config, code version and environment of this start."""
         return self.run / "launches" / self.name
 
     @property
     def config_file(self) -> Path:
-        """What the processes read: the whole config, as it was when the run was started."""
+        """The config that the processes read: the whole config at the time of the start."""
         return self.record / "config.yaml"
 
     @property
     def slurm_file(self) -> Path:
-        """Under which number Slurm has this start in its queue."""
+        """The file with the number of this start's Slurm job."""
         return self.record / SLURM_FILE
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that every process gets on top of those of its machine."""
+        """Environment variables that every process gets in addition to those of its machine."""
         launch = self.config.launch
         needed = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if _needs_one_connection(self.config) else {}
         if launch.cpus is not None:
@@ -72,7 +73,8 @@ class Job:
 
 
 def check_job(config: Config, name: str, for_slurm: bool) -> Job:
-    """The job of a config, or UserError with what does not fit, before anything is started."""
+    """Returns the job of a config. Raises UserError with one line for each problem, before anything
+    is started."""
     problems = [*(_slurm_problems(config.launch) if for_slurm else _local_problems(config.launch))]
     if problems:
         raise UserError("\n".join(problems))
@@ -83,8 +85,12 @@ def check_job(config: Config, name: str, for_slurm: bool) -> Job:
 
 
 def processes_of_a_node(launch: Launch, gpus: int | None = None) -> int:
-    """Those that are asked for, or one for each GPU of this machine; gpus: their number, or None to
-    ask torch."""
+    """Returns launch.processes, or, if it is null, one for each GPU of this machine, but at least
+    one.
+
+    Args:
+        gpus: number of GPUs of this machine; None to ask torch.
+    """
     if launch.processes is None and gpus is None:
         gpus = _gpus_here()
     return launch.processes or gpus or 1
@@ -92,13 +98,13 @@ def processes_of_a_node(launch: Launch, gpus: int | None = None) -> int:
 
 def _slurm_problems(launch: Launch) -> Iterator[str]:
     if launch.processes is None:
-        yield "launch.processes is null: Slurm needs their number; give --nproc, the GPUs of a node"
+        yield "launch.processes is null, but Slurm needs it: give --nproc, the GPUs per node"
     before, limit = launch.slurm.save_before, launch.slurm.time
     if limit is not None and before + SLURM_IS_EARLY >= seconds(limit):
         yield (
-            f"launch.slurm.save_before is {before} seconds, and the time limit {limit} is "
-            f"{seconds(limit)} seconds: a job would be told to stop as soon as it starts; give it "
-            "more time, or save later"
+            f"launch.slurm.save_before is {before} seconds, but launch.slurm.time {limit} is only "
+            f"{seconds(limit)} seconds: the job would be told to stop as soon as it starts; give it "
+            "more time, or lower save_before"
         )
 
 
@@ -111,7 +117,8 @@ def _local_problems(launch: Launch) -> Iterator[str]:
 
 
 def seconds(limit: str) -> float:
-    """A time limit as Slurm reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or a word for none."""
+    """Returns the seconds of a Slurm time limit: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or a word for
+    no limit."""
     if limit.lower() in UNLIMITED:
         return math.inf
     days, dash, rest = limit.rpartition("-")
@@ -123,24 +130,24 @@ def seconds(limit: str) -> float:
 
 
 def _needs_one_connection(config: Config) -> bool:
-    """Whether megatron-core relies on the order in which kernels were started.
+    """Returns whether megatron-core relies on the order in which kernels are launched.
 
-    With one queue between host and GPU, communication that was started first also begins first,
-    and so overlaps with the computation it was meant to.
+    With a single queue between host and GPU, communication that is launched first also starts first,
+    and therefore overlaps with the computation that it should overlap with.
     """
     parallel, optimizer = config.parallel, config.optimizer
     return parallel.tensor > 1 or parallel.context > 1 or optimizer.overlap_grad_reduce
 
 
 def _gpus_here() -> int:
-    """GPUs of this machine that torch may use; asking does not start CUDA in this process."""
+    """Returns the number of GPUs that torch can use here, without initialising CUDA."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def log_file(logs: Path, rank: int) -> Path:
-    """The log of a rank. Under srun `--output` names it so."""
+    """Returns the log file of a rank. srun's `--output` uses the same name (see slurm.py)."""
     return logs / f"rank-{rank}.log"
 
 
@@ -151,7 +158,7 @@ SECRET = "SLURM_JWT"
 
 
 def write_record(job: Job) -> None:
-    """Write config.yaml, code.json, code.diff, packages.txt and environment.json of a start."""
+    """Writes config.yaml, code.json, code.diff, packages.txt and environment.json of a start."""
     make_folder(job.run)
     job.record.mkdir(parents=True)
     job.config_file.write_text(dump_config(job.config))
@@ -165,12 +172,11 @@ def write_record(job: Job) -> None:
 
 
 def code_version() -> tuple[dict, bytes]:
-    """The package's version and, in a checkout, its commit and what has changed since.
-
-    Returns what to write as JSON, and the changes of tracked files as a patch.
-    """
+    """Returns the package's version, with its commit and changed files in a checkout, and a patch
+    of the changes to tracked files."""
     version = {"version": __version__, "python": sys.version, "command": sys.argv}
-    # Not the commit of somebody else's repository that the package lies in, as in its .venv.
+    # Without this check, a package installed in the .venv of another repository would record that
+    # repository's commit.
     tracked = _git("ls-files", "--error-unmatch", str(PACKAGE / "__init__.py"))
     commit = _git("rev-parse", "HEAD") if tracked else None
     if commit is None:
@@ -184,12 +190,13 @@ def code_version() -> tuple[dict, bytes]:
 
 
 def packages() -> list[str]:
-    """Everything that is installed, as in `pip freeze`."""
-    return sorted({f"{found.name}=={found.version}" for found in distributions()}, key=str.lower)
+    """Returns all installed packages, as in `pip freeze`."""
+    installed = {f"{package.name}=={package.version}" for package in distributions()}
+    return sorted(installed, key=str.lower)
 
 
 def variables() -> dict[str, str]:
-    """The part of the environment that decides how a run computes."""
+    """Returns the environment variables that affect how a run computes."""
     return {
         name: value
         for name, value in sorted(os.environ.items())
@@ -198,7 +205,7 @@ def variables() -> dict[str, str]:
 
 
 def _git(*words: str) -> bytes | None:
-    """What git says of the checkout that this package lies in; None where it refuses or is not
+    """Runs git in the checkout of this package, and returns its output; None if it fails or is not
     installed."""
     try:
         done = subprocess.run(["git", "-C", str(PACKAGE.parent), *words], capture_output=True)

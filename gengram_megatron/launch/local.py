@@ -1,4 +1,4 @@
-"""torchrun on this machine, alone or as one node of several."""
+"""Runs torchrun on this machine, alone or as one of several nodes."""
 
 import logging
 import os
@@ -17,25 +17,25 @@ from gengram_megatron.signals import REQUEUE
 
 
 def torchrun_words(job: Job) -> list[str]:
-    """The words after `torchrun`."""
+    """Returns the command-line arguments of torchrun."""
     launch = job.config.launch
-    # torchrun would tell the ranks to meet at the machine's own name, which need not resolve.
-    meet = ["--standalone", "--local-addr=127.0.0.1"]
+    # By default torchrun has the ranks meet at the machine's own name, which may not resolve.
+    rendezvous = ["--standalone", "--local-addr=127.0.0.1"]
     if launch.nodes > 1:
-        meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={launch.rendezvous}"]
-        meet += [f"--rdzv-id={job.run.name}"]
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={launch.rendezvous}"]
+        rendezvous += [f"--rdzv-id={job.run.name}"]
     return [
         f"--nnodes={launch.nodes}",
         f"--nproc-per-node={job.processes}",
-        *meet,
-        f"--log-dir={logs_folder(job) / 'torchrun'}",  # of its error files only
+        *rendezvous,
+        f"--log-dir={logs_folder(job) / 'torchrun'}",  # used for its error files only
         "--signals-to-handle=SIGHUP,SIGQUIT",  # the others are forwarded, so that the run saves
         *("-m", RANK_MODULE, str(logs_folder(job)), "train", str(job.config_file)),
     ]
 
 
 def check_names(job: Job) -> None:
-    """UserError where the nodes of a job could not find each other. torchrun would look for ten
+    """Raises UserError if the nodes of a job could not find each other. torchrun would try for ten
     minutes and then fail with a traceback."""
     launch = job.config.launch
     if launch.nodes == 1:
@@ -43,14 +43,14 @@ def check_names(job: Job) -> None:
     host, _, _ = launch.rendezvous.rpartition(":")
     if not _resolves(host):
         raise UserError(
-            f"launch.rendezvous is {launch.rendezvous}, and this machine cannot resolve the name "
+            f"launch.rendezvous is {launch.rendezvous}, but this machine cannot resolve the name "
             f"{host}: give the name or the address of one of the nodes"
         )
-    if not _resolves(own := socket.getfqdn()):
+    if not _resolves(name := socket.getfqdn()):
         raise UserError(
-            f"launch.nodes is {launch.nodes}, and this machine cannot resolve its own name {own}, "
-            "under which the other nodes look for it: give it an address in DNS or in /etc/hosts "
-            "of every node"
+            f"launch.nodes is {launch.nodes}, but this machine cannot resolve its own name {name}, "
+            "by which the other nodes connect to it: give it an address in DNS or in /etc/hosts of "
+            "every node"
         )
 
 
@@ -63,24 +63,26 @@ def _resolves(host: str) -> bool:
 
 
 def logs_folder(job: Job) -> Path:
-    """Where the logs of the ranks lie."""
+    """Returns the folder of the ranks' logs."""
     return job.run / "logs" / job.name
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Variables of the processes. torchrun gives each one thread, and warns, if nobody decides."""
+    """Returns the environment variables of the processes. OMP_NUM_THREADS is always set for several
+    processes, because torchrun would otherwise set it to 1 with a warning."""
     threads = {"OMP_NUM_THREADS": "1"} if job.processes > 1 else {}
     given = {name: os.environ[name] for name in threads if name in os.environ}
     return {**threads, **given, **job.environment}
 
 
 def run_here(job: Job, requests: StopRequests) -> int:
-    """Run a job to its end and show its first rank's log; its exit code.
+    """Runs a job to its end, shows its first rank's log, and returns the exit code.
 
-    SIGTERM, SIGUSR1 and Ctrl-C have the run save and stop; a second Ctrl-C ends it at once. Both
-    give the code REQUEUE, and so does a request that came before the run has ranks.
+    SIGTERM, SIGUSR1 and Ctrl-C make the run save and stop; a second Ctrl-C ends it immediately.
+    Both give the exit code REQUEUE, as does a request that comes before the run has ranks.
 
-    requests: entered by the caller, so that one that comes while it prepares the job is noted.
+    Args:
+        requests: entered by the caller, so that requests during its preparations count too.
     """
     try:
         with requests.passed_on():
@@ -93,10 +95,11 @@ def _run_torchrun(job: Job, requests: StopRequests) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said better below
-    shown = _show_first_log(logs_folder(job), job.processes)
+    # Failures are reported below, in fewer words than torchrun's.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    first_log = _show_first_log(logs_folder(job), job.processes)
     try:
-        with _variables(environment(job)), shown:
+        with _variables(environment(job)), first_log:
             run(parse_args(torchrun_words(job)))
             return 0
     except ChildFailedError as error:
@@ -106,39 +109,40 @@ def _run_torchrun(job: Job, requests: StopRequests) -> int:
 
 def _stopped_before_training(job: Job) -> int:
     print(
-        f"{job.run}: ended before it trained, as it was told to; nothing was lost, and the same "
-        "command goes on"
+        f"{job.run}: ended before training, as requested; nothing was lost, and the same command "
+        "continues"
     )
     return REQUEUE
 
 
 def _first_failure(error) -> tuple:
-    """The rank that failed first, and how. One that says itself what was wrong comes before those
-    that lost their connection to it in the same second, which is all that times tell."""
-    own_words = (EXIT_CODE, NOT_FINITE)
-    saying = [item for item in error.failures.items() if item[1].exitcode in own_words]
-    return saying[0] if saying else error.get_first_failure()
+    """Returns the rank that failed first, and its failure. A rank that reports its own error is
+    preferred to ranks that lost their connection to it, because failure times have a resolution of
+    only one second."""
+    reporting_codes = (EXIT_CODE, NOT_FINITE)
+    reporting = [item for item in error.failures.items() if item[1].exitcode in reporting_codes]
+    return reporting[0] if reporting else error.get_first_failure()
 
 
 def _explain(error, job: Job, requests: StopRequests) -> int:
-    """Name the rank that failed first, and why; the exit code for it."""
+    """Reports which rank failed first, and why. Returns the exit code."""
     rank, failure = _first_failure(error)
     if requests.at_once and failure.exitcode == -signal.SIGKILL:
         print(
-            f"{job.run}: ended at once without saving, as it was told to; the same command goes on "
+            f"{job.run}: ended immediately without saving, as requested; the same command resumes "
             "from the last checkpoint"
         )
         return REQUEUE
     if requests.received and failure.exitcode == -signal.SIGTERM:
         return _stopped_before_training(job)
     if failure.exitcode == REQUEUE:
-        if not any(job.run.glob("checkpoints/*")):  # it came before the first step
+        if not any(job.run.glob("checkpoints/*")):  # the request came before the first step
             return _stopped_before_training(job)
-        print(f"{job.run}: saved and stopped, as it was told to; the same command goes on")
+        print(f"{job.run}: saved and stopped, as requested; the same command resumes from there")
         return REQUEUE
     log = log_file(logs_folder(job), rank)
     if failure.exitcode in (EXIT_CODE, NOT_FINITE):
-        _show_what_only_it_says(log)
+        _show_other_messages(log)
         return failure.exitcode
     why = f"exit code {failure.exitcode}"
     if failure.exitcode < 0:
@@ -153,7 +157,7 @@ def _explain(error, job: Job, requests: StopRequests) -> int:
 
 @contextmanager
 def _variables(wanted: dict[str, str]) -> Iterator[None]:
-    """Variables of this process, which torchrun hands on."""
+    """Sets environment variables of this process, which torchrun passes on to its own."""
     before = dict(os.environ)
     os.environ.update(wanted)
     try:
@@ -165,40 +169,40 @@ def _variables(wanted: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _show_first_log(logs: Path, processes: int) -> Iterator[None]:
-    """Copy what the first rank of this node writes to its log, as it is written."""
-    over = Event()
-    thread = Thread(target=_follow, args=(logs, processes, over))
+    """Shows the log of this node's first rank while it is written."""
+    finished = Event()
+    thread = Thread(target=_follow, args=(logs, processes, finished))
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        finished.set()
         thread.join()
 
 
-def _follow(logs: Path, processes: int, over: Event) -> None:
-    while len(_rank_logs(logs)) < processes and not over.wait(0.1):
+def _follow(logs: Path, processes: int, finished: Event) -> None:
+    while len(_rank_logs(logs)) < processes and not finished.wait(0.1):
         pass
     if not (files := _rank_logs(logs)):
         return
     with files[0].open(errors="replace") as log:
         while True:
-            last = over.wait(0.1)
+            last = finished.wait(0.1)
             try:
                 sys.stdout.write(log.read())
                 sys.stdout.flush()
             except OSError as error:  # such as a pipe that nobody reads, or a full disk
                 print_message(
-                    f"{error.strerror}: the run goes on unseen; its output is in {files[0]}"
+                    f"{error.strerror}: the run continues, but is not shown; see {files[0]}"
                 )
                 return
             if last:
                 return
 
 
-def _show_what_only_it_says(log: Path) -> None:
-    """The sentences of a rank that says itself what is wrong. Most faults are found by all ranks,
-    and the screen has shown the first one's log."""
+def _show_other_messages(log: Path) -> None:
+    """Shows the error messages in a rank's log that are not in the first rank's log. Most errors are
+    found by all ranks, and the first rank's log has been shown already."""
     shown = _rank_logs(log.parent)[0].read_text(errors="replace")
     for line in log.read_text(errors="replace").splitlines():
         if line.startswith(PREFIX) and line not in shown:
@@ -206,5 +210,5 @@ def _show_what_only_it_says(log: Path) -> None:
 
 
 def _rank_logs(logs: Path) -> list[Path]:
-    """Of the ranks of this node that have begun, in their order."""
+    """Returns the logs of this node's ranks that have started, ordered by rank."""
     return sorted(logs.glob("rank-*.log"), key=lambda log: int(log.stem.removeprefix("rank-")))

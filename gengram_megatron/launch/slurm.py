@@ -1,9 +1,9 @@
-"""A job, or an array of them, for Slurm: the script, sbatch, and what the login node knows of the
-cluster's partitions and of the jobs in its queue.
+"""Runs a job, or an array of jobs, on Slurm: writes the script, calls sbatch, and asks Slurm for
+partitions and for jobs in the queue.
 
 srun starts a process for each rank. Before the time limit Slurm sends SIGUSR1 to all of them; they
 save and exit with REQUEUE, and the script puts its job back into the queue. A run resumes from its
-folder by itself, so the script has nothing to remember.
+folder automatically, so the script keeps no state.
 """
 
 import os
@@ -23,14 +23,14 @@ from gengram_megatron.launch.job import RANK_MODULE, SLURM_FILE, Job, seconds, w
 from gengram_megatron.signals import REQUEUE
 
 SECONDS = 30
-"""That Slurm may take to answer."""
+"""Time limit of a request to Slurm."""
 
 
 def partition_problems(slurm: Slurm) -> Iterator[str]:
-    """A sentence for each reason why the partition cannot take a job. sbatch refuses a name it does
-    not know as well, but puts a job whose limit is too long into the queue, where it stays."""
+    """Yields a sentence for each reason why the partition cannot run a job. sbatch also refuses
+    unknown names, but it queues a job whose time limit is too long, where it stays forever."""
     limits = _partitions()
-    if not limits:  # nothing is known of them here
+    if not limits:  # Slurm does not list them here
         return
     names = slurm.partition.split(",") if slurm.partition else [n for n in limits if n[-1] == "*"]
     limits = {name.rstrip("*"): limit for name, limit in limits.items()}
@@ -38,7 +38,7 @@ def partition_problems(slurm: Slurm) -> Iterator[str]:
     for name in names:
         if name not in limits:
             yield (
-                f"launch.slurm.partition is {slurm.partition}, and this cluster has no partition "
+                f"launch.slurm.partition is {slurm.partition}, but this cluster has no partition "
                 f"{name}; it has {', '.join(sorted(limits))}"
             )
             return
@@ -47,31 +47,31 @@ def partition_problems(slurm: Slurm) -> Iterator[str]:
     if slurm.time is not None and slurm.qos is None and seconds(slurm.time) > longest:
         allowed = " and ".join(f"{name} allows {limits[name]}" for name in names)
         yield (
-            f"launch.slurm.time is {slurm.time}, and the partition {allowed}: the job would wait "
-            "for ever; ask for less, or give another launch.slurm.partition"
+            f"launch.slurm.time is {slurm.time}, but the partition {allowed}: the job would wait "
+            "forever; lower it, or give another launch.slurm.partition"
         )
 
 
 def _partitions() -> dict[str, str]:
-    """The time limit of each partition, by its name; the default's ends in *. Empty where Slurm
-    does not say."""
+    """Returns the time limit of each partition by its name; the default partition's name ends in *.
+    Empty if Slurm gives no answer."""
     done = _ask("sinfo", "--all", "--noheader", "-o", "%P %l")
-    found = dict(line.split() for line in done.stdout.splitlines()) if done.returncode == 0 else {}
-    return {name: UNLIMITED[0] if limit == "n/a" else limit for name, limit in found.items()}
+    limits = dict(line.split() for line in done.stdout.splitlines()) if done.returncode == 0 else {}
+    return {name: UNLIMITED[0] if limit == "n/a" else limit for name, limit in limits.items()}
 
 
 def recorded_job(run: Path) -> str | None:
-    """The number under which the newest start of a run was given to Slurm, such as 17 or, in an
-    array, 17_2; None where it was not."""
+    """Returns the Slurm job number of the newest start of a run that was submitted to Slurm, such as
+    17, or 17_2 in an array. None if no start was."""
     files = [*run.glob(f"launches/*/{SLURM_FILE}")]
     newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
     return newest.read_text().strip() if newest else None
 
 
 def queue_states(runs: list[Config]) -> dict[str, str]:
-    """The state of each run that is in Slurm's queue, such as PENDING or RUNNING, by its run.dir.
+    """Returns the state of each run in Slurm's queue, such as PENDING or RUNNING, by its run.dir.
 
-    Raises UserError where Slurm does not say, as on a machine that has lost its controller.
+    Raises UserError if Slurm does not answer, for example because its controller is down.
     """
     numbers = {one.run.dir: number for one in runs if (number := recorded_job(Path(one.run.dir)))}
     if not numbers or shutil.which("squeue") is None:
@@ -84,7 +84,7 @@ def queue_states(runs: list[Config]) -> dict[str, str]:
     # Slurm forgets a job minutes after its end.
     if done.returncode and "Invalid job id" not in done.stderr:
         raise UserError(
-            "squeue does not say which runs are in the queue already "
+            "squeue does not report which runs are in the queue already "
             f"({' '.join(done.stderr.split())}): try again when Slurm answers"
         )
     states = dict(line.split() for line in done.stdout.splitlines())
@@ -92,7 +92,7 @@ def queue_states(runs: list[Config]) -> dict[str, str]:
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess:
-    """What one of Slurm's commands says; a command that is missing or hangs has failed."""
+    """Runs one of Slurm's commands. A command that is missing or hangs counts as failed."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -100,11 +100,11 @@ def _ask(*command: str) -> subprocess.CompletedProcess:
 
 
 SRUN_WAIT_SECONDS = 60
-"""Seconds that the other ranks have to end by themselves once one has ended."""
+"""Once a rank has ended, the others have this many seconds to end by themselves."""
 
 
 class Template(string.Template):
-    """Of shell, which has its own use for dollars."""
+    """A template of a shell script, with @ for placeholders because the shell uses $."""
 
     delimiter = "@"
 
@@ -128,7 +128,7 @@ srun --kill-on-bad-exit=0 --wait=@wait --output="$logs/rank-%t.log" @command
 code=$?
 
 if [ $code -eq @saved ]; then
-  echo "saved and stopped, as it was told to"
+  echo "saved and stopped, as requested"
   @requeue
 elif [ $code -ne 0 ]; then
   first=$(ls -tr "$logs"/*.error.json 2>/dev/null | head -n 1)
@@ -145,11 +145,11 @@ exit $code
 
 
 def script(jobs: list[Job], output: Path, at_a_time: int | None = None) -> str:
-    """The script of a job, or of an array of jobs that differ in nothing but their runs.
+    """Returns the script of a job, or of an array of jobs that differ only in their runs.
 
     Args:
-        output: folder of what the script itself prints.
-        at_a_time: members of an array that may run at once; None: all.
+        output: folder for the output of the script itself.
+        at_a_time: how many members of an array may run at the same time; None: all.
     """
     job = jobs[0]
     if len(jobs) > 1:
@@ -170,18 +170,18 @@ def script(jobs: list[Job], output: Path, at_a_time: int | None = None) -> str:
 
 
 def submit(jobs: list[Job], folder: Path, at_a_time: int | None = None) -> str:
-    """Write the records of jobs, and job.sh to a folder, and give it to sbatch.
+    """Writes the records of jobs, and job.sh to a folder, and submits it with sbatch.
 
-    Returns the number of the job.
+    Returns the job number.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("sbatch was not found: --slurm works on a machine of a Slurm cluster")
-    _check_from_here(jobs)
+        raise UserError("sbatch was not found: --slurm only works on a machine of a Slurm cluster")
+    _check_before_submission(jobs)
     for job in jobs:
         write_record(job)
     output = jobs[0].run / "logs" if len(jobs) == 1 else folder
-    for made in (folder, output):
-        made.mkdir(parents=True, exist_ok=True)
+    for directory in (folder, output):
+        directory.mkdir(parents=True, exist_ok=True)
     file = folder / "job.sh"
     file.write_text(script(jobs, output, at_a_time))
     done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
@@ -193,8 +193,9 @@ def submit(jobs: list[Job], folder: Path, at_a_time: int | None = None) -> str:
     return number
 
 
-def _check_from_here(jobs: list[Job]) -> None:
-    """UserError with what the login node can tell to be wrong, before a job waits for hours."""
+def _check_before_submission(jobs: list[Job]) -> None:
+    """Raises UserError with all problems that can be found on the login node, so that a job does not
+    wait for hours and then fail."""
     problems = [problem for job in jobs for problem in partition_problems(job.config.launch.slurm)]
     for job in jobs:
         if not job.config.launch.slurm.setup:  # which may put a data set on the node's own disk
@@ -210,16 +211,16 @@ def _data_problems(config: Config) -> Iterator[str]:
             yield no_data_set(key, folder)
             continue
         try:
-            found = read_manifest(folder)["settings"]["seq_length"]
+            seq_length = read_manifest(folder)["settings"]["seq_length"]
         except UserError as error:
             yield f"{key}: {error}"
             continue
-        if found != config.model.seq_length:
-            yield other_seq_length(key, folder, found, config.model.seq_length)
+        if seq_length != config.model.seq_length:
+            yield other_seq_length(key, folder, seq_length, config.model.seq_length)
 
 
 def _options(job: Job) -> Iterator[str]:
-    """sbatch's options that do not depend on how many jobs there are."""
+    """Yields sbatch's options that do not depend on the number of jobs."""
     launch, slurm = job.config.launch, job.config.launch.slurm
     yield f"--nodes={launch.nodes}"
     yield f"--ntasks-per-node={job.processes}"
@@ -235,16 +236,16 @@ def _options(job: Job) -> Iterator[str]:
         "time": slurm.time,
     }
     yield from (f"--{name}={value}" for name, value in wanted.items() if value is not None)
-    # To all ranks, as there is no "B:" before it.
+    # With "B:" before USR1, only the script would get the signal, and not the ranks.
     yield f"--signal=USR1@{slurm.save_before}"
     yield "--requeue" if slurm.requeue else "--no-requeue"
-    yield "--open-mode=append"  # a job that went back into the queue goes on in the same file
+    yield "--open-mode=append"  # a requeued job continues in the same file
     yield f"--chdir={Path.cwd()}"
     yield from slurm.options
 
 
 def _setup(job: Job) -> Iterator[str]:
-    """Lines of shell before the start."""
+    """Yields the shell lines before the start."""
     slurm = job.config.launch.slurm
     for name, value in job.environment.items():
         yield f"export {name}={quote(value)}"
@@ -254,11 +255,11 @@ def _setup(job: Job) -> Iterator[str]:
 
 
 def _command(jobs: list[Job]) -> str:
-    """What srun starts for each rank, with the shell's $run and $logs in it."""
+    """Returns the command that srun starts for each rank. It uses the shell's $run and $logs."""
     job, launch = jobs[0], jobs[0].config.launch
-    own = launch.slurm.virtual_environment or launch.slurm.container
-    words = [*_container(jobs), "python" if own else quote(sys.executable)]
-    if launch.cpus is not None:  # which srun does not take over from sbatch
+    has_own_python = launch.slurm.virtual_environment or launch.slurm.container
+    words = [*_container(jobs), "python" if has_own_python else quote(sys.executable)]
+    if launch.cpus is not None:  # srun does not inherit it from sbatch
         words.insert(0, f"--cpus-per-task={launch.cpus}")
     config = job.config_file.relative_to(job.run)
     words += ["-m", RANK_MODULE, '"$logs"', "train", f'"$run"/{quote(str(config))}']
@@ -266,7 +267,7 @@ def _command(jobs: list[Job]) -> str:
 
 
 def _container(jobs: list[Job]) -> list[str]:
-    """The words that put a command into the container, if there is one."""
+    """Returns the arguments that run a command in the container; empty without a container."""
     slurm = jobs[0].config.launch.slurm
     container = slurm.container
     if container is None:
@@ -286,7 +287,7 @@ def _container(jobs: list[Job]) -> list[str]:
 
 
 def _read(config: Config) -> Iterator[str]:
-    """The files and folders that a run reads, beside its own folder."""
+    """Yields the files and folders that a run reads besides its own folder."""
     data = config.data
     yield from [part.path for part in data.blend or []]
     yield from filter(None, (data.path, data.tokenizer, config.checkpoint.load))

@@ -1,4 +1,4 @@
-"""Requests to stop a run that this process has started, or is about to start."""
+"""Handles requests to stop a run that this process has started, or is about to start."""
 
 import os
 import signal
@@ -25,11 +25,10 @@ class StoppedBeforeRanks(BaseException):
 
 
 class StopRequests:
-    """Notes SIGTERM, SIGUSR1 and SIGINT for as long as it is entered, over one run or several.
+    """A context manager that records SIGTERM, SIGUSR1 and SIGINT, during one run or several.
 
-    Ranks have sessions of their own, so that a signal reaches them only through this process.
-    Each rank is told once with SIGTERM, also one that starts after the request. A second SIGINT
-    kills the ranks.
+    Each rank runs in its own session, so signals reach it only through this process. Each rank gets
+    SIGTERM once, also if it starts after the request. A second SIGINT kills the ranks.
 
     After a request the handlers stay until the process ends, because a launcher or an impatient
     user repeats the signal while the ranks save.
@@ -41,7 +40,7 @@ class StopRequests:
 
     def __init__(self):
         self.received = self.at_once = self._interrupted = False
-        self._has_ranks = None  # None: no ranks are about to start, so nobody has to be told
+        self._has_ranks = None  # None: no ranks are about to start, so none have to be signalled
 
     def __enter__(self) -> "StopRequests":
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
@@ -54,13 +53,14 @@ class StopRequests:
 
     @contextmanager
     def passed_on(self) -> Iterator[None]:
-        """Tell the child processes of this process, which are the ranks of a run.
+        """A context manager that passes requests on to the child processes of this process, which
+        are the ranks of a run.
 
-        Raises StoppedBeforeRanks when a request comes before any rank exists, or has come already.
+        Raises StoppedBeforeRanks if a request has come already, or comes before any rank exists.
         """
-        _children()  # imports psutil, which the signal handler should not be the first to do
-        self._has_ranks, over = False, threading.Event()
-        thread = threading.Thread(target=self._tell_ranks, args=(over,), daemon=True)
+        _children()  # imports psutil here, so that the signal handler does not have to
+        self._has_ranks, finished = False, threading.Event()
+        thread = threading.Thread(target=self._signal_ranks, args=(finished,), daemon=True)
         thread.start()
         try:
             if self.received:
@@ -68,38 +68,41 @@ class StopRequests:
             yield
         finally:
             self._has_ranks = None
-            over.set()
+            finished.set()
             thread.join()
 
     def _note(self, number: int, frame: object) -> None:
-        """The signal handler. It takes no lock: the code that it interrupts may hold it."""
+        """Handles a signal. It takes no lock, because the interrupted code may hold it."""
         if number == signal.SIGINT:
             self.at_once, self._interrupted = self._interrupted, True
             if not self.at_once:
-                # Not print: the handler may have interrupted one.
+                # Not print, because the handler may have interrupted a print.
                 os.write(
-                    2, b"\ngengram: Ctrl-C: the run saves after this step; again: ends at once\n"
+                    2,
+                    b"\ngengram: Ctrl-C: the run saves after this step and stops; press it again "
+                    b"to end immediately\n",
                 )
         self.received = True
         if self._has_ranks is None:
             if self.at_once:
-                print_message("stopped at once; the same command goes on")
+                print_message("stopped immediately; the same command continues")
                 os._exit(REQUEUE)
         elif not self._has_ranks and not _children():
-            # The main thread starts the ranks, and it is here: none can be starting right now.
+            # Signal handlers run in the main thread, which also starts the ranks: none can be
+            # starting right now.
             raise StoppedBeforeRanks
 
-    def _tell_ranks(self, over: threading.Event) -> None:
+    def _signal_ranks(self, finished: threading.Event) -> None:
         from psutil import NoSuchProcess
 
-        told = set()
-        while not over.wait(POLL_SECONDS):
+        signalled = set()
+        while not finished.wait(POLL_SECONDS):
             ranks = _children()
             self._has_ranks = self._has_ranks or bool(ranks)
             for rank in ranks if self.received else ():
                 number = signal.SIGKILL if self.at_once else signal.SIGTERM
-                if (rank.pid, number) not in told:
-                    told.add((rank.pid, number))
+                if (rank.pid, number) not in signalled:
+                    signalled.add((rank.pid, number))
                     with suppress(NoSuchProcess):
                         rank.send_signal(number)
 

@@ -1,6 +1,6 @@
-"""What a run will be, worked out from its config alone: nothing is started, no GPU is needed.
+"""Estimates what a run needs from its config alone: nothing is started, and no GPU is needed.
 
-stages: layers and weights of each rank; activations and memory: bytes of the fullest rank;
+stages: layers and weights of each rank; activations and memory: bytes on the rank that needs most;
 communication: bytes that a rank sends; time: how long it takes; suggest: layouts that fit.
 """
 
@@ -21,16 +21,19 @@ from gengram_megatron.plan.time import Speed, seconds_of_run
 def plan(
     config: Config, layout: Layout, speed: Speed, gigabytes: float, on_gpu: bool = True
 ) -> dict:
-    """All figures, as --json prints them. gigabytes: of one GPU. on_gpu: False for a run on
-    CPUs, which may project its tables instead of its features.
+    """Returns all figures of a run, as `gengram plan --json` prints them.
 
     A table's rows_per_rank and columns_per_rank, and memory, are those of the rank that holds
     most; communication is that of the rank that sends most.
+
+    Args:
+        gigabytes: memory of one GPU.
+        on_gpu: False for a run on CPUs, which may project its tables instead of its features.
     """
-    split = ShardedModel(config, layout, on_gpu)
-    memory, sent = peak_rank(split), most_sent(split)
-    tokens_a_step = config.train.global_batch_size * config.model.seq_length
-    seconds = seconds_of_run(split, speed)
+    sharded = ShardedModel(config, layout, on_gpu)
+    memory, sent = peak_rank(sharded), most_sent(sharded)
+    tokens_per_step = config.train.global_batch_size * config.model.seq_length
+    seconds = seconds_of_run(sharded, speed)
     return {
         "processes": layout.world_size,
         "steps": layout.steps,
@@ -38,10 +41,10 @@ def plan(
         "samples_trained": layout.samples,
         "tokens": layout.samples * config.model.seq_length,
         "parameters": asdict(count_parameters(config)),
-        "parameters_per_rank": split.held(memory.stage).total,
+        "parameters_per_rank": sharded.rank_parameters(memory.stage).total,
         "forward_flops_per_token": forward_flops(config).total,
         "flops_per_token": training_flops(config),
-        "flops_per_step": training_flops(config) * tokens_a_step,
+        "flops_per_step": training_flops(config) * tokens_per_step,
         "memory_bytes_per_rank": {**asdict(memory), "total": memory.total},
         "bytes_sent_per_rank_and_step": {**asdict(sent), "total": sent.total},
         "utilisation": speed.utilisation,
@@ -50,23 +53,23 @@ def plan(
         "hours": seconds / 3600,
         "gpu_hours": seconds / 3600 * layout.world_size,
         "memory_layers": config.model.gengram.layers if config.model.gengram.enabled else [],
-        "projection": split.projection and split.projection._asdict(),
-        "tables": [_table(place, split) for place in split.tables],
-        "warnings": list(warnings(split, memory, gigabytes)),
+        "projection": sharded.projection and sharded.projection._asdict(),
+        "tables": [_table(placement, sharded) for placement in sharded.tables],
+        "warnings": list(warnings(sharded, memory, gigabytes)),
     }
 
 
-def _table(place: Placement, split: ShardedModel) -> dict:
-    table = place.table
+def _table(placement: Placement, sharded: ShardedModel) -> dict:
+    table = placement.table
     return {
         "name": table.name,
         "k": table.k,
         "hashed": table.hash_seed is not None,
         "rows": table.rows,
         "columns": table.columns,
-        "split": place.split,
-        "over": place.over or "tensor",
-        "rows_per_rank": split.table_rows_held(place),
-        "columns_per_rank": place.columns_held(split.layout.tensor),
-        "reason": place.reason,
+        "split": placement.split,
+        "over": placement.over or "tensor",
+        "rows_per_rank": sharded.table_rows_held(placement),
+        "columns_per_rank": placement.columns_held(sharded.layout.tensor),
+        "reason": placement.reason,
     }

@@ -1,41 +1,41 @@
-"""Bytes that the fullest rank of a layout needs, by kind.
+"""Estimates the memory in bytes of the rank of a layout that needs most, by kind.
 
-Against all tensors of a training step of small models on the CPU (tests/test_plan_memory.py: dense
-and mixtures of experts, all kinds of attention and recomputation, tensor, pipeline and data
-parallelism) the sum is between 1 % too low and 5 % too high. Activations under context and expert
-parallelism are worked out and not measured, nothing is measured on a GPU yet, nor with DeepSpeed.
-Left out is what CUDA, NCCL and torch's allocator take for themselves, the weights that ZeRO 3
-gathers for the layers at work, and what fp8 changes: Transformer Engine keeps copies of weights, one
-or two bytes each, and smaller activations.
+Compared with all tensors of a training step of small models on the CPU (tests/test_plan_memory.py:
+dense and mixtures of experts, all kinds of attention and recomputation, tensor, pipeline and data
+parallelism), the sum is between 1 % too low and 5 % too high. Activations under context and expert
+parallelism are calculated but not measured, and nothing has been measured on a GPU or with DeepSpeed
+yet. Left out are what CUDA, NCCL and torch's allocator need, the weights that ZeRO 3 gathers for the
+layers in use, and what fp8 changes: Transformer Engine keeps copies of weights, of one or two bytes
+each, and smaller activations.
 """
 
 from dataclasses import dataclass
 
-from gengram_megatron.config.layout import bytes_held
+from gengram_megatron.config.layout import projected_table_bytes
 from gengram_megatron.config.schema import DeepSpeed
 from gengram_megatron.plan.activations import BYTES, Activations
 from gengram_megatron.plan.stages import RankParameters, ShardedModel
 
-GRADIENT = 4  # bytes a weight; they add up in float32
+GRADIENT = 4  # bytes per weight, because gradients are accumulated in float32
 MOMENTS = {"bf16": 12, "fp32": 8}
-"""Bytes a weight of Adam's two moments and, of bf16 weights, the float32 ones."""
+"""Bytes per weight of Adam's two moments and, for bf16, of the float32 master weights."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes of memory on one rank."""
 
     stage: int
-    """Its pipeline rank."""
+    """The pipeline rank, from 0."""
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Of all microbatches that are in flight at once."""
+    """Activations of all microbatches that are in flight at once."""
     logits: int
     buffers: int
-    """What one layer's backward pass works with, or Adam's step if it needs more; ids of k-mers;
-    tables projected once a step."""
+    """What one layer's backward pass needs temporarily, or Adam's step if that needs more; k-mer
+    ids; tables projected once per step."""
 
     @property
     def total(self) -> int:
@@ -49,93 +49,104 @@ class Memory:
         )
 
 
-def peak_rank(split: ShardedModel) -> Memory:
-    """Of the rank that needs most."""
-    return max((of_stage(split, s) for s in range(split.layout.pipeline)), key=lambda m: m.total)
+def peak_rank(sharded: ShardedModel) -> Memory:
+    """Returns the memory of the rank that needs most."""
+    return max(
+        (of_stage(sharded, s) for s in range(sharded.layout.pipeline)), key=lambda m: m.total
+    )
 
 
-def of_stage(split: ShardedModel, stage: int) -> Memory:
-    """Of a rank of a pipeline stage."""
-    held, precision = split.held(stage), split.config.train.dtype
-    activations = Activations(split)
-    flying = in_flight(split, stage)
-    kept = sum(activations.kept(layer) for chunk in flying for layer in split.stages[stage][chunk])
-    last = stage == split.layout.pipeline - 1
+def of_stage(sharded: ShardedModel, stage: int) -> Memory:
+    """Returns the memory of a rank of a pipeline stage."""
+    parameters, precision = sharded.rank_parameters(stage), sharded.config.train.dtype
+    activations = Activations(sharded)
+    passes = in_flight(sharded, stage)
+    kept = sum(
+        activations.kept(layer) for chunk in passes for layer in sharded.stages[stage][chunk]
+    )
+    last = stage == sharded.layout.pipeline - 1
     kept += activations.last() if last else 0
     logits = activations.logits() if last else 0
-    states = _states(split, stage)
-    # Logits are gone when the first layer's backward pass begins.
-    working = max(_working(split, stage, activations) - logits, 0)
-    # Adam takes the square root of all second moments at once, when no activations are left.
+    states = _states(sharded, stage)
+    # The logits are freed when the first layer's backward pass begins.
+    working = max(_working(sharded, stage, activations) - logits, 0)
+    # Adam computes the square root of all second moments at once, when no activations are left.
     step = states // MOMENTS[precision] * 4
-    # On CPUs it is the same memory.
-    host = split.config.train.deepspeed if split.on_gpu else DeepSpeed()
+    # On CPUs, offloading would move data within the same memory.
+    offload = sharded.config.train.deepspeed if sharded.on_gpu else DeepSpeed()
+    weights = BYTES[precision] * _after_zero(sharded, parameters, 3)
     return Memory(
         stage=stage,
-        weights=0 if host.offload_parameters else BYTES[precision] * _cut(split, held, 3),
-        gradients=GRADIENT * _cut(split, held, 2),
-        optimizer=0 if host.offload_optimizer else states,
+        weights=0 if offload.offload_parameters else weights,
+        gradients=GRADIENT * _after_zero(sharded, parameters, 2),
+        optimizer=0 if offload.offload_optimizer else states,
         activations=kept,
         logits=logits,
-        buffers=max(working + len(flying) * activations.ids(), step - kept - logits)
-        + _projected(split, stage),
+        buffers=max(working + len(passes) * activations.ids(), step - kept - logits)
+        + _projected(sharded, stage),
     )
 
 
-def _cut(split: ShardedModel, held: RankParameters, zero_stage: int) -> int:
-    """What is left on a rank of the weights that it holds, where those that hold the same ones
-    share them from a stage of ZeRO on."""
-    return _shared(split, held) if split.zero_stage >= zero_stage else held.total
+def _after_zero(sharded: ShardedModel, parameters: RankParameters, zero_stage: int) -> int:
+    """Returns how many of a rank's parameters it keeps: a shard if the config's ZeRO stage is at
+    least `zero_stage`, otherwise all."""
+    if sharded.zero_stage >= zero_stage:
+        return _shard(sharded, parameters)
+    return parameters.total
 
 
-def _shared(split: ShardedModel, held: RankParameters) -> int:
-    """A rank's part of its weights where all that hold the same ones have as much of them."""
+def _shard(sharded: ShardedModel, parameters: RankParameters) -> int:
+    """Returns a rank's share of its parameters if they are sharded equally over all ranks that hold
+    the same ones."""
     return (
-        -(-held.copied // split.copies)
-        + -(-held.experts // split.layout.expert_data)
-        + -(-held.rows // split.row_copies())
+        -(-parameters.copied // sharded.copies)
+        + -(-parameters.experts // sharded.layout.expert_data)
+        + -(-parameters.rows // sharded.row_copies())
     )
 
 
-def _states(split: ShardedModel, stage: int) -> int:
-    """Bytes of Adam's states on a rank of a stage."""
-    held, size = split.held(stage), MOMENTS[split.config.train.dtype]
-    if not split.config.optimizer.distributed:
-        return size * held.total
-    return size * _shared(split, held)
+def _states(sharded: ShardedModel, stage: int) -> int:
+    """Returns the bytes of Adam's states on a rank of a stage."""
+    parameters, size = sharded.rank_parameters(stage), MOMENTS[sharded.config.train.dtype]
+    if not sharded.config.optimizer.distributed:
+        return size * parameters.total
+    return size * _shard(sharded, parameters)
 
 
-def _projected(split: ShardedModel, stage: int) -> int:
-    if split.projection is None or split.projection.of == "features":
+def _projected(sharded: ShardedModel, stage: int) -> int:
+    if sharded.projection is None or sharded.projection.of == "features":
         return 0
-    return sum(map(split.has_gengram, split.layers(stage))) * bytes_held(split.config)
+    return sum(map(sharded.has_gengram, sharded.layers(stage))) * projected_table_bytes(
+        sharded.config
+    )
 
 
-def _working(split: ShardedModel, stage: int, activations: Activations) -> int:
-    """What the backward pass of one layer holds for a moment: a fully recomputed layer's own
-    activations, gradients of activations, and that of a weight before it is added up."""
-    layers = split.layers(stage)
-    again = 0
-    if split.config.train.recompute == "full":
-        again = max(activations.of_layer(layer) for layer in layers)
-    return again + activations.at_work() + _largest_gradient(split) * activations.size
+def _working(sharded: ShardedModel, stage: int, activations: Activations) -> int:
+    """Returns the bytes that the backward pass of one layer holds temporarily: the recomputed
+    activations with full recomputation, gradients of activations, and the gradient of a weight
+    before it is accumulated."""
+    layers = sharded.layers(stage)
+    recomputed = 0
+    if sharded.config.train.recompute == "full":
+        recomputed = max(activations.of_layer(layer) for layer in layers)
+    return recomputed + activations.at_work() + _largest_gradient(sharded) * activations.size
 
 
-def _largest_gradient(split: ShardedModel) -> int:
-    """Elements of the largest matrix of a layer: gate and up of its experts."""
-    model = split.config.model
-    width = 2 * model.ffn_hidden_size // split.feed_forward_ranks
-    return split.experts_a_rank * width * model.hidden_size
+def _largest_gradient(sharded: ShardedModel) -> int:
+    """Returns the number of elements of a layer's largest weight: gate and up of its experts."""
+    model = sharded.config.model
+    width = 2 * model.ffn_hidden_size // sharded.feed_forward_ranks
+    return sharded.experts_per_rank * width * model.hidden_size
 
 
-def in_flight(split: ShardedModel, stage: int) -> list[int]:
-    """The forward passes of which a rank keeps activations at once, each as the number of its
-    model chunk, in megatron-core's schedules."""
-    layout = split.layout
-    after = layout.pipeline - stage - 1
+def in_flight(sharded: ShardedModel, stage: int) -> list[int]:
+    """Returns the forward passes whose activations a rank keeps at once in megatron-core's
+    schedules, each as the number of its model chunk."""
+    layout = sharded.layout
+    later_stages = layout.pipeline - stage - 1
     if layout.virtual_pipeline is None:
-        return [0] * min(layout.num_microbatches, after + 1)
+        return [0] * min(layout.num_microbatches, later_stages + 1)
     virtual = layout.virtual_pipeline
-    passes = 2 * after + (virtual - 1) * layout.pipeline + 1
+    passes = 2 * later_stages + (virtual - 1) * layout.pipeline + 1
     passes = min(passes, layout.num_microbatches * virtual)
     return [number // layout.pipeline % virtual for number in range(passes)]

@@ -1,4 +1,4 @@
-"""Which layers each pipeline rank has, and how many weights a rank of each stage holds."""
+"""Determines the layers of each pipeline rank, and how many weights a rank of each stage holds."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,15 +11,15 @@ from gengram_megatron.config.tables import Placement, group_sizes
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Weights of one rank, by which ranks have copies of them. Of ranks that hold different
-    numbers of a table's rows, the one with most counts."""
+    """Numbers of weights of one rank, by which other ranks have copies of them. If ranks hold
+    different numbers of a table's rows, these are the numbers of the rank with most."""
 
     copied: int
-    """On all data- and context-parallel ranks."""
+    """Weights with copies on all data- and context-parallel ranks."""
     experts: int
-    """On the ranks that hold the same experts."""
+    """Weights of experts, with copies on the ranks that hold the same experts."""
     rows: int
-    """Of tables whose rows data- or expert-parallel ranks share."""
+    """Weights of tables whose rows are split over data- or expert-parallel ranks."""
 
     @property
     def total(self) -> int:
@@ -28,7 +28,7 @@ class RankParameters:
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A config and its layout, as the parts of a plan ask about them."""
+    """A config and its layout, with the derived facts that the parts of a plan need."""
 
     config: Config
     layout: Layout
@@ -36,7 +36,7 @@ class ShardedModel:
 
     @cached_property
     def stages(self) -> list[list[list[int]]]:
-        """For each pipeline rank, for each of its model chunks: its layers, from 1."""
+        """The layers of each model chunk of each pipeline rank, counted from 1."""
         virtual = self.layout.virtual_pipeline or 1
         counts = [count // virtual for count in self._layers_by_rank()]
         stages, first = [[] for _ in counts], 1
@@ -48,14 +48,14 @@ class ShardedModel:
 
     def _layers_by_rank(self) -> list[int]:
         parallel, ranks = self.config.parallel, self.layout.pipeline
-        own = {0: parallel.first_stage_layers, ranks - 1: parallel.last_stage_layers}
-        own = {rank: count for rank, count in own.items() if count is not None}
-        rest = self.config.model.num_layers - sum(own.values())
-        others = ranks - len(own)
-        return [own.get(rank, rest // max(others, 1)) for rank in range(ranks)]
+        fixed = {0: parallel.first_stage_layers, ranks - 1: parallel.last_stage_layers}
+        fixed = {rank: count for rank, count in fixed.items() if count is not None}
+        rest = self.config.model.num_layers - sum(fixed.values())
+        other_ranks = ranks - len(fixed)
+        return [fixed.get(rank, rest // max(other_ranks, 1)) for rank in range(ranks)]
 
     def layers(self, stage: int) -> list[int]:
-        """Of all model chunks of a pipeline rank."""
+        """Returns the layers of all model chunks of a pipeline rank."""
         return [layer for chunk in self.stages[stage] for layer in chunk]
 
     def has_gengram(self, layer: int) -> bool:
@@ -63,23 +63,23 @@ class ShardedModel:
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same weights, experts apart."""
+        """The number of ranks that hold the same weights, not counting experts."""
         return self.layout.data * self.layout.context
 
     @property
     def zero_stage(self) -> int:
-        """Of DeepSpeed; 0 with megatron-core."""
+        """The ZeRO stage of DeepSpeed; 0 with megatron-core."""
         train = self.config.train
         return train.deepspeed.zero_stage if train.engine == "deepspeed" else 0
 
     @property
-    def experts_a_rank(self) -> int:
-        """Of each layer; a dense layer counts as one, which tensor-parallel ranks share."""
+    def experts_per_rank(self) -> int:
+        """The number of experts per layer on a rank; 1 for a dense layer."""
         return weights.experts(self.config.model)[0] // self.layout.expert
 
     @property
     def feed_forward_ranks(self) -> int:
-        """Ranks that share the width of an expert or of a dense layer."""
+        """The number of ranks that the width of an expert or of a dense layer is split over."""
         return self.layout.tensor if self.is_dense else self.layout.expert_tensor
 
     @property
@@ -88,59 +88,62 @@ class ShardedModel:
 
     @cached_property
     def tables(self) -> tuple[Placement, ...]:
-        """Of each memory."""
+        """The placements of a Gengram layer's tables."""
         return self.layout.placements
 
     @property
     def projection(self) -> Projection | None:
-        """Of the memory, if there is one."""
+        """What a Gengram layer projects; None without Gengram."""
         return self.layout.projection(self.on_gpu)
 
-    def table_rows_held(self, place: Placement) -> int:
-        """By the rank that holds most."""
-        ranks = group_sizes(self.config, self.layout.world_size)[place.over] if place.over else 1
-        return -(-place.table.rows // ranks)
+    def table_rows_held(self, placement: Placement) -> int:
+        """Returns the number of a table's rows on the rank that holds most."""
+        sizes = group_sizes(self.config, self.layout.world_size)
+        ranks = sizes[placement.over] if placement.over else 1
+        return -(-placement.table.rows // ranks)
 
-    def held(self, stage: int) -> RankParameters:
-        """Weights of a rank of a pipeline stage."""
+    def rank_parameters(self, stage: int) -> RankParameters:
+        """Returns the weights of a rank of a pipeline stage."""
         model, tensor = self.config.model, self.layout.tensor
         layers = self.layers(stage)
-        memories = sum(map(self.has_gengram, layers))
+        gengram_layers = sum(map(self.has_gengram, layers))
         rest = len(layers) * (
             weights.attention_projections(model)
             + weights.attention_norms(model)
             + weights.router(model)
             + 2 * weights.norm(model)
         )
-        rest += memories * (weights.gengram_projection(model) + weights.gengram_rest(model))
+        rest += gengram_layers * (weights.gengram_projection(model) + weights.gengram_rest(model))
         if stage == 0:
             rest += weights.embedding(model)
         if stage == self.layout.pipeline - 1:
             rest += weights.norm(model) + weights.embedding(model)
         feed_forward = (
-            len(layers) * weights.feed_forward(model) * self.experts_a_rank
+            len(layers) * weights.feed_forward(model) * self.experts_per_rank
         ) // self.feed_forward_ranks
         by_columns, by_rows = self.table_weights_held()
         return RankParameters(
-            copied=rest.held(tensor)
-            + memories * by_columns
+            copied=rest.per_rank(tensor)
+            + gengram_layers * by_columns
             + (feed_forward if self.is_dense else 0),
             experts=0 if self.is_dense else feed_forward,
-            rows=memories * by_rows,
+            rows=gengram_layers * by_rows,
         )
 
     def table_weights_held(self) -> tuple[int, int]:
-        """Of one memory's tables: weights that data-parallel ranks have copies of, and the rest."""
+        """Returns a rank's weights of one Gengram layer's tables: those that data-parallel ranks
+        have copies of, and those whose rows are split over data- or expert-parallel ranks."""
         copied = rows = 0
-        for place in self.tables:
-            own = self.table_rows_held(place) * place.columns_held(self.layout.tensor)
-            if place.over in ("data", "expert"):
-                rows += own
+        for placement in self.tables:
+            columns = placement.columns_held(self.layout.tensor)
+            on_rank = self.table_rows_held(placement) * columns
+            if placement.over in ("data", "expert"):
+                rows += on_rank
             else:
-                copied += own
+                copied += on_rank
         return copied, rows
 
     def row_copies(self) -> int:
-        """Ranks that hold the same rows."""
-        over = {place.over for place in self.tables}
+        """Returns the number of ranks that hold the same rows."""
+        over = {placement.over for placement in self.tables}
         return self.layout.expert_data if "expert" in over else 1

@@ -1,6 +1,7 @@
-"""What should be thought about in a layout that works, and other layouts that fit.
+"""Warns of drawbacks of a layout, and suggests other layouts that fit.
 
-Layouts are suggested the fastest first; of those about as fast, the one with the fewest changes.
+Suggestions are sorted by speed; among those about as fast, the one with the fewest changes comes
+first.
 """
 
 from collections.abc import Iterator
@@ -15,36 +16,40 @@ from gengram_megatron.config.tree import inline_yaml
 from gengram_megatron.errors import UserError
 from gengram_megatron.plan.memory import Memory, peak_rank
 from gengram_megatron.plan.stages import ShardedModel
-from gengram_megatron.plan.time import GPUS_A_NODE, Speed, StepTime, stage_flops, step_time
+from gengram_megatron.plan.time import GPUS_PER_NODE, Speed, StepTime, stage_flops, step_time
 
 GB = 1e9
 LARGEST_IDLE = 0.15
 LARGEST_UNEVENNESS = 1.1
 
 
-def warnings(split: ShardedModel, memory: Memory, gigabytes: float) -> Iterator[str]:
-    """Sentences; none: nothing to say. gigabytes: of one GPU."""
+def warnings(sharded: ShardedModel, memory: Memory, gigabytes: float) -> Iterator[str]:
+    """Yields a sentence for each drawback of a layout.
+
+    Args:
+        gigabytes: memory of one GPU.
+    """
     if memory.total > gigabytes * GB:
         yield (
             f"a rank needs about {memory.total / GB:.1f} GB, more than {gigabytes:g} GB: recompute "
             "more (train.recompute), split further, or see gengram plan --suggest"
         )
-    yield from _pipeline(split)
-    layout = split.layout
-    if layout.tensor > GPUS_A_NODE:
+    yield from _pipeline(sharded)
+    layout = sharded.layout
+    if layout.tensor > GPUS_PER_NODE:
         yield (
-            f"parallel.tensor is {layout.tensor}: its ranks talk inside every layer, and a node "
-            f"mostly has {GPUS_A_NODE} GPUs"
+            f"parallel.tensor is {layout.tensor}: its ranks communicate inside every layer, and a "
+            f"node usually has {GPUS_PER_NODE} GPUs"
         )
-    if split.zero_stage:
+    if sharded.zero_stage:
         yield (
-            "what ranks send is counted as with megatron-core's optimizer; DeepSpeed sends more: "
-            "gradients twice, from ZeRO 2 on after each microbatch, and with ZeRO 3 weights"
+            "communication is estimated for megatron-core's optimizer; DeepSpeed sends more: "
+            "gradients twice, from ZeRO 2 on after each microbatch, and with ZeRO 3 also weights"
         )
 
 
-def _pipeline(split: ShardedModel) -> Iterator[str]:
-    layout = split.layout
+def _pipeline(sharded: ShardedModel) -> Iterator[str]:
+    layout = sharded.layout
     microbatches, stages = layout.num_microbatches, layout.pipeline
     if microbatches < stages:
         yield (
@@ -56,92 +61,99 @@ def _pipeline(split: ShardedModel) -> Iterator[str]:
     idle = fill / (microbatches + fill)
     if microbatches >= stages and idle > LARGEST_IDLE:
         yield (
-            f"each pipeline stage is idle for {idle:.0%} of a step: more microbatches or "
-            "parallel.virtual_pipeline make it less"
+            f"each pipeline stage is idle for {idle:.0%} of a step: use more microbatches or "
+            "parallel.virtual_pipeline to reduce this"
         )
-    work = [stage_flops(split, stage) for stage in range(stages)]
+    work = [stage_flops(sharded, stage) for stage in range(stages)]
     if max(work) > LARGEST_UNEVENNESS * sum(work) / stages:
         yield (
             f"stage {work.index(max(work)) + 1} of {stages} has "
-            f"{max(work) * stages / sum(work) - 1:.0%} more to compute than the mean, and the "
+            f"{max(work) * stages / sum(work) - 1:.0%} more to compute than the average, and the "
             "others wait for it; see parallel.first_stage_layers and last_stage_layers"
         )
 
 
 LARGEST_CONTEXT = 16
-ALIKE = 1.05
-"""Times within such a ratio count as equal, and the layout with fewer words comes first."""
+EQUAL_TIME_RATIO = 1.05
+"""Times within this ratio count as equal, and the layout with fewer changes comes first."""
 RECOMPUTE = ("none", "selective", "full")
-UNTRIED = {
+NOT_VARIED = {
     "parallel.sequence": None,
     "parallel.first_stage_layers": None,
     "parallel.last_stage_layers": None,
 }
-"""What every suggestion leaves open, whatever the config has."""
+"""Keys that every suggestion sets to null, whatever the config has."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A layout that was looked at."""
+    """A layout with its memory and speed."""
 
     settings: dict[str, int | str | None]
-    """The keys of the config that have to change for it."""
+    """The keys of the config that have to change for this layout, with their new values."""
     memory: Memory
     time: StepTime
 
     @property
     def words(self) -> str:
-        """They and their values, as a command takes them."""
+        """The settings as `key=value` overrides for the command line."""
         return " ".join(f"{key}={inline_yaml(value)}" for key, value in self.settings.items())
 
 
 def suggest(config: Config, gpus: int, gigabytes: float, speed: Speed) -> list[Suggestion]:
-    """All layouts of a config on so many GPUs that fit in so many gigabytes each, the fastest
-    first. The batch stays as it is; uneven stages are not tried.
+    """Returns all layouts of a config on this number of GPUs that fit into their memory, fastest
+    first. The batch size is not changed, and uneven stages are not tried.
 
-    Raises UserError if none fits, or none works at all.
+    Raises UserError if none fits, or if none works at all.
+
+    Args:
+        gigabytes: memory of one GPU.
     """
-    found = [_judge(tried, settings, gpus, speed) for settings, tried in _layouts(config, gpus)]
-    if not found:
+    candidates = [
+        _evaluate(candidate, settings, gpus, speed)
+        for settings, candidate in _layouts(config, gpus)
+    ]
+    if not candidates:
         unsplit = next(_choices(config, gpus))
-        check_layout(_with(config, unsplit), gpus)  # says what cannot work even so
+        check_layout(_with(config, unsplit), gpus)  # reports problems that no layout solves
         raise UserError(f"no layout works on {gpus} processes; give another number of GPUs")
-    fitting = [one for one in found if one.memory.total <= gigabytes * GB]
+    fitting = [one for one in candidates if one.memory.total <= gigabytes * GB]
     if not fitting:
-        least = min(found, key=lambda one: one.memory.total)
+        smallest = min(candidates, key=lambda one: one.memory.total)
         raise UserError(
             f"no layout on {gpus} GPUs fits in {gigabytes:g} GB: the smallest needs about "
-            f"{least.memory.total / GB:.1f} GB a rank ({least.words or 'as it is'}); give more GPUs or "
-            "a smaller train.micro_batch_size"
+            f"{smallest.memory.total / GB:.1f} GB per rank ({smallest.words or 'unchanged'}); give "
+            "more GPUs or a smaller train.micro_batch_size"
         )
     best = min(one.time.total for one in fitting)
 
-    def rank(one: Suggestion) -> tuple:
-        return int(log(one.time.total / best, ALIKE)), len(one.settings), one.time.total
+    def order(one: Suggestion) -> tuple:
+        return int(log(one.time.total / best, EQUAL_TIME_RATIO)), len(one.settings), one.time.total
 
-    return sorted(fitting, key=rank)
+    return sorted(fitting, key=order)
 
 
-def _judge(config: Config, settings: dict, gpus: int, speed: Speed) -> Suggestion:
-    split = ShardedModel(config, check_layout(config, gpus))
-    return Suggestion(settings, peak_rank(split), step_time(split, speed))
+def _evaluate(config: Config, settings: dict, gpus: int, speed: Speed) -> Suggestion:
+    sharded = ShardedModel(config, check_layout(config, gpus))
+    return Suggestion(settings, peak_rank(sharded), step_time(sharded, speed))
 
 
 def _layouts(config: Config, gpus: int) -> Iterator[tuple[dict, Config]]:
-    """Those that the checks allow, with the keys that have to change for them."""
+    """Yields the layouts that pass all checks, each as the keys that have to change and the changed
+    config."""
     for settings in _choices(config, gpus):
-        tried = _with(config, settings)
+        candidate = _with(config, settings)
         try:
-            check_layout(tried, gpus)
+            check_layout(candidate, gpus)
         except UserError:
             continue
-        yield {k: v for k, v in settings.items() if v != attrgetter(k)(config)}, tried
+        yield {k: v for k, v in settings.items() if v != attrgetter(k)(config)}, candidate
 
 
 def _choices(config: Config, gpus: int) -> Iterator[dict]:
-    """All keys of a layout; the first splits nothing. The checks judge them."""
+    """Yields all layouts to check, each as the values of all its keys. The first splits nothing."""
     model = config.model
-    tensors = [n for n in _powers(GPUS_A_NODE) if gpus % n == 0]
+    tensors = [n for n in _powers(GPUS_PER_NODE) if gpus % n == 0]
     pipelines = [n for n in _divisors(model.num_layers) if gpus % n == 0]
     contexts = [n for n in _powers(LARGEST_CONTEXT) if gpus % n == 0]
     for tensor, pipeline, context in product(tensors, pipelines, contexts):
@@ -158,13 +170,13 @@ def _choices(config: Config, gpus: int) -> Iterator[dict]:
                 "parallel.context": context,
                 "parallel.expert": expert,
                 "parallel.expert_tensor": width,
-                **UNTRIED,
+                **NOT_VARIED,
                 "train.recompute": recompute,
             }
 
 
 def _expert_splits(config: Config, tensor: int, ranks: int) -> list[tuple[int, int | None]]:
-    """Pairs of parallel.expert and parallel.expert_tensor."""
+    """Returns the possible pairs of parallel.expert and parallel.expert_tensor."""
     if config.model.num_experts is None:
         return [(1, None)]
     widths = [None] if tensor == 1 else [None, 1]
@@ -177,7 +189,7 @@ def _expert_splits(config: Config, tensor: int, ranks: int) -> list[tuple[int, i
 
 
 def _with(config: Config, settings: dict) -> Config:
-    """The config in another layout."""
+    """Returns the config with another layout."""
     sections = {"parallel": {}, "train": {}}
     for key, value in settings.items():
         section, name = key.split(".")

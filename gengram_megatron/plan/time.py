@@ -1,4 +1,5 @@
-"""How long a run takes: all of it at a given utilisation, and a step of a layout in detail."""
+"""Estimates how long a run takes: the whole run at a given utilisation, and a step of a layout in
+detail."""
 
 from dataclasses import dataclass, fields
 
@@ -10,19 +11,19 @@ from gengram_megatron.plan.stages import ShardedModel
 UTILISATION = 0.4
 GPU_TFLOPS = 989.0
 """Dense bf16 TFLOP/s of an H100 SXM, from its data sheet."""
-GPUS_A_NODE = 8
-INSIDE_A_NODE = 450e9
+GPUS_PER_NODE = 8
+NVLINK_BYTES_PER_SECOND = 450e9
 """Bytes/s that an H100 sends over NVLink, from its data sheet."""
-BETWEEN_NODES = 50e9
-"""Bytes/s of one 400 Gbit/s adapter a GPU."""
+NETWORK_BYTES_PER_SECOND = 50e9
+"""Bytes/s per GPU with one 400 Gbit/s network adapter for each."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of the GPUs."""
+    """The speed of the GPUs."""
 
     utilisation: float = UTILISATION
-    """Share of the peak that arithmetic takes, from 0 to 1."""
+    """Share of the peak speed that is reached, from 0 to 1."""
     tflops: float = GPU_TFLOPS
 
     @property
@@ -31,21 +32,21 @@ class Speed:
         return self.utilisation * self.tflops * 1e12
 
 
-def seconds_of_run(split: ShardedModel, speed: Speed) -> float:
-    """At that utilisation of all GPUs over the whole run: it covers everything that keeps them
-    from computing."""
-    tokens = split.layout.samples * split.config.model.seq_length
-    return tokens * training_flops(split.config) / (split.layout.world_size * speed.flops)
+def seconds_of_run(sharded: ShardedModel, speed: Speed) -> float:
+    """Returns the seconds of a run. The utilisation is that of all GPUs over the whole run, so it
+    covers everything that keeps them from computing."""
+    tokens = sharded.layout.samples * sharded.config.model.seq_length
+    return tokens * training_flops(sharded.config) / (sharded.layout.world_size * speed.flops)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, one after the other: nothing is taken to overlap."""
+    """Seconds of a step, assuming that its parts do not overlap."""
 
     arithmetic: float
-    """Of the stage with most of it, recomputation included."""
+    """Computation of the stage that has most, including recomputation."""
     bubble: float
-    """In which a stage waits for the first and the last microbatches."""
+    """Pipeline bubble: a stage waits for the first and the last microbatches."""
     communication: float
 
     @property
@@ -53,23 +54,24 @@ class StepTime:
         return self.arithmetic + self.bubble + self.communication
 
 
-def step_time(split: ShardedModel, speed: Speed) -> StepTime:
-    """Of a layout, to compare it with others; the utilisation is that of arithmetic alone."""
-    layout = split.layout
-    flops = max(stage_flops(split, stage) for stage in range(layout.pipeline))
+def step_time(sharded: ShardedModel, speed: Speed) -> StepTime:
+    """Returns the time of a step, to compare layouts. Here the utilisation is that of arithmetic
+    alone."""
+    layout = sharded.layout
+    flops = max(stage_flops(sharded, stage) for stage in range(layout.pipeline))
     arithmetic = flops / speed.flops
     idle = (layout.pipeline - 1) / (layout.virtual_pipeline or 1) / layout.num_microbatches
-    return StepTime(arithmetic, arithmetic * idle, _communication_time(split))
+    return StepTime(arithmetic, arithmetic * idle, _communication_time(sharded))
 
 
-def stage_flops(split: ShardedModel, stage: int) -> float:
-    """Of one rank of a stage in a step."""
-    config, layout = split.config, split.layout
-    forward, layers = forward_flops(config), split.layers(stage)
+def stage_flops(sharded: ShardedModel, stage: int) -> float:
+    """Returns the FLOPs of one rank of a stage in a step."""
+    config, layout = sharded.config, sharded.layout
+    forward, layers = forward_flops(config), sharded.layers(stage)
     per_layer = (forward.total - forward.gengram - forward.logits) / config.model.num_layers
-    memories = len(weights.gengram_layers(config.model))
-    per_memory = forward.gengram / memories if memories else 0
-    inside = len(layers) * per_layer + sum(map(split.has_gengram, layers)) * per_memory
+    gengram_layers = len(weights.gengram_layers(config.model))
+    per_gengram = forward.gengram / gengram_layers if gengram_layers else 0
+    inside = len(layers) * per_layer + sum(map(sharded.has_gengram, layers)) * per_gengram
     ends = forward.logits if stage == layout.pipeline - 1 else 0
     passes = {"none": 3, "selective": 3, "full": 4}[config.train.recompute]
     tokens = config.train.global_batch_size * config.model.seq_length
@@ -77,10 +79,10 @@ def stage_flops(split: ShardedModel, stage: int) -> float:
     return (passes * inside + 3 * ends) * tokens / ranks
 
 
-def _communication_time(split: ShardedModel) -> float:
-    """Seconds a step. Ranks are numbered as megatron-core does: tensor, context, data, pipeline;
-    experts are dealt out to neighbours."""
-    sent, layout = communication.most_sent(split), split.layout
+def _communication_time(sharded: ShardedModel) -> float:
+    """Returns the seconds of communication per step. Ranks are numbered in megatron-core's order:
+    tensor, context, data, pipeline; experts are distributed over neighbouring ranks."""
+    sent, layout = communication.most_sent(sharded), sharded.layout
     model_ranks = layout.tensor * layout.context
     reach = {
         "tensor": layout.tensor,
@@ -92,6 +94,10 @@ def _communication_time(split: ShardedModel) -> float:
     }
     return sum(
         getattr(sent, field.name)
-        / (INSIDE_A_NODE if reach[field.name] <= GPUS_A_NODE else BETWEEN_NODES)
+        / (
+            NVLINK_BYTES_PER_SECOND
+            if reach[field.name] <= GPUS_PER_NODE
+            else NETWORK_BYTES_PER_SECOND
+        )
         for field in fields(sent)
     )

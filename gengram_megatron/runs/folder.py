@@ -1,4 +1,4 @@
-"""The run's folder: its lock, its config as resolved, and what that was for earlier steps."""
+"""Manages the run's folder: its lock, its resolved config, and the configs of earlier steps."""
 
 import json
 import os
@@ -14,17 +14,17 @@ from gengram_megatron.files import Locked, lock, replacing
 
 LOCK = ".lock"
 VISIBLE_SECONDS = 10.0
-"""For so long a node looks in the run's folder for a file that another one has written: network
-file systems remember for some seconds that a file was not there."""
+"""How long a node looks in the run's folder for a file that another node has written. Network file
+systems cache for some seconds that a file does not exist."""
 
 
 def make_folder(folder: Path) -> None:
-    """Make the run's folder, or say in one sentence why that cannot be."""
+    """Creates the run's folder. Raises UserError if it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"run.dir {folder} cannot be made: {error.strerror}; give another run.dir"
+            f"run.dir {folder} cannot be created: {error.strerror}; give another run.dir"
         ) from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"run.dir {folder} cannot be written to; give another run.dir")
@@ -32,38 +32,40 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; a second run that wants it is told who has it."""
+    """A context manager that locks a run's folder. Raises UserError, which names the other process,
+    if another run holds the lock."""
     with ExitStack() as held:
         try:
             held.enter_context(lock(folder / LOCK))
         except Locked as holder:
             raise UserError(
-                f"run.dir {folder} is in use by another run, {holder}: wait for its end, or give "
+                f"run.dir {folder} is in use by another run, {holder}: wait until it ends, or give "
                 "another run.dir"
             ) from None
         yield
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Remove a run's folder that holds nothing but its lock: a run that was refused leaves none."""
-    with suppress(OSError):  # another run may begin here just now
+    """Removes a run's folder if it contains only its lock, so that a refused run leaves no folder."""
+    with suppress(OSError):  # another run may be starting here
         if [path.name for path in folder.iterdir()] == [LOCK]:
             (folder / LOCK).unlink()
             folder.rmdir()
 
 
 def changed_keys(earlier: dict, later: dict) -> list[str]:
-    """The keys whose values differ between two configs, a line each, such as
-    `optimizer.lr 0.002 -> 0.0005`. Keys that only one of the two has are left out: the earlier one
-    may be of another version.
+    """Returns the keys whose values differ between two configs, one line each, such as
+    `optimizer.lr 0.002 -> 0.0005`. Keys that only one of the two has are left out, because the
+    earlier config may be of another version.
 
-    earlier, later: as model_dump, a checkpoint or config.yaml gives them.
+    Args:
+        earlier, later: nested dicts, as from model_dump, a checkpoint or config.yaml.
     """
-    was, now = flattened(earlier), flattened(later)
+    before, after = flattened(earlier), flattened(later)
     return [
-        f"{key} {_written(was[key])} -> {_written(now[key])}"
-        for key in now
-        if key in was and was[key] != now[key]
+        f"{key} {_written(before[key])} -> {_written(after[key])}"
+        for key in after
+        if key in before and before[key] != after[key]
     ]
 
 
@@ -73,15 +75,15 @@ def _written(value: object) -> str:
 
 
 def write_config(folder: Path, config: Config, step: int, earlier: dict | None) -> None:
-    """Write config.yaml, and what the run was before. Called when a job has done its first step, so
+    """Writes config.yaml, and keeps the config of earlier steps. Called after a job's first step, so
     that a job which trains nothing leaves no trace.
 
-    A config that differs from the one that the steps before were trained with is recorded beside
-    it: config.until-step-N.yaml is what the checkpoint of step N was trained with. What describes
-    only steps that a kill or damage has undone is renamed, with `discarded` in its name.
+    If earlier steps were trained with a different config, that is kept beside the new one:
+    config.until-step-N.yaml is the config that the checkpoint of step N was trained with. Configs of
+    steps that were lost by a kill or damage are renamed, with `discarded` in their names.
 
     Args:
-        step: of the checkpoint that this job goes on from, 0 if from none.
+        step: step of the checkpoint that this job resumes from; 0 without one.
         earlier: the config in that checkpoint.
     """
     path, text = folder / "config.yaml", dump_config(config)
@@ -96,7 +98,7 @@ def write_config(folder: Path, config: Config, step: int, earlier: dict | None) 
         if path.read_text() == text:
             return
         if earlier is None or _differs(path, earlier):
-            # Of a job that trained, and reached no checkpoint that is still there.
+            # The file is from a job that trained, but left no checkpoint that still exists.
             number = len([*folder.glob("config.discarded-*.yaml")]) + 1
             path.replace(folder / f"config.discarded-{number}.yaml")
     with replacing(path) as beside:
@@ -104,7 +106,7 @@ def write_config(folder: Path, config: Config, step: int, earlier: dict | None) 
 
 
 def _differs(path: Path, earlier: dict) -> bool:
-    """Whether a config file, as far as it can be read, says something else than a config."""
+    """Returns whether a config file cannot be read, or differs from a config."""
     try:
         return bool(changed_keys(earlier, parse_yaml(path.read_text(), str(path)).plain()))
     except UserError:

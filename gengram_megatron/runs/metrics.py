@@ -1,10 +1,10 @@
-"""What a run measures, step by step: metrics.jsonl, TensorBoard, and Weights & Biases if asked.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and, if configured, Weights & Biases.
 
-`metrics.jsonl` is the record that other programs read; the other two are views of it. JSON has no
-word for numbers that are not finite, so they are written as the strings "NaN", "Infinity" and
-"-Infinity"; `read_metrics` turns them back into floats.
+`metrics.jsonl` is the record that other programs read; the other two show the same numbers. JSON
+cannot represent numbers that are not finite, so they are written as the strings "NaN", "Infinity"
+and "-Infinity"; `read_metrics` converts them back into floats.
 
-`UniformCheck` warns of a run that predicts bases no better than a guess with equal chances.
+`UniformCheck` warns of a run that predicts bases no better than a uniform guess.
 """
 
 import json
@@ -24,27 +24,27 @@ FILE = "metrics.jsonl"
 DISCARDED = "metrics.discarded.jsonl"
 KINDS = ("train", "validation")
 MAX_CONSECUTIVE_SKIPS = 10
-"""With train.on_nan skip: so many batches that are left out in a row end the run."""
+"""With train.on_nan skip, a run ends after this many batches in a row were skipped."""
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class RunLog:
-    """Writes the measurements of one run. One rank of the job makes one; the others have none.
-    It touches no file before the first measurement, so a job that trains nothing changes none.
+    """Writes the metrics of one run; only one rank of a job has one. It writes no file before the
+    first metrics, so a job that trains nothing changes no file.
 
-    A run that was killed has written steps after its last checkpoint, which the resumed run does
-    again. Their lines move to metrics.discarded.jsonl, so that metrics.jsonl holds each step once.
+    A killed run may have written steps after its last checkpoint, which the resumed run repeats.
+    Their lines are moved to metrics.discarded.jsonl, so that metrics.jsonl holds each step once.
 
     Args:
-        run_dir: folder of the run; made if missing.
-        config: of the run, sent to Weights & Biases.
-        resume_step: steps that the loaded checkpoint has behind it; 0 for a start from nothing.
+        run_dir: folder of the run; created if missing.
+        config: config of the run, which is sent to Weights & Biases.
+        resume_step: step of the loaded checkpoint; 0 without one.
     """
 
     def __init__(self, run_dir: Path, config: Config, resume_step: int):
         self._run_dir, self._config, self._resume_step = Path(run_dir), config, resume_step
         self._path = self._run_dir / FILE
-        # What would stop the first measurement is told before the first step.
+        # Errors that would occur when the first metrics are written are raised before training.
         if config.logging.wandb:
             _import_wandb()
         if self._path.exists():
@@ -53,7 +53,7 @@ class RunLog:
         self.written = False
 
     def open(self) -> None:
-        """Begin to write; the first measurement does so too."""
+        """Opens the files. Writing the first metrics does so too."""
         if self.written:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -63,42 +63,44 @@ class RunLog:
         self._wandb = _start_wandb(self._run_dir, wandb, self._config) if wandb else None
         _discard_after(self._run_dir, self._resume_step)
         self._file = self._path.open("a")
-        # purge_step hides the events of steps that are done again.
+        # purge_step hides the events of steps that are repeated.
         self._tensorboard = SummaryWriter(
             str(self._run_dir / "tensorboard"), purge_step=self._resume_step + 1
         )
         self.written = True
 
-    def train(self, *, step: int, samples: int, tokens: int, loss: float, **others: float) -> None:
-        """One training step.
+    def train(
+        self, *, step: int, samples: int, tokens: int, loss: float, **extra_metrics: float
+    ) -> None:
+        """Writes the metrics of one training step.
 
         Args:
-            step: steps done since the start of the run, this one included.
-            samples, tokens: trained on since the start of the run.
-            loss: mean of the step, nats a base.
-            others: any other numbers; the usual ones are grad_norm, lr, load_balance_loss,
-                router_z_loss, rows_touched (of the memory tables), tokens_per_second (over all
+            step: steps done since the start of the run, including this one.
+            samples, tokens: number trained on since the start of the run.
+            loss: mean loss of the step, in nats per base.
+            extra_metrics: any other numbers; the usual ones are grad_norm, lr, load_balance_loss,
+                router_z_loss, rows_touched (of the Gengram tables), tokens_per_second (over all
                 ranks), seconds (of this step), data_wait (the share of them that the slowest rank
                 waited for samples), save_stall (seconds that training waited for checkpoints
-                since the step before), skipped (1 for a batch that was left out), and on GPUs
+                since the previous step), skipped (1 for a batch that was skipped), and on GPUs
                 peak_memory_bytes and model_flops_utilisation (see engine/training/report.py).
         """
-        self._write("train", step, samples, tokens, loss, others)
+        self._write("train", step, samples, tokens, loss, extra_metrics)
 
     def validation(
-        self, *, step: int, samples: int, tokens: int, loss: float, **others: float
+        self, *, step: int, samples: int, tokens: int, loss: float, **extra_metrics: float
     ) -> None:
-        """One validation: its loss, and how far training was (not what validation read). Of a
-        blend also `loss/NAME`, the loss of each set."""
-        self._write("validation", step, samples, tokens, loss, others)
+        """Writes the metrics of one validation: its loss and, for a blend, `loss/NAME` for each data
+        set. samples and tokens are those trained on so far, not those that validation read."""
+        self._write("validation", step, samples, tokens, loss, extra_metrics)
 
     def has_validation(self, step: int) -> bool:
-        """Whether the run was validated after a step, in this job or in one before it."""
+        """Returns whether the run was validated after a step, in this job or an earlier one."""
         entries = read_metrics(self._path) if self._path.exists() else []
         return any(e["kind"] == "validation" and e["step"] == step for e in entries)
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flushes and closes all files."""
         if not self.written:
             return
         self._file.close()
@@ -113,11 +115,17 @@ class RunLog:
         self.close()
 
     def _write(
-        self, kind: str, step: int, samples: int, tokens: int, loss: float, others: dict[str, float]
+        self,
+        kind: str,
+        step: int,
+        samples: int,
+        tokens: int,
+        loss: float,
+        extra_metrics: dict[str, float],
     ) -> None:
         self.open()
         numbers = {"samples": samples, "tokens": tokens, "loss": loss}
-        numbers |= {"bits_per_base": loss / math.log(2), **others}
+        numbers |= {"bits_per_base": loss / math.log(2), **extra_metrics}
         self._file.write(_to_json({"kind": kind, "step": step, **numbers}) + "\n")
         self._file.flush()
         for name, number in numbers.items():
@@ -128,13 +136,13 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order.
+    """Reads the lines of a metrics.jsonl, in order.
 
-    A last line that was cut off by a kill is left out; damage anywhere else is a UserError.
+    A last line that was cut off by a kill is left out. Raises UserError for damage anywhere else.
     """
     lines = Path(path).read_bytes().split(b"\n")
     entries = []
-    for number, line in enumerate(lines[:-1], start=1):  # the last: empty, or half a line
+    for number, line in enumerate(lines[:-1], start=1):  # the last is empty, or incomplete
         try:
             entries.append(_entry(line))
         except (AttributeError, KeyError, ValueError):
@@ -154,7 +162,8 @@ def _entry(line: bytes) -> dict[str, Any]:
 
 
 def _discard_after(run_dir: Path, resume_step: int) -> None:
-    """Moves the lines of steps after `resume_step` (all lines, if 0) out of metrics.jsonl."""
+    """Moves the lines of steps after `resume_step` (if it is 0, all lines) from metrics.jsonl to
+    metrics.discarded.jsonl."""
     path = run_dir / FILE
     if not path.exists():
         return
@@ -170,7 +179,7 @@ def _discard_after(run_dir: Path, resume_step: int) -> None:
 
 
 def _to_json(entry: dict[str, Any]) -> str:
-    """One line; floats by repr, which loses nothing."""
+    """Returns an entry as one line of JSON. Floats are written by repr, without loss."""
     safe = {name: _finite_or_word(value) for name, value in entry.items()}
     return json.dumps(safe, allow_nan=False)
 
@@ -197,7 +206,7 @@ def _import_wandb() -> ModuleType:
 
 
 def _start_wandb(run_dir: Path, settings: WeightsAndBiases, config: Config) -> Any:
-    """The Weights & Biases run of this folder: a new one, or the one it already belongs to."""
+    """Starts the Weights & Biases run of this folder, or resumes it if there is one."""
     wandb = _import_wandb()
     id_file = run_dir / "wandb.id"
     if not id_file.exists():
@@ -210,32 +219,32 @@ def _start_wandb(run_dir: Path, settings: WeightsAndBiases, config: Config) -> A
         dir=str(run_dir),
         config=config.model_dump(),
     )
-    # Its own step can only grow; a resumed run goes back to its checkpoint.
+    # The built-in step of wandb can only increase, but a resumed run goes back to its checkpoint.
     run.define_metric("*", step_metric="step")
     return run
 
 
 UNIFORM = math.log(4)
-"""Loss, in nats a base, of a model that gives A, C, G and T a quarter each."""
+"""Loss, in nats per base, of a model that gives A, C, G and T equal probability."""
 WATCHED_STEPS = 100
-"""Steps after warm-up before a run is judged, and the most that are judged at a time."""
+"""Number of steps after warm-up before a run is checked, and the most that a check looks at."""
 FEWEST_STEPS = 40
-"""A job that ends with fewer steps after warm-up is not judged at all."""
+"""A job that ends with fewer steps after warm-up is not checked at all."""
 STANDARD_ERRORS = 3.0
 
 
 class UniformCheck:
-    """Looks at the training losses of one job after warm-up.
+    """Checks the training losses of one job after warm-up.
 
-    A run is above uniform if the losses of the second half of its steps after warm-up (of at most
-    the last 100) have a median more than three standard errors above ln 4, and the last fifth of
-    them lies above ln 4 too. A median does not move when a few losses leap, so neither noise nor a
-    passing spike raises the warning, nor a loss that has just come down. Losses that are not
-    finite are left out.
+    A run is above uniform if the losses of the second half of its steps after warm-up (at most the
+    last 100) have a median more than three standard errors above ln 4, and the mean of their last
+    fifth is above ln 4 too. A few outliers do not change a median, so neither noise nor a short
+    spike raises the warning, nor does a loss that has just come down. Losses that are not finite
+    are left out.
 
     Args:
-        config: of the run.
-        samples: of the whole run; warm-up is a share of them.
+        config: config of the run.
+        samples: samples of the whole run; warm-up is a share of them.
     """
 
     def __init__(self, config: Config, samples: int):
@@ -247,9 +256,11 @@ class UniformCheck:
         self._warned = False
 
     def after_step(self, step: int, loss: float) -> str | None:
-        """A warning the first time that the run is found above uniform.
+        """Returns a warning the first time that the run is above uniform, otherwise None.
 
-        step: steps done since the start of the run, this one included; loss: nats a base.
+        Args:
+            step: steps done since the start of the run, including this one.
+            loss: training loss of this step, in nats per base.
         """
         if step <= self._warm_up_steps or not math.isfinite(loss):
             return None
@@ -261,20 +272,21 @@ class UniformCheck:
         return self._sentence(f"step {step}: the training loss")
 
     def at_end(self) -> str | None:
-        """A warning if the job ends above uniform, also if it was too short to be judged before."""
+        """Returns a warning if the job ends above uniform, even if it was too short to be checked
+        before; otherwise None."""
         if self._seen < FEWEST_STEPS or not self._above():
             return None
         return self._sentence("this job ends with a training loss that")
 
     def _judged(self) -> list[float]:
-        """The losses of the second half of the steps after warm-up, at most the last 100."""
+        """Returns the losses of the second half of the steps after warm-up, at most the last 100."""
         return list(self._losses)[-(self._seen // 2) :]
 
     def _above(self) -> bool:
         losses = self._judged()
         middle = median(losses)
-        # Of normally distributed losses, standard deviation = 1.4826 x median deviation, and the
-        # standard error of a median = 1.2533 x standard deviation / sqrt(n).
+        # For normally distributed losses, standard deviation = 1.4826 x median deviation, and the
+        # standard error of the median = 1.2533 x standard deviation / sqrt(n).
         deviation = 1.4826 * median(abs(loss - middle) for loss in losses)
         error = 1.2533 * deviation / math.sqrt(len(losses))
         last = losses[-(len(losses) // 5) :]
@@ -284,11 +296,11 @@ class UniformCheck:
         optimizer, model = self._config.optimizer, self._config.model
         data = self._config.data.path or "FOLDER"
         return (
-            f"{what} is {median(self._judged()):.4f} nats a base, which is above {UNIFORM:.4f}, "
-            "the loss of a guess with equal chances for A, C, G and T: the model has learned "
-            "nothing of DNA yet. "
-            f"Look at optimizer.lr ({optimizer.lr:g}), model.init_std ({model.init_std:g}) and "
-            f"train.precision ({self._config.train.precision}), at the share of N in the data "
-            f"(gengram-data inspect {data}) and at its token ids (gengram-data verify {data}, "
+            f"{what} is {median(self._judged()):.4f} nats per base, which is above {UNIFORM:.4f}, "
+            "the loss of a uniform guess among A, C, G and T: the model has learned nothing about "
+            "DNA yet. "
+            f"Check optimizer.lr ({optimizer.lr:g}), model.init_std ({model.init_std:g}) and "
+            f"train.precision ({self._config.train.precision}), the share of N in the data "
+            f"(gengram-data inspect {data}) and its token ids (gengram-data verify {data}, "
             "model.gengram.token_ids)"
         )

@@ -1,4 +1,4 @@
-"""loss.png: the loss of one run, or of several side by side."""
+"""Draws loss.png: the loss of one run, or of several in comparison."""
 
 import json
 import math
@@ -18,15 +18,15 @@ from gengram_megatron.runs.metrics import UNIFORM, read_metrics
 
 SMOOTHING = 0.02  # width of the smoothing window, as a share of the run's steps
 LAST_NATS = 0.1
-"""What the picture shows at least above the lowest loss: enough for differences of a thousandth of
-a nat to be seen."""
-LATE = 0.75  # the share of a run, at its end, that decides what the picture shows
+"""The picture shows at least this range above the lowest loss. On this scale, differences of a
+thousandth of a nat are visible."""
+LATE = 0.75  # the last share of a run that decides the range of the picture
 REFERENCE_GREYS = ("#767676", "#646464", "#505050", "#3c3c3c")
 MARKOV_FILE = "markov.json"
-"""In a data set's folder: the losses of Markov models on its validation split, by their order."""
+"""A file in a data set's folder: the losses of Markov models on its validation split, by order."""
 
 Series = tuple[np.ndarray, np.ndarray]
-"""Tokens and losses [n]."""
+"""Tokens [n] and losses [n]."""
 
 
 def plot_loss(
@@ -35,16 +35,17 @@ def plot_loss(
     references: dict[str, float] | None = None,
     title: str | None = None,
 ) -> None:
-    """Draws training and validation loss over the tokens seen, near where they end.
+    """Draws training and validation loss over the tokens seen, in a range around their final
+    values.
 
-    The legend has the last values: of training that of the running mean, which is the thick line.
+    The legend has the last values, for training those of the running mean, which is the thick line.
 
     Args:
-        metrics: the name of each run and its metrics.jsonl.
-        out: the picture to write; its ending decides the format.
-        references: horizontal lines to compare with, in nats a base, besides that of uniform
-            letters, which is always there.
-        title: what the picture shows; None: nothing is written above it.
+        metrics: the metrics.jsonl of each run, by its name.
+        out: the picture to write; its suffix decides the format.
+        references: horizontal lines to compare with, in nats per base; the one of uniform letters
+            is always drawn.
+        title: the title above the picture; None for no title.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")  # without pyplot: no screen needed
     axes = figure.subplots()
@@ -59,15 +60,16 @@ def plot_loss(
     axes.set_xlim(left=0)
     if title:
         figure.suptitle(title, fontsize=10)
-    # Above the axes, where the legend hides no part of a curve.
+    # The legend is above the axes, so that it hides no part of a curve.
     decorate(axes, "loss", loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, fontsize=9)
     save_figure(figure, Path(out), dpi=150)
 
 
 def run_title(config: Config, tokens: int) -> str:
-    """What a run is, in two lines: its name; the size of its model and the tokens it reads.
+    """Returns a title of two lines: the name of the run, and the size of its model and training.
 
-    tokens: of the whole run.
+    Args:
+        tokens: tokens of the whole run.
     """
     model, parameters = config.model, count_parameters(config)
     words = [f"{short_number(parameters.total)} parameters"]
@@ -87,7 +89,7 @@ def run_title(config: Config, tokens: int) -> str:
 
 
 def short_number(count: float) -> str:
-    """Three digits and a unit: 819 k, 1.25 B."""
+    """Returns a number with three digits and a unit, such as 819 k or 1.25 B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= 0.9995 * size:
             return f"{count / size:.3g} {unit}"
@@ -95,30 +97,32 @@ def short_number(count: float) -> str:
 
 
 def write_markov_levels(folder: Path, checksums: dict[str, str], nats: dict[int, float]) -> None:
-    """Keep what was counted on a data set, so that the pictures of its runs show it.
+    """Stores the losses of Markov models on a data set, so that the pictures of its runs show them.
 
     Args:
-        folder: of the data set.
-        checksums: SHA-256 of each split that was counted on, by the split's name.
-        nats: loss on the validation split, in nats a base, by the order of the Markov model.
+        folder: folder of the data set.
+        checksums: SHA-256 of each split that was used, by the split's name.
+        nats: loss on the validation split, in nats per base, by the order of the Markov model.
     """
     with replacing(Path(folder) / MARKOV_FILE) as beside:
         beside.write_text(json.dumps({"sha256": checksums, "nats": nats}, indent=2) + "\n")
 
 
 def markov_levels(folder: Path, checksums: dict[str, str]) -> dict[str, float]:
-    """The reference lines of a data set; none where nothing was counted on these very splits."""
+    """Returns the losses of Markov models on a data set by name, for reference lines; empty if there
+    are none for exactly these splits."""
     try:
-        found = json.loads((Path(folder) / MARKOV_FILE).read_text())
-        if found["sha256"] != checksums:
+        stored = json.loads((Path(folder) / MARKOV_FILE).read_text())
+        if stored["sha256"] != checksums:
             return {}
-        return {f"Markov {order}": float(nats) for order, nats in found["nats"].items()}
+        return {f"Markov {order}": float(nats) for order, nats in stored["nats"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # a picture without these lines is better than none
+        return {}  # a picture without these lines is better than no picture
 
 
 def _draw_run(axes: Axes, colour: str, name: str, entries: list[dict]) -> None:
-    """One run in one colour: raw losses thin, their running mean thick, validations as dots."""
+    """Draws one run in one colour: losses as a thin line, their running mean as a thick one, and
+    validations as dots."""
     tokens, loss = _series(entries, "train")
     if len(loss):
         smooth = _smooth(loss)
@@ -135,7 +139,7 @@ def _draw_run(axes: Axes, colour: str, name: str, entries: list[dict]) -> None:
 
 
 def _mark_not_finite(axes: Axes, colour: str, name: str, tokens: np.ndarray) -> None:
-    """Crosses at the lower edge, at the steps that have no loss to draw."""
+    """Draws crosses at the lower edge for the steps whose losses are not finite."""
     if len(tokens):
         label = f"{name} not finite: {len(tokens)} steps".strip()
         edge = axes.get_xaxis_transform()
@@ -148,33 +152,33 @@ def _last(losses: np.ndarray) -> str:
 
 
 def _series(entries: list[dict], kind: str) -> Series:
-    """Tokens and losses [n] of the lines of one kind."""
+    """Returns the tokens [n] and losses [n] of the entries of one kind."""
     points = [(entry["tokens"], entry["loss"]) for entry in entries if entry["kind"] == kind]
     tokens, loss = np.array(points, dtype=float).reshape(-1, 2).T
     return tokens, loss
 
 
 def _smooth(loss: np.ndarray) -> np.ndarray:
-    """Centred running mean [n] -> [n] of what is finite; at both ends over the part of the window
-    that is there."""
+    """Returns the centred running mean [n] of the finite losses [n]. At both ends the window is
+    truncated."""
     window = np.ones(2 * max(1, round(len(loss) * SMOOTHING / 2)) + 1)
-    there = np.isfinite(loss)
-    sums = np.convolve(np.where(there, loss, 0), window, mode="full")
-    counts = np.convolve(there.astype(float), window, mode="full").round()
+    finite = np.isfinite(loss)
+    sums = np.convolve(np.where(finite, loss, 0), window, mode="full")
+    counts = np.convolve(finite.astype(float), window, mode="full").round()
     means = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
     return means[len(window) // 2 :][: len(loss)]
 
 
 def _limits(runs: Iterable[list[dict]], levels: dict[str, float]) -> tuple[float, float]:
-    """Bottom and top of the picture, in nats.
+    """Returns the bottom and top of the picture, in nats.
 
-    What matters is where the curves end, so the last three quarters of each run decide: the picture
-    goes from the lowest loss there a tenth of a nat up, or further where they take more room (the
-    highest tenth of them left out, for spikes), and the curves enter from above. Once a run is below
-    uniform letters, what is above them is warm-up, or a run that failed, and may lie outside. The
-    last validation and all reference lines below the top are always in it.
+    The end of the curves matters most, so the last three quarters of each run decide. The picture
+    reaches from their lowest loss a tenth of a nat up, or further if needed to show them without
+    their highest tenth, which may be spikes; the curves enter from above. Once a run is below
+    uniform letters, losses above that belong to the warm-up or to a failed run, and may lie outside.
+    The last validation, and all reference lines below the top, are always inside.
     """
-    low, high, must = [], [], []
+    low, high, required = [], [], []
     for entries in runs:
         loss = _series(entries, "train")[1]
         late = _finite(_smooth(loss)) if len(loss) else loss
@@ -182,12 +186,12 @@ def _limits(runs: Iterable[list[dict]], levels: dict[str, float]) -> tuple[float
         if len(late):
             low.append(late.min())
             high.append(np.percentile(late, 90))
-        must += [*_finite(_series(entries, "validation")[1])[-1:]]
-    bottom = min([*low, *must], default=UNIFORM)
+        required += [*_finite(_series(entries, "validation")[1])[-1:]]
+    bottom = min([*low, *required], default=UNIFORM)
     top = max([bottom + LAST_NATS, *high])
     if bottom < UNIFORM:
         top = min(top, max(UNIFORM, bottom + LAST_NATS))
-    top = max([top, *must])
+    top = max([top, *required])
     bottom = min([bottom, *(nats for nats in levels.values() if nats < top)])
     margin = 0.05 * (top - bottom)
     return bottom - margin, top + margin
@@ -198,9 +202,9 @@ def _finite(losses: np.ndarray) -> np.ndarray:
 
 
 def _draw_references(axes: Axes, levels: dict[str, float]) -> None:
-    """Dotted lines, named at the left-hand end, where the curves have not come down to them. Those
-    that lie too close for a name each share one, and those above the picture are named at its
-    upper edge."""
+    """Draws the reference lines as dotted lines, labelled at the left end, where the curves are
+    still above them. Lines that are too close for separate labels share one, and those above the
+    picture are listed at its upper edge."""
     bottom, top = axes.get_ylim()
     ordered = sorted(levels.items(), key=lambda item: -item[1])
     above = [f"{name} {nats:.4f}" for name, nats in ordered if nats > top]
@@ -221,7 +225,7 @@ def _draw_references(axes: Axes, levels: dict[str, float]) -> None:
 
 
 def _write(axes: Axes, height: float, unit: str, text: str, colour: str, side: str) -> None:
-    """A name at the left-hand end, its given side at a height."""
+    """Writes a label at the left end, with its `side` (top or bottom) at a height."""
     axes.annotate(
         text,
         xy=(0, height),
@@ -237,16 +241,18 @@ def _write(axes: Axes, height: float, unit: str, text: str, colour: str, side: s
 
 
 def decorate(axes: Axes, loss: str, **legend: Any) -> None:
-    """Grid, legend, and the axes of a loss: nats a base on the left, bits a base on the right.
+    """Adds a grid, a legend, and the axes of a loss: nats per base on the left, bits per base on the
+    right.
 
-    legend: where it lies and how it looks, as of matplotlib.
+    Args:
+        legend: keyword arguments of matplotlib's legend.
     """
-    axes.set_ylabel(f"{loss}, nats a base")
+    axes.set_ylabel(f"{loss}, nats per base")
     axes.grid(alpha=0.25)
     axes.spines["top"].set_visible(False)
     bits = axes.secondary_yaxis(
         "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
     )
-    bits.set_ylabel("bits a base")
+    bits.set_ylabel("bits per base")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, **legend)

@@ -1,4 +1,4 @@
-"""The line on the screen that says how a run is going."""
+"""Shows the progress of a run as a line on the screen."""
 
 import math
 import sys
@@ -13,26 +13,26 @@ from rich.text import Text
 
 STEPS_REMEMBERED = 50
 SECONDS_BETWEEN_LINES = 60.0
-"""Between the lines of one validation where there is no live line."""
+"""Time between the lines of one validation if there is no live line."""
 VALIDATION_STEP = 1 / 3
-"""The time of a validation step over that of a training step, until one has been measured: of the
-three products of a training step, validation has the one of the forward pass."""
+"""Estimated ratio of the times of a validation step and a training step, until one has been
+measured: validation has only the forward pass, one of the three products of a training step."""
 
 
 class Progress:
-    """Shows one line: kept up to date at a terminal, printed every `interval` steps elsewhere.
+    """Shows one line: a live line at a terminal, a printed line every `interval` steps elsewhere.
 
-    A terminal that cannot move its cursor (TERM=dumb) gets printed lines, as a pipe does. At a
-    terminal, a line holds as many numbers as its width has room for; those that say how the run
-    is going come first, and fit into 80 columns.
+    A terminal that cannot move its cursor (TERM=dumb) gets printed lines, like a pipe. At a
+    terminal, a line has as many numbers as fit into its width. The most important ones come first,
+    and fit into 80 columns.
 
     Args:
-        total_steps: of the whole run.
-        interval: steps between lines where no line is kept up to date.
-        console: where to; None: standard output.
+        total_steps: steps of the whole run.
+        interval: steps between lines if there is no live line.
+        console: where to print; None for standard output.
         validation_interval: steps between validations; None: only after the last step.
         validation_steps: global batches of one validation; 0: the run has no validations.
-        clock: seconds, as of time.monotonic.
+        clock: returns the time in seconds, like time.monotonic.
     """
 
     def __init__(
@@ -53,8 +53,10 @@ class Progress:
         self._seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._validation_seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._validation_began = self._last_line = clock()
-        self._steps, self._trained, self._waited = 0, 0.0, 0.0  # of this job; the last two seconds
-        self._first_fields: list[str] = []  # of the last step, before and after the time left
+        # Of this job: steps, seconds of training, and seconds of waiting for samples.
+        self._steps, self._trained, self._waited = 0, 0.0, 0.0
+        # Fields of the last step, shown before and after the time left.
+        self._first_fields: list[str] = []
         self._last_fields: list[str] = []
         self._live = Live(console=self._console, auto_refresh=False)
 
@@ -82,16 +84,16 @@ class Progress:
         """Shows one training step.
 
         Args:
-            step: steps done, this one included.
-            loss: nats a base.
+            step: steps done, including this one.
+            loss: nats per base.
             lr: learning rate of this step.
-            grad_norm: before clipping.
+            grad_norm: gradient norm before clipping.
             tokens_per_second: over all ranks.
-            seconds: what this step took; time left is counted with the median of the last ones,
-                which a slow checkpoint now and then does not move, and the validations that are
-                still due with the median of those that were made.
-            data_wait: the share of these seconds that were spent waiting for samples.
-            model_flops_utilisation, peak_memory_bytes: as of training.gpu_use, on GPUs.
+            seconds: duration of this step. The time left is estimated from the median of the last
+                steps, which an occasional slow checkpoint does not change, and from the median of
+                earlier validations.
+            data_wait: the share of these seconds that was spent waiting for samples.
+            model_flops_utilisation, peak_memory_bytes: only on GPUs (engine/training/report.py).
         """
         self._seconds.append(seconds)
         self._steps += 1
@@ -116,10 +118,9 @@ class Progress:
         self._show(fields, print_it=step % self._interval == 0 or step == self._total_steps)
 
     def validating(self, *, step: int, done: int, total: int) -> None:
-        """Shows how far a validation is; called with done = 0 when it begins.
+        """Shows the progress of a validation; called with done = 0 when it begins.
 
-        Where there is no live line, a validation of minutes gets a line each minute and a short
-        one none.
+        Without a live line, a line is printed each minute, so short validations have none.
 
         Args:
             step: training steps done.
@@ -135,9 +136,11 @@ class Progress:
         self._show(fields, print_it=due)
 
     def validation(self, *, step: int, loss: float, of_sets: dict[str, float]) -> None:
-        """Prints what a validation came to; it stays on the screen.
+        """Prints the loss of a validation; it stays on the screen.
 
-        loss, of_sets: nats a base in all, and of each set of a blend by its name.
+        Args:
+            loss: nats per base over all data.
+            of_sets: nats per base of each data set of a blend, by its name.
         """
         self._validation_seconds.append(self._clock() - self._validation_began)
         sets = "".join(f"  {name} {nats:.4f}" for name, nats in of_sets.items())
@@ -145,12 +148,12 @@ class Progress:
             f"{self._place(step)}  validation loss {loss:.4f} nats  "
             f"{_bits(loss):.4f} bits/base{sets}"
         )
-        if self._first_fields:  # the live line is again that of the step
+        if self._first_fields:  # the live line shows the step again
             fields = [*self._first_fields, *self._left(step, validated=1), *self._last_fields]
             self._show(fields, print_it=False)
 
     def end(self) -> None:
-        """Prints what the steps of this job took, if there were any."""
+        """Prints how long the steps of this job took, if there were any."""
         if self._steps:
             self.say(
                 f"{self._steps} steps in {duration(self._trained)}, "
@@ -158,11 +161,11 @@ class Progress:
             )
 
     def say(self, line: str) -> None:
-        """Prints a line as it is, above the live one where there is one."""
+        """Prints a line unchanged, above the live line if there is one."""
         self._console.print(line, markup=False, soft_wrap=True)
 
     def _show(self, fields: list[str], print_it: bool) -> None:
-        """Updates the live line, or prints the fields where there is none and they are due."""
+        """Updates the live line. Without one, prints the fields if print_it is true."""
         line = _joined(fields, self._console.width if self._console.is_terminal else None)
         if self._live.is_started:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
@@ -173,23 +176,24 @@ class Progress:
         return f"step {step}/{self._total_steps}"
 
     def _left(self, step: int, validated: float = 0.0) -> list[str]:
-        """The time left, once a step of this job has been timed.
+        """Returns the field of the time left, or no field before the first step of this job.
 
-        validated: how much of the validation after this step is done, from 0 to 1.
+        Args:
+            validated: how much of the validation after this step is done, from 0 to 1.
         """
         if not self._seconds:
             return []
         seconds = median(self._seconds)
         left = (self._total_steps - step) * seconds
         if due := self._validations_due(step):
-            one = VALIDATION_STEP * seconds * self._validation_steps
+            per_validation = VALIDATION_STEP * seconds * self._validation_steps
             if self._validation_seconds:
-                one = median(self._validation_seconds)
-            left += (due - validated) * one
+                per_validation = median(self._validation_seconds)
+            left += (due - validated) * per_validation
         return [f"{duration(left)} left"]
 
     def _validations_due(self, step: int) -> int:
-        """Validations after this step or a later one, to the end of the run."""
+        """Returns the number of validations from the one after this step to the end of the run."""
         if not self._validation_steps:
             return 0
         interval = self._validation_interval or self._total_steps
@@ -198,7 +202,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42s, 3m12s, 5h07m, 2d03h."""
+    """Returns seconds in a readable form: 42s, 3m12s, 5h07m, 2d03h."""
     seconds = round(seconds)
     for unit, size, part, part_size in (
         ("d", 86400, "h", 3600),
@@ -211,7 +215,7 @@ def duration(seconds: float) -> str:
 
 
 def _joined(fields: list[str], width: int | None) -> str:
-    """The first fields, as many as fit into the width whole, but at least one; None: all."""
+    """Joins as many fields as fit completely into the width, at least one; all if it is None."""
     line = fields[0]
     for field in fields[1:]:
         longer = f"{line}  {field}"
@@ -226,5 +230,6 @@ def _bits(nats: float) -> float:
 
 
 def _standard_output() -> Console:
-    """Without escape sequences where no person looks, whatever FORCE_COLOR says."""
+    """Returns a console without escape sequences unless standard output is a terminal, whatever
+    FORCE_COLOR says."""
     return Console(highlight=False, force_terminal=None if sys.stdout.isatty() else False)

@@ -1,9 +1,9 @@
-"""The checkpoints of a run's folder: which there are, and which may be trusted.
+"""Manages the checkpoints of a run's folder: which exist, and which are intact.
 
 A checkpoint is written to `step_00000120.<random>.partial` and renamed when all its files are on
-the disk, so a folder without an ending is whole: nothing half-written is ever read. What happens to
-its files later is found by their checksums, which lie beside them in a file that `sha256sum -c`
-reads, too; a damaged checkpoint is renamed to `.damaged` and stays.
+the disk, so a folder without a suffix is complete, and nothing half-written is ever read. Later
+damage to its files is detected by their checksums, which are stored beside them in a file that
+`sha256sum -c` can read too; a damaged checkpoint is renamed to `.damaged` and kept.
 """
 
 import json
@@ -24,18 +24,19 @@ from gengram_megatron.files import checksum, flush
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error of the system while `path` is read, or a file in it, into a UserError."""
+    """A context manager that turns an OSError while `path` or a file in it is read into a
+    UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or path} cannot be read: {error.strerror or error}; see that it is "
-            "there and may be read"
+            f"{error.filename or path} cannot be read: {error.strerror or error}; check that it "
+            "exists and that its permissions allow reading"
         ) from None
 
 
 def check_readable(files: Iterable[Path]) -> None:
-    """UserError: one of these files cannot be opened and read."""
+    """Raises UserError if one of these files cannot be opened and read."""
     for path in files:
         with reading(path), path.open("rb") as file:
             file.read(1)
@@ -45,9 +46,10 @@ CHECKSUMS = "checksums.sha256"
 
 
 def write_checksums(folder: Path, known: dict[str, str]) -> None:
-    """Note the checksums of all files of a folder, and flush.
+    """Writes the checksums of all files of a folder to its checksum file, and flushes it.
 
-    known: those that are there already, by file name; the others are computed.
+    Args:
+        known: checksums that have been computed already, by file name.
     """
     names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
     lines = (f"{known.get(name) or checksum(folder / name)}  {name}\n" for name in names)
@@ -56,9 +58,9 @@ def write_checksums(folder: Path, known: dict[str, str]) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The checksums by file name.
+    """Returns the checksums by file name.
 
-    Raises ValueError, in words, if the manifest is not whole.
+    Raises ValueError, with a message for the user, if the checksum file is missing or damaged.
     """
     try:
         lines = (folder / CHECKSUMS).read_text().splitlines()
@@ -72,9 +74,11 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """What is wrong with a checkpoint's files, a phrase each; none if it is whole.
+    """Returns a phrase for each problem with a checkpoint's files; empty if it is intact.
 
-    share, shares: reads only every shares-th file, so that many processes can do it together.
+    Args:
+        share, shares: read only every shares-th file, from number `share` on, so that several
+            processes can divide the work.
     """
     try:
         expected = read_checksums(folder)
@@ -88,28 +92,28 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 
 
 def _unknown(folder: Path, expected: Iterable[str]) -> list[str]:
-    there = {path.name for path in folder.iterdir()}
-    return [f"{CHECKSUMS} lacks {name}" for name in sorted(there - {CHECKSUMS, *expected})]
+    present = {path.name for path in folder.iterdir()}
+    return [f"{CHECKSUMS} lacks {name}" for name in sorted(present - {CHECKSUMS, *expected})]
 
 
 def _changed(folder: Path, expected: dict[str, str]) -> list[str]:
-    found = []
+    problems = []
     for name, digest in expected.items():
         try:
             if checksum(folder / name) != digest:
-                found.append(f"{name} is not what was written")
+                problems.append(f"{name} is not what was written")
         except FileNotFoundError:
-            found.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
         except OSError as error:
-            found.append(f"{name} cannot be read: {error.strerror}")
-    return found
+            problems.append(f"{name} cannot be read: {error.strerror}")
+    return problems
 
 
 def check_whole(folder: Path) -> None:
-    """UserError: a checkpoint's files are not what was written, so nothing is to be made of them."""
+    """Raises UserError if a checkpoint's files are not what was written, before they are used."""
     if problems := damage(folder):
         raise UserError(
-            f"{folder} is damaged: {'; '.join(problems)}; take an earlier checkpoint of the run"
+            f"{folder} is damaged: {'; '.join(problems)}; use an earlier checkpoint of the run"
         )
 
 
@@ -121,7 +125,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a checkpoint without opening its tensors."""
+    """What is known about a checkpoint without opening its tensors."""
 
     format: int
     step: int
@@ -131,33 +135,35 @@ class Facts:
     tables: dict = field(default_factory=dict)
     """Gengram's tables by name, with what decides which row a k-mer has."""
     data: list[dict] = field(default_factory=list)
-    """The data sets in their order: the checksum of each one's samples and its share of the run."""
+    """The data sets in order: the checksum of each one's samples, and its share of the run."""
 
 
 class CheckpointStore:
     """The folder `checkpoints` of a run.
 
     Args:
-        folder: need not be there yet.
-        keep: so many of the newest stay; None: all.
-        keep_every: those of steps that this number divides stay besides; None: no others.
+        folder: need not exist yet.
+        keep: how many of the newest to keep; None: all.
+        keep_every: also keep those of steps that are multiples of this; None: no others.
     """
 
     def __init__(self, folder: Path, keep: int | None = None, keep_every: int | None = None):
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies once it is whole."""
+        """Returns the folder of a step's checkpoint once it is complete."""
         return self.folder / f"step_{step:08d}"
 
     def begin(self, step: int, estimate: int = 0) -> Path:
-        """An empty folder to write to. Those left by a run that was killed are removed.
+        """Creates an empty folder to write to, and removes those that a killed run has left.
 
-        Its name is new each time: the writer of a run that was killed may still be at work.
-        estimate: bytes that the checkpoint will have, if there is none to learn it from.
+        Its name is new each time, because the writer of a killed run may still be running.
+
+        Args:
+            estimate: estimated bytes of the checkpoint, used if there is no earlier one.
         """
-        for left in self.folder.glob("step_*" + PARTIAL):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in self.folder.glob("step_*" + PARTIAL):
+            shutil.rmtree(leftover, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(estimate)
         partial = self.path(step).with_suffix(f".{uuid4().hex[:8]}{PARTIAL}")
@@ -175,40 +181,41 @@ class CheckpointStore:
             )
 
     def finish(self, partial: Path, facts: Facts, checksums: dict[str, str] | None = None) -> None:
-        """Make a written checkpoint the newest, and remove those beyond `keep`.
+        """Makes a written checkpoint the newest, and removes those beyond `keep`.
 
-        checksums: of the files whose writers computed them, by name.
+        Args:
+            checksums: checksums that the writers have computed, by file name.
         """
         (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
         write_checksums(partial, checksums or {})
-        # megatron-core flushes its tensors, but neither its description of them nor the rest.
+        # megatron-core flushes its tensor files, but no others.
         for path in (*partial.iterdir(), partial):
             flush(path)
         whole = self.path(facts.step)
         if whole.exists():
-            raise UserError(f"{whole} is there already: another run writes to this folder")
+            raise UserError(f"{whole} already exists: another run writes to this folder")
         os.rename(partial, whole)
         flush(self.folder)
         self._prune()
 
     def newest(self) -> Path | None:
-        """The whole checkpoint with the highest step, if there is one."""
+        """Returns the complete checkpoint with the highest step; None if there is none."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
     def steps(self) -> list[int]:
-        """Of all whole checkpoints, in order."""
+        """Returns the steps of all complete checkpoints, in order."""
         if not self.folder.is_dir():
             return []
         names = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
     def checkpoints(self) -> list[Path]:
-        """All whole checkpoints, in the order of their steps."""
+        """Returns all complete checkpoints, in the order of their steps."""
         return [self.path(step) for step in self.steps()]
 
     def set_aside(self, checkpoint: Path) -> Path:
-        """Take a damaged checkpoint out of the row; the path that it gets."""
+        """Renames a damaged checkpoint, so that it is no longer used. Returns its new path."""
         aside = checkpoint.with_suffix(f".{uuid4().hex[:8]}{DAMAGED}")
         os.rename(checkpoint, aside)
         return aside
@@ -216,16 +223,16 @@ class CheckpointStore:
     def _prune(self) -> None:
         for step in self.steps()[: -self.keep] if self.keep else []:
             if self.keep_every is None or step % self.keep_every:
-                # Renamed first: one that is removed in part must not pass for a whole one.
+                # Renamed first, because a partly removed checkpoint must not look complete.
                 removed = self.path(step).with_suffix(PARTIAL)
                 os.rename(self.path(step), removed)
-                # What is still being read, on a network's disk, is removed by the next save.
+                # Files still being read on a network file system are removed by the next save.
                 shutil.rmtree(removed, ignore_errors=True)
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoints that a path of the user's means, in the order of their steps: itself, or all
-    of a run's folder or of its folder `checkpoints`."""
+    """Returns the checkpoints at a path, in the order of their steps. The path may be a checkpoint,
+    a run's folder, or its folder `checkpoints`."""
     if (path / FACTS).is_file():
         return [path]
     return (
@@ -234,31 +241,32 @@ def checkpoints_at(path: Path) -> list[Path]:
 
 
 def size(checkpoint: Path) -> int:
-    """Bytes of all files."""
+    """Returns the bytes of all files of a checkpoint."""
     return sum(path.stat().st_size for path in checkpoint.iterdir())
 
 
 def estimated_size(config: Config) -> int:
-    """Bytes of a run's checkpoint: weights, and three float32 numbers each for the optimizer."""
+    """Estimates the bytes of a run's checkpoint: its weights, and three float32 optimizer states for
+    each weight."""
     weight = 2 if config.train.dtype == "bf16" else 4
     return count_parameters(config).total * (weight + 12)
 
 
 class UnreadableCheckpoint(UserError):
-    """A checkpoint's own description cannot be read: it is damaged, or it is no checkpoint."""
+    """The facts file of a checkpoint cannot be read: it is damaged, or this is not a checkpoint."""
 
 
 def read_facts(checkpoint: Path) -> Facts:
-    """The facts of a checkpoint, or one sentence why it cannot be read."""
+    """Reads the facts of a checkpoint. Raises UserError if they cannot be read."""
     try:
-        found = json.loads((checkpoint / FACTS).read_text())
-        if (format := found["format"]) == FORMAT:
-            return Facts(**found)
+        facts = json.loads((checkpoint / FACTS).read_text())
+        if (format := facts["format"]) == FORMAT:
+            return Facts(**facts)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UnreadableCheckpoint(
             f"{checkpoint} is not a checkpoint of gengram: {error}"
         ) from None
     raise UserError(
-        f"{checkpoint} has format {format}, this version reads {FORMAT}: "
+        f"{checkpoint} has format {format}, but this version reads format {FORMAT}: "
         "use the version of gengram that wrote it"
     )

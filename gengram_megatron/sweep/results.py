@@ -1,5 +1,5 @@
-"""How far each run of a sweep is, read from its folder, and what the runs came to: a table for
-people, CSV and JSON for programs.
+"""Reads the progress and results of a sweep's runs from their folders, and writes them as a table,
+CSV and JSON.
 """
 
 import csv
@@ -21,7 +21,7 @@ from gengram_megatron.runs.store import CheckpointStore, read_facts
 from gengram_megatron.sweep.runs import SweepRun
 
 DECISIVE = ("run.seed", "checkpoint.load", "model.", "data.", "optimizer.", "train.")
-"""How the keys begin that decide a run's losses."""
+"""Prefixes of the keys that affect a run's losses."""
 INDIFFERENT = {
     "model.gengram.split",
     "model.gengram.rows_over",
@@ -38,25 +38,28 @@ INDIFFERENT = {
     "train.recompute",
     "train.validation_interval",
 }
-"""Those among them that do not: how fast and how safely a run computes the same, up to rounding,
-and how often it validates. Not train.validation_samples, as the loss that counts is their mean."""
+"""Keys with these prefixes that do not affect losses, except by rounding: they decide how fast and
+how safely a run computes, and how often it validates. train.validation_samples is not among them,
+because a sweep compares validation losses, which are means over these samples."""
 
 RUNNING = "RUNNING"
-"""Slurm's word for a job that computes."""
+"""Slurm's state of a running job."""
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is.
+    """The progress of a run.
 
-    step: steps done; last: steps wanted.
-    loss: of the validation after the last step, in nats a base; None before.
-    finished: nothing is left to do, the checkpoint at the end included.
-    changed: keys that decide losses and have other values in the folder's config.yaml.
-    failed: it ended in a loss or gradient that is not finite.
-    queue: its state in Slurm's queue, such as PENDING; "" where it is not in there.
-    unreadable: what keeps the folder's files from being read, such as a key of another version or a
-    damaged line; else "".
+    Attributes:
+        step: steps done.
+        last: steps wanted.
+        loss: loss of the validation after the last step, in nats per base; None before it.
+        finished: whether nothing is left to do, including the checkpoint at the end.
+        changed: keys that affect losses and have other values in the folder's config.yaml.
+        unreadable: why the folder's files cannot be read, such as a key of another version or a
+            damaged line; "" if they can.
+        failed: whether it ended in a loss or gradient that is not finite.
+        queue: its state in Slurm's queue, such as PENDING; "" if it is not in the queue.
     """
 
     step: int
@@ -70,7 +73,7 @@ class State:
 
     @property
     def objection(self) -> str:
-        """Why what is in the folder cannot be taken for this run; empty where it can."""
+        """Why the folder's content does not count as this run; "" if it does."""
         if self.unreadable:
             return f"cannot be read ({self.unreadable})"
         if self.changed:
@@ -79,7 +82,7 @@ class State:
 
     @property
     def words(self) -> str:
-        """For a table."""
+        """The state in words, for a table."""
         if self.unreadable:
             return "unreadable"
         if self.changed:
@@ -96,7 +99,12 @@ class State:
 
 
 def read_state(config: Config, steps: int, queue: str = "") -> State:
-    """steps: of the whole run; queue: see State."""
+    """Reads the progress of a run from its folder.
+
+    Args:
+        steps: steps of the whole run.
+        queue: its state in Slurm's queue, see State.
+    """
     last = min(steps, config.train.stop_at or steps)
     try:
         return replace(_state(config, last), queue=queue)
@@ -105,7 +113,7 @@ def read_state(config: Config, steps: int, queue: str = "") -> State:
 
 
 def _state(config: Config, last: int) -> State:
-    """UserError: a file of the folder cannot be read."""
+    """Reads the progress of a run. Raises UserError if a file of the folder cannot be read."""
     folder = Path(config.run.dir)
     metrics = read_metrics(folder / FILE) if (folder / FILE).exists() else []
     done = [entry["step"] for entry in metrics if entry["kind"] == "train"]
@@ -122,8 +130,8 @@ def _state(config: Config, last: int) -> State:
 
 
 def _failed(metrics: list[dict], config: Config) -> bool:
-    """Whether the last steps are such as end a run: one that is not finite, or with train.on_nan
-    skip so many in a row."""
+    """Returns whether the last steps ended the run: one step that is not finite, or, with
+    train.on_nan skip, MAX_CONSECUTIVE_SKIPS in a row."""
     steps = [entry for entry in metrics if entry["kind"] == "train"]
     needed = MAX_CONSECUTIVE_SKIPS if config.train.on_nan == "skip" else 1
     return len(steps) >= needed and not any(map(_finite, steps[-needed:]))
@@ -134,18 +142,18 @@ def _finite(step: dict) -> bool:
 
 
 def _saved(folder: Path) -> int:
-    """The step of the newest checkpoint."""
+    """Returns the step of the newest checkpoint; 0 if there is none."""
     newest = CheckpointStore(folder / "checkpoints").newest()
     return read_facts(newest).step if newest else 0
 
 
 def _changed(folder: Path, config: Config) -> list[str]:
-    """Keys that decide losses and have another value in the folder's config.yaml."""
+    """Returns the keys that affect losses and have another value in the folder's config.yaml."""
     path = folder / "config.yaml"
     if not path.exists():
         return []
-    there, wanted = (_decisive(one) for one in (load_config(path, [], Config), config))
-    return [key for key in wanted if there.get(key) != wanted[key]]
+    stored, wanted = _decisive(load_config(path, [], Config)), _decisive(config)
+    return [key for key in wanted if stored.get(key) != wanted[key]]
 
 
 def _decisive(config: Config) -> dict:
@@ -158,8 +166,8 @@ NUMBERS = ("loss", "bits_per_base")
 
 
 def rows(runs: list[SweepRun], states: list[State]) -> list[Row]:
-    """A row for each run. loss is that of the last validation of a finished run, in nats a base;
-    of the others it is None."""
+    """Returns a row for each run. Its loss is that of the last validation, in nats per base; None
+    if the run is not finished."""
     return [_row(run, state) for run, state in zip(runs, states)]
 
 
@@ -181,20 +189,20 @@ def _row(run: SweepRun, state: State) -> Row:
     }
 
 
-def varied(found: list[Row]) -> list[str]:
-    """The keys that vary, in the order of the file."""
-    return list(dict.fromkeys(key for row in found for key in row["settings"]))
+def varied(rows: list[Row]) -> list[str]:
+    """Returns the keys that vary, in the order of the file."""
+    return list(dict.fromkeys(key for row in rows for key in row["settings"]))
 
 
-def shown(found: list[Row], title: str) -> Table:
-    """The rows as a table; the best loss stands out."""
-    losses = [row["loss"] for row in found if row["loss"] is not None]
+def shown(rows: list[Row], title: str) -> Table:
+    """Returns the rows as a table, with the best loss in bold."""
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
     table = Table(title=title)
     for heading in ("run", "differs in", "state"):
         table.add_column(heading, no_wrap=heading == "run")
-    for heading in ("loss, nats", "bits a base"):
+    for heading in ("loss, nats", "bits per base"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in found:
+    for row in rows:
         settings = (f"{key}={_written(value)}" for key, value in row["settings"].items())
         numbers = ("" if row[name] is None else f"{row[name]:.4f}" for name in NUMBERS)
         best = "bold" if row["loss"] is not None and row["loss"] == min(losses) else None
@@ -207,21 +215,22 @@ def _written(value: Any) -> str:
 
 
 def files(folder: Path) -> list[Path]:
-    """What --results writes into the folder of a sweep: two tables and the picture."""
+    """Returns the files that --results writes into the folder of a sweep: two tables and the
+    picture."""
     return [folder / f"results.{ending}" for ending in ("json", "csv", "png")]
 
 
-def write_files(found: list[Row], folder: Path) -> None:
-    """Write results.json and results.csv, in full precision."""
-    keys, (*tables, _) = varied(found), files(folder)
+def write_files(rows: list[Row], folder: Path) -> None:
+    """Writes results.json and results.csv, in full precision."""
+    keys, (*tables, _) = varied(rows), files(folder)
     for file in tables:
         with replacing(file) as beside, beside.open("w", newline="") as out:
             if file.suffix == ".json":
-                json.dump(found, out, indent=1)
+                json.dump(rows, out, indent=1)
             else:
-                plain = [name for name in found[0] if name != "settings"]
+                plain = [name for name in rows[0] if name != "settings"]
                 writer = csv.writer(out)
                 writer.writerow([*keys, *plain])
-                for row in found:
+                for row in rows:
                     settings = [row["settings"].get(key, "") for key in keys]
                     writer.writerow([*settings, *(row[name] for name in plain)])

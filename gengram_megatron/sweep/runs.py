@@ -1,7 +1,7 @@
-"""A sweep file to its runs.
+"""Reads a sweep file, and makes the configs of its runs.
 
-A sweep file is the config that all its runs share, with one section more, `sweep`, which says what
-varies. Settings there win over the rest of the file.
+A sweep file is the config that all its runs share, with the additional section `sweep`, which says
+what varies. Settings there override the rest of the file.
 """
 
 import re
@@ -29,19 +29,19 @@ RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
 
 class Sweep(Section):
-    """What varies."""
+    """The settings that vary between the runs of a sweep."""
 
     grid: dict[Name, Annotated[list[Any], Field(min_length=1)]] = Field(
-        {}, description="keys, each with its values: a run for every combination"
+        {}, description="lists of values by key; there is a run for every combination"
     )
     runs: dict[RunName, dict[Name, Any]] = Field(
         {}, description="further runs by name, each with its settings"
     )
     seeds: list[NonNegative] = Field(
-        [], description="every run once with each as run.seed; none: once with the config's"
+        [], description="values of run.seed to repeat every run with; empty: only run.seed"
     )
     at_a_time: Positive | None = Field(
-        None, description="runs of a Slurm array that may compute at once; null: all"
+        None, description="how many runs of a Slurm array may run at the same time; null: all"
     )
 
 
@@ -53,9 +53,11 @@ class SweepFile(Section):
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run: its name, in what it differs from the others by dotted key, and its config.
+    """One run of a sweep.
 
-    group: the name without the seed.
+    Attributes:
+        group: the name without the seed.
+        settings: its settings in the sweep, by dotted key.
     """
 
     name: str
@@ -66,7 +68,11 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Runs:
-    """All runs of a sweep. folder: run.dir of the file; each run has a folder of its name there."""
+    """All runs of a sweep.
+
+    Attributes:
+        folder: run.dir of the file. Each run has a subfolder there with its name.
+    """
 
     folder: Path
     runs: list[SweepRun]
@@ -74,9 +80,9 @@ class Runs:
 
 
 def read_sweep(path: Path, overrides: list[str]) -> Runs:
-    """The runs of a sweep file, all of them checked.
+    """Reads a sweep file, and returns its validated runs.
 
-    Raises UserError with one line for each thing that is wrong in the file or in a run.
+    Raises UserError with one line for each problem in the file or in a run.
     """
     tree = read_tree(path)
     refuse_other_kinds(tree, path, {*Config.model_fields, *SweepFile.model_fields})
@@ -92,7 +98,7 @@ def read_sweep(path: Path, overrides: list[str]) -> Runs:
     members = [*_of_the_grid(varied), *_of_names(varied)]
     if not members:
         raise UserError(f"{path}: the sweep is empty; give sweep.grid or sweep.runs")
-    members = [one for member in members for one in _with_seeds(member, varied)]
+    members = [seeded for member in members for seeded in _with_seeds(member, varied)]
     _refuse_equal_names([member.name for member in members], path)
     runs = []
     for member in members:
@@ -107,7 +113,7 @@ def read_sweep(path: Path, overrides: list[str]) -> Runs:
 
 @dataclass(frozen=True)
 class _Member:
-    """A run before its config is put together."""
+    """A run before its config is merged."""
 
     name: str
     group: str
@@ -115,13 +121,13 @@ class _Member:
 
 
 def _of_the_grid(varied: Tree) -> list[_Member]:
-    """A name and settings for every combination, the last key's values changing fastest."""
+    """Returns a run for every combination of the grid; the last key's values vary fastest."""
     grid = _group(varied, "grid")
     if not grid:
         return []
     combinations = product(*(values.value for values in grid.values()))
     settings = [dict(zip(grid, values)) for values in combinations]
-    return [_Member(_name(one), _name(one), one) for one in settings]
+    return [_Member(_name(values), _name(values), values) for values in settings]
 
 
 def _of_names(varied: Tree) -> list[_Member]:
@@ -130,7 +136,7 @@ def _of_names(varied: Tree) -> list[_Member]:
 
 
 def _with_seeds(member: _Member, varied: Tree) -> list[_Member]:
-    """A run with each of the seeds, or as it is where there are none."""
+    """Returns the run once with each seed, or unchanged if there are no seeds."""
     seeds = varied.nearest(("sweep", "seeds"))
     if not isinstance(seeds.value, list) or not seeds.value:
         return [member]
@@ -145,8 +151,8 @@ def _group(varied: Tree, name: str) -> dict[str, Tree]:
 
 
 def _name(settings: dict[str, Tree]) -> str:
-    """Such as layers-3-6-10_window-21: of each key the last word, or all where that is not
-    enough."""
+    """Returns a name such as layers-3-6-10_window-21. It has the last part of each key, or the whole
+    key if the last part is not unique."""
     leaves = Counter(key.rsplit(".", 1)[-1] for key in settings)
     parts = []
     for key, value in settings.items():
@@ -161,7 +167,7 @@ def _refuse_equal_names(names: list[str], path: Path) -> None:
     if twice:
         raise UserError(
             f"{path}: two runs of the sweep would share the folder {twice[0]}; "
-            "remove one, or give it a name of its own in sweep.runs"
+            "remove one, or give it another name in sweep.runs"
         )
 
 
@@ -171,12 +177,12 @@ def _run(member: _Member, shared: Tree, path: Path) -> SweepRun:
         parts = key.split(".")
         if not all(parts) or key in ("run", "run.dir", "sweep", "base"):
             raise UserError(
-                f"{value.place}: {key!r} is not a key that a run can have of its own; "
-                "such keys are written with dots, as in model.gengram.window"
+                f"{value.place}: {key!r} is not a key that a sweep can vary; "
+                "keys are written with dots, as in model.gengram.window"
             )
         tree = tree.merged_with(tree_at(parts, value))
     folder = shared.nearest(("run", "dir"))
-    if isinstance(folder.value, str):  # if not, the check below says so
+    if isinstance(folder.value, str):  # otherwise check_tree below reports it
         below = Tree(str(Path(folder.value) / member.name), folder.place)
         tree = tree.merged_with(tree_at(["run", "dir"], below))
     config = check_tree(tree, path, Config)

@@ -1,9 +1,10 @@
-"""What `gengram doctor` finds out about a machine and a config.
+"""The checks of `gengram doctor` on a machine and a config.
 
-The command's own process imports no torch: whatever may be broken here is asked of processes of
-their own (ask.py), so that a package that fails, or kills its process, is reported and no more.
+The command's own process does not import torch. Everything that may be broken is run in separate
+processes (ask.py), so that a package that fails, or kills its process, is only reported.
 
-software: versions; devices, built, product, all_reduce: the processes that are asked; sample: the
-small model whose parts are looked at; parts: what they are, and why no faster ones; fit: whether
-the run fits on this machine; disk: its folder; examine: all of it; advice, show: for people.
+ask: runs these processes, and lists the versions of software; machine: devices and speeds, in a
+separate process; built: the parts of a small model, in a separate process; fit: whether the run fits
+on this machine, why its parts are the ones they are, and advice; examine: runs all checks; command:
+prints what they found.
 """

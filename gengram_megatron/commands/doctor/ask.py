@@ -1,5 +1,5 @@
-"""Questions to processes of their own, because what is asked could fail or hang, and the versions of
-installed packages, for which nothing has to be imported."""
+"""Runs checks that could fail or hang in separate processes, and reads the versions of installed
+packages without importing them."""
 
 import json
 import os
@@ -13,40 +13,44 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 SECONDS = 300
-"""A process that takes longer is ended. On a busy machine the import of torch alone takes a
-minute."""
+"""Time limit of a process. On a busy machine the import of torch alone takes a minute."""
 LAUNCHER = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS",
 )  # fmt: skip
-"""Variables that would make a process a rank of a run."""
+"""Environment variables that would make a process a rank of a run."""
 
 
 class NoAnswer(Exception):
-    """Why a process gave none: its exception in one line, its signal, its time, or what it said."""
+    """A process gave no answer. The message says why: its exception in one line, the signal that
+    killed it, the time limit, or its last line of output."""
 
 
 def ask(module: str, *words: str, given: str = "") -> dict:
-    """What a module of this package prints as JSON in its last line.
+    """Runs a module of this package in a separate process, and returns the JSON in the last line of
+    its output. Raises NoAnswer if there is none.
 
-    given: what it reads from its standard input.
+    Args:
+        words: its command-line arguments.
+        given: its standard input.
     """
-    said = _run("-m", f"{__package__}.{module}", *words, given=given)
-    last = (said.splitlines() or [""])[-1]
+    output = _run("-m", f"{__package__}.{module}", *words, given=given)
+    last = (output.splitlines() or [""])[-1]
     try:
         return json.loads(last)
     except ValueError:
-        raise NoAnswer(f"its last line is no JSON: {last[:80]!r}") from None
+        raise NoAnswer(f"its last line is not JSON: {last[:80]!r}") from None
 
 
 def ask_together(module: str, each: list[list[str]]) -> list[dict]:
-    """The answers of processes that run at the same time, one for each list of words."""
+    """Runs several processes at the same time, one for each list of arguments, and returns their
+    answers."""
     with ThreadPoolExecutor(len(each)) as threads:
         return list(threads.map(lambda words: ask(module, *words), each))
 
 
 def try_import(package: str) -> str | None:
-    """Why a package cannot be imported; None: it can."""
+    """Returns why a package cannot be imported, or None if it can."""
     try:
         _run("-c", f"import {package}")
     except NoAnswer as reason:
@@ -55,7 +59,7 @@ def try_import(package: str) -> str | None:
 
 
 def _run(*words: str, given: str = "") -> str:
-    """Its standard output."""
+    """Runs Python with these arguments, and returns its standard output. Raises NoAnswer."""
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     try:
         done = subprocess.run(
@@ -74,7 +78,7 @@ def _run(*words: str, given: str = "") -> str:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         last = lines[-1] if lines else f"exit code {done.returncode}"
-        raise NoAnswer(re.sub(r"^\[rank\d+\]: ", "", last))  # torch's, once it has a rank
+        raise NoAnswer(re.sub(r"^\[rank\d+\]: ", "", last))  # torch adds it in process groups
     return done.stdout
 
 
@@ -86,23 +90,23 @@ OPTIONAL = {
     "flash-attn": "flash_attn",
     "triton": "triton",
 }
-"""Their names for pip, and what is imported of each."""
+"""The module to import of each optional package, by the package's name for pip."""
 
 
 def software(try_imports: bool) -> dict[str, dict]:
-    """Version of each package (None: not installed), and why it cannot be imported (None: it can,
-    or was not tried)."""
-    found = {"python": {"version": platform.python_version(), "error": None}}
+    """Returns the version of each package (None if it is not installed), and why it cannot be
+    imported (None if it can, or was not tried)."""
+    packages = {"python": {"version": platform.python_version(), "error": None}}
     for name in NEEDED:
-        found[name] = {"version": _version(name), "error": None}
-    for name, package in OPTIONAL.items():
-        there = _version(name)
-        if there is None and find_spec(package.split(".")[0]):
-            there = "unknown"  # put on the path without being installed
-        found[name] = {"version": there, "error": None}
-        if there and try_imports:
-            found[name]["error"] = try_import(package)
-    return found
+        packages[name] = {"version": _version(name), "error": None}
+    for name, module in OPTIONAL.items():
+        installed = _version(name)
+        if installed is None and find_spec(module.split(".")[0]):
+            installed = "unknown"  # on Python's path, but not installed by pip
+        packages[name] = {"version": installed, "error": None}
+        if installed and try_imports:
+            packages[name]["error"] = try_import(module)
+    return packages
 
 
 def _version(name: str) -> str | None:

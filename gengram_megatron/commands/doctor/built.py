@@ -1,5 +1,5 @@
-"""Asked as a process: the parts of a model that is really built and makes a step, and what
-megatron-core found.
+"""Runs in a separate process: builds a model, makes a training step, and prints which parts it uses
+and which fused parts megatron-core found.
 
 The config of the model comes as JSON on the standard input; without one, no model is built.
 """
@@ -20,7 +20,8 @@ from gengram_megatron.engine.training.step import forward_backward
 
 
 def parts(config: Config) -> dict[str, str | None]:
-    """As engine/training/report.py reads them off the model and optimizer."""
+    """Builds a model, makes a step, and returns the implementation of each part, as
+    engine/training/report.py reads it from the model and optimizer."""
     layout = check_layout(config, 1)
     start_processes(layout, config.run.seed, 0, config.train.deterministic)
     chunks, optimizer = build_engine(config, layout, build_model(config, layout))
@@ -28,30 +29,29 @@ def parts(config: Config) -> dict[str, str | None]:
     batch = bases[None, : config.model.seq_length + 1]
     forward_backward(chunks, [batch], config, layout, forward_only=False)
     optimizer.step_if(lambda norm: True)
-    found = report.parts(chunks, optimizer)
+    implementations = report.parts(chunks, optimizer)
     end_processes()
-    return found
+    return implementations
 
 
 def extensions() -> dict[str, dict]:
-    """The fused parts that megatron-core (0.16.1) looks for when it is imported, and what it found.
-
-    where: its module that looks; found: the package it took, which may be torch or megatron-core
-    itself, or None.
+    """Returns which fused parts megatron-core (0.16.1) looks for when it is imported, with the
+    module that looks for each (where) and the package that it uses (found). That may be torch or
+    megatron-core itself, or None.
     """
     core = {name: importlib.import_module(f"megatron.core.{name}") for name in _WHERE.values()}
     norms = core["fusions.fused_layer_norm"]
     fusion = core["tensor_parallel.layers"]._grad_accum_fusion_available
     fused_norm = norms.HAVE_FUSED_LAYER_NORM or norms.HAVE_PERSIST_LAYER_NORM
-    found = {
+    packages = {
         "Adam": _library(core["optimizer"].Adam),
         "gradient norm": _library(core["optimizer.clip_grads"].l2_norm_impl),
         "layer norm": "apex" if fused_norm else None,
         "gradient accumulation fusion": "fused_weight_gradient_mlp_cuda" if fusion else None,
     }
     return {
-        part: {"where": f"megatron.core.{_WHERE[part]}", "found": library}
-        for part, library in found.items()
+        part: {"where": f"megatron.core.{_WHERE[part]}", "found": package}
+        for part, package in packages.items()
     }
 
 
@@ -64,7 +64,7 @@ _WHERE = {
 
 
 def _library(function) -> str:
-    """The package that a function or class comes from."""
+    """Returns the package that a function or class comes from."""
     module = getattr(function, "__module__", None) or type(function).__module__
     return module.split(".")[0]
 

@@ -1,4 +1,4 @@
-"""The command `gengram doctor`: what was found, as tables for people."""
+"""The command `gengram doctor`: examines the machine, and prints tables."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from gengram_megatron.show import print_table, print_text
 
 
 def show(found: dict) -> None:
-    """What gengram doctor prints."""
+    """Prints what the doctor found as tables."""
     software = found["software"].items()
     print_table(_table("Software", ("package", "version", ""), map(_package, software)))
     if found["devices"]:
@@ -27,7 +27,7 @@ def show(found: dict) -> None:
     if found["extensions"]:
         looked = found["extensions"].items()
         rows = [(part, one["found"] or "nothing", one["where"]) for part, one in looked]
-        headings = ("looked for", "found", "by")
+        headings = ("part", "found", "searched by")
         print_table(_table("Fused parts that megatron-core looks for", headings, rows))
     if found["parts"]:
         rows = [(part, one["uses"], one["why"]) for part, one in found["parts"].items()]
@@ -75,7 +75,7 @@ def _run(found: dict) -> Iterator[tuple[str, str, str]]:
     if plan := found["plan"]:
         yield "processes", f"{plan['processes']:,}", ""
         needs = plan["memory_bytes_per_rank"]["total"]
-        yield "memory of the fullest rank", f"{needs / GB:.2f} GB", "see gengram plan"
+        yield "memory of the rank that needs most", f"{needs / GB:.2f} GB", "see gengram plan"
 
 
 def _folder(folder: dict | None) -> Iterator[tuple[str, str, str]]:
@@ -87,7 +87,7 @@ def _folder(folder: dict | None) -> Iterator[tuple[str, str, str]]:
         yield "one checkpoint", f"{folder['checkpoint_bytes'] / GB:,.3f} GB", ""
     if speed := folder["speed"]:
         size = f"{speed['bytes'] / 1e6:.0f} MB"
-        for what, how in (("written", "with fsync"), ("read", "not from memory, where it can be")):
+        for what, how in (("written", "with fsync"), ("read", "bypassing the cache if possible")):
             rate = f"{speed[f'{what}_bytes_per_second'] / GB:.2f} GB/s"
             yield f"{size} {what}", rate, how
 
@@ -105,7 +105,7 @@ def _measured(measured: dict | None) -> Iterator[tuple[str, str, str]]:
 
 
 CANNOT_RUN = 1
-"""Exit code where a config is in order, and this machine is not in order for it."""
+"""Exit code if the config is valid, but cannot run on this machine."""
 
 
 def doctor(
@@ -113,7 +113,7 @@ def doctor(
         Path | None,
         typer.Argument(
             metavar="CONFIG",
-            help="The YAML file of a run; none: only the machine.",
+            help="The YAML file of a run; without it, only the machine is examined.",
             show_default=False,
         ),
     ] = None,
@@ -122,19 +122,19 @@ def doctor(
         bool,
         typer.Option(
             "--quick",
-            help="In three seconds, without torch: no parts of the model, no speeds; GPUs as "
+            help="Take only three seconds, without torch: no parts of the model, no speeds; GPUs as "
             "nvidia-smi lists them.",
         ),
     ] = False,
-    no_speeds: Annotated[bool, typer.Option("--no-speeds", help="Measure nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    no_speeds: Annotated[bool, typer.Option("--no-speeds", help="Do not measure speeds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a machine has, and how a config would run on it.
+    """Examine this machine, and how a config would run on it.
 
-    Versions, GPUs and their links; for each part of the model the implementation that it gets here,
-    read off a small model of the same kind that is built and makes a step, and why not a faster
-    one; whether memory and disk suffice; the speed of a matrix product, an all-reduce of two
-    processes, and the file system of run.dir; and what is missing to be faster.
+    Shows versions, GPUs and their links; which implementation each part of the model uses here and
+    why not a faster one (a small model of the same kind is built and trained for one step); whether
+    memory and disk suffice; the speed of a matrix product, an all-reduce of two processes, and the
+    file system of run.dir; and what to install or change to be faster.
 
     \b
       gengram doctor
@@ -144,10 +144,10 @@ def doctor(
     The exit code is 1 if the config cannot run here; the last lines say why.
     """
     loaded = load_config(config, overrides or [], Config) if config else None
-    found = examine(loaded, quick, speeds=not no_speeds)
+    report = examine(loaded, quick, speeds=not no_speeds)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(report, indent=1))
     else:
-        show(found)
-    if found["problems"]:
+        show(report)
+    if report["problems"]:
         raise typer.Exit(CANNOT_RUN)

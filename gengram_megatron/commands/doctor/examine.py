@@ -1,4 +1,4 @@
-"""All that the doctor finds out, as `gengram doctor --json` prints it."""
+"""Runs all checks of the doctor, and collects their results as `gengram doctor --json` prints them."""
 
 import os
 import shutil
@@ -23,34 +23,37 @@ from gengram_megatron.runs.folder import make_folder
 from gengram_megatron.runs.store import estimated_size
 
 LINKS_SECONDS = 60
-"""For nvidia-smi, which never answers where a driver hangs."""
+"""Time limit for nvidia-smi, which never answers if a driver hangs."""
 BLOCK = 8 << 20
 BLOCKS = 32
-"""256 MiB: more than the buffers of disks, and soon written."""
+"""The speed of the disk is measured with 256 MiB, more than disks buffer, but quickly written."""
 
 
 QUICK = [
-    "what torch and megatron-core make of this machine, and the parts of the model (--quick)",
+    "what torch and megatron-core find on this machine, and the parts of the model (--quick)",
     "speeds (--quick)",
 ]
 NO_SPEEDS = ["speeds of a matrix product, an all-reduce and the disk (--no-speeds)"]
-"""What the two options leave out."""
+"""QUICK and NO_SPEEDS name what these two options leave out."""
 
 
 def examine(config: Config | None, quick: bool, speeds: bool = True) -> dict:
-    """Under `problems` are the reasons why the config cannot run here; without a config, why
-    none can; under `left_out`, what was not looked at.
+    """Examines the machine and how the config would run on it.
+
+    In the result, `problems` lists the reasons why the config cannot run here (without a config:
+    why no config can), and `left_out` what was not examined.
 
     Args:
-        quick: starts no process with torch, which takes seconds to import: GPUs are those that
+        quick: start no process with torch, which takes seconds to import; GPUs are those that
             nvidia-smi lists.
-        speeds: measure them, unless quick.
+        speeds: whether to measure speeds; never if quick.
     """
     return _Examination(config, quick, speeds and not quick).found
 
 
 class _Examination:
-    """Fills in what is found out; what cannot be is None, and a problem says why."""
+    """Runs the checks and fills in `found`. What cannot be found out is None, and `problems` says
+    why."""
 
     def __init__(self, config: Config | None, quick: bool, speeds: bool):
         self.config = config
@@ -70,7 +73,7 @@ class _Examination:
         self.found["problems"] = self.problems
 
     def _ask(self, module: str, *words: str, problem: str, given: str = "") -> dict | None:
-        """The answer of a process; if there is none, that is a problem."""
+        """Returns the answer of a process. If there is none, returns None and adds a problem."""
         try:
             return ask(module, *words, given=given)
         except NoAnswer as reason:
@@ -85,7 +88,7 @@ class _Examination:
             return None
         launch, devices = self.config.launch, self.found["devices"]
         if devices is None and launch.processes is None:
-            return None  # one for each GPU, and nobody knows how many there are
+            return None  # one process per GPU, but the number of GPUs is unknown
         processes = processes_of_a_node(launch, len(devices["gpus"]) if devices else 0)
         try:
             layout = check_layout(self.config, launch.nodes * processes)
@@ -103,12 +106,13 @@ class _Examination:
         return not problems
 
     def _look_at_parts(self, layout: Layout | None) -> None:
-        """What megatron-core found; and of a layout that works, what the parts will be."""
+        """Finds out which fused parts megatron-core found, and, for a valid layout, which
+        implementation each part of the model will use."""
         config, devices = self.config, self.found["devices"]
         if devices is None:
             return
-        of = layout and layout.projection(bool(devices["gpus"]))
-        given = sample(config, of).model_dump_json() if layout else ""
+        projection = layout and layout.projection(bool(devices["gpus"]))
+        given = sample(config, projection).model_dump_json() if layout else ""
         what = "a model with the parts of this config" if layout else "megatron-core"
         built = self._ask("built", problem=f"{what} does not work here", given=given)
         if built is None:
@@ -118,7 +122,7 @@ class _Examination:
             self.found["parts"] = explained(
                 built["parts"],
                 config,
-                of,
+                projection,
                 devices["gpus"],
                 self.found["software"],
                 built["extensions"],
@@ -136,7 +140,7 @@ class _Examination:
             self.problems += fit.memory_problems(self.config, total, gpus)
 
     def _folder(self, speeds: bool) -> dict | None:
-        """The run's folder; without a config, the current one."""
+        """Examines the run's folder, or without a config the current folder."""
         folder = Path(self.config.run.dir if self.config else ".").absolute()
         try:
             with _made(folder):
@@ -164,7 +168,11 @@ class _Examination:
         }
 
     def _all_reduce(self, needed: bool) -> dict | None:
-        """Between two processes. needed: the run has several."""
+        """Measures an all-reduce between two processes.
+
+        Args:
+            needed: whether the run has several processes, so that a failure is a problem.
+        """
         with tempfile.TemporaryDirectory() as folder:
             meeting = str(Path(folder) / "meeting")
             try:
@@ -173,11 +181,11 @@ class _Examination:
                 )[0]
             except NoAnswer as reason:
                 if needed:
-                    self.problems.append(f"two processes cannot add up numbers: {reason}")
+                    self.problems.append(f"an all-reduce of two processes fails: {reason}")
 
 
 def _listed_devices() -> dict:
-    """What machine.py says of devices, as far as it is known without torch."""
+    """Returns what `devices` of machine.py returns, as far as it is known without torch."""
     return {
         "cuda": None,
         "nccl": None,
@@ -188,8 +196,8 @@ def _listed_devices() -> dict:
 
 
 def _links() -> str | None:
-    """Between GPUs and network adapters, as NVIDIA's own tool draws them; None without an answer of
-    it."""
+    """Returns nvidia-smi's table of the links between GPUs and network adapters, or None if it gives
+    none."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "topo", "-m"]
@@ -202,9 +210,9 @@ def _links() -> str | None:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder, for as long as it is looked at; what was not there before goes again.
+    """Creates a folder while it is examined; folders that did not exist before are removed again.
 
-    Raises UserError where it cannot be made or written to.
+    Raises UserError if it cannot be created or written to.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -212,21 +220,21 @@ def _made(folder: Path) -> Iterator[None]:
         yield
     finally:
         for path in missing:
-            with suppress(OSError):  # never made, or a run has begun to use it
+            with suppress(OSError):  # was not created, or a run has begun to use it
                 path.rmdir()
 
 
 def _free_bytes(folder: Path) -> int:
-    """Free bytes."""
+    """Returns the free bytes on the folder's disk."""
     return shutil.disk_usage(folder).free
 
 
 def _speed_of_disk(folder: Path) -> dict:
-    """Bytes a second, written to the disk itself and read back. Raises UserError if there is too
-    little room.
+    """Measures how many bytes per second are written to the disk and read back. Raises UserError if
+    there is too little room.
 
-    What was written is dropped from memory before it is read, where the system allows it; network
-    file systems may still answer from theirs.
+    What was written is dropped from the page cache before it is read, if the system allows it;
+    network file systems may still answer from a cache.
     """
     if _free_bytes(folder) < 2 * BLOCKS * BLOCK:
         raise UserError(f"{folder} has too little room to measure the speed of its file system")

@@ -1,6 +1,6 @@
-"""What this machine means for a run: whether it fits (its processes, memory, and room for a
-checkpoint), which implementation each part of the model gets and why not a faster one, and what is
-missing here that would make training faster.
+"""How a run fits on this machine: whether processes, memory and room for a checkpoint suffice, which
+implementation each part of the model uses and why not a faster one, and what would make training
+faster.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,15 @@ from gengram_megatron.plan.time import Speed
 
 
 def advice(found: dict, config: Config | None) -> Iterator[str]:
-    """found: all that examine found out."""
+    """Yields advice on what to install or change to train faster.
+
+    Args:
+        found: the results of `examine`.
+    """
     software, devices = found["software"], found["devices"]
-    for name, one in software.items():
-        if one["error"]:
-            yield f"{name} is installed, but cannot be imported: mend it, or remove it"
+    for name, package in software.items():
+        if package["error"]:
+            yield f"{name} is installed, but cannot be imported: repair or remove it"
     if devices is None:
         return
     if not devices["gpus"]:
@@ -34,14 +38,14 @@ def advice(found: dict, config: Config | None) -> Iterator[str]:
 
 
 def _without_gpu(devices: dict) -> str:
-    there = any(Path("/proc/driver/nvidia/gpus").glob("*"))  # whether or not torch can use them
-    if there and devices["cuda"] is None:
+    has_gpu = any(Path("/proc/driver/nvidia/gpus").glob("*"))  # whether or not torch can use it
+    if has_gpu and devices["cuda"] is None:
         return (
             "this machine has an NVIDIA GPU, but torch is built for the CPU: install a CUDA build"
         )
-    if there:
+    if has_gpu:
         return "this machine has an NVIDIA GPU that torch cannot use: see nvidia-smi for its driver"
-    return "there is no GPU, so all computes on the CPU: enough for the smoke runs only"
+    return "there is no GPU, so everything computes on the CPU: only enough for the smoke runs"
 
 
 def _missing(software: dict) -> Iterator[str]:
@@ -49,18 +53,18 @@ def _missing(software: dict) -> Iterator[str]:
         return software[name]["version"] is None
 
     if lacks("apex"):
-        adam = ", and whose fused Adam megatron-core takes" if lacks("transformer-engine") else ""
+        adam = ", and whose fused Adam megatron-core uses" if lacks("transformer-engine") else ""
         yield (
-            "apex is missing, whose matrix products add gradients of weights to their sums"
+            "apex is missing, whose matrix products accumulate weight gradients directly"
             f"{adam}: build it with --cpp_ext and --cuda_ext"
         )
     if lacks("transformer-engine"):
         yield (
-            "Transformer Engine is missing, with fused norms, attention, fp8 and Adam: pip install "
-            "--no-build-isolation 'gengram-megatron[te]'"
+            "Transformer Engine is missing, which has fused norms, attention, fp8 and Adam: pip "
+            "install --no-build-isolation 'gengram-megatron[te]'"
         )
     if lacks("triton"):
-        yield "Triton is missing, without which torch compiles nothing for GPUs: pip install triton"
+        yield "Triton is missing, without which torch cannot compile for GPUs: pip install triton"
 
 
 def _measured(measured: dict | None, devices: dict, config: Config | None) -> Iterator[str]:
@@ -76,7 +80,7 @@ WITHOUT = {
     "experts": "model.num_experts is null: a dense model",
     "memory": "model.gengram.enabled is false",
 }
-"""Why a model may lack a part."""
+"""Reasons why a model may lack a part."""
 
 
 def explained(
@@ -87,7 +91,11 @@ def explained(
     software: dict,
     extensions: dict,
 ) -> dict[str, dict]:
-    """uses: what was built; each part's value here says that, and why."""
+    """Returns for each part of the model which implementation it uses, and why.
+
+    Args:
+        uses: the implementation of each part that was built; None if the model lacks the part.
+    """
     layers = _layers(config, gpus, software)
     why = {
         "attention": layers,
@@ -108,41 +116,41 @@ def explained(
 
 
 def _layers(config: Config, gpus: list, software: dict) -> str:
-    chosen, found = config.model.implementation, software["transformer-engine"]
-    asked = f"model.implementation is {chosen}"
-    if chosen == TRANSFORMER_ENGINE:
-        return asked
-    if found["error"]:
-        return f"{asked}; Transformer Engine cannot be imported: {found['error']}"
+    implementation, package = config.model.implementation, software["transformer-engine"]
+    setting = f"model.implementation is {implementation}"
+    if implementation == TRANSFORMER_ENGINE:
+        return setting
+    if package["error"]:
+        return f"{setting}; Transformer Engine cannot be imported: {package['error']}"
     if not gpus:
-        return f"{asked}; Transformer Engine needs a GPU, and torch sees none"
-    if found["version"] is None:
-        return f"{asked}; Transformer Engine is not installed"
-    return f"{asked}; Transformer Engine is used only where {TRANSFORMER_ENGINE} is asked for"
+        return f"{setting}; Transformer Engine needs a GPU, and torch sees none"
+    if package["version"] is None:
+        return f"{setting}; Transformer Engine is not installed"
+    return f"{setting}; Transformer Engine is used only if set to {TRANSFORMER_ENGINE}"
 
 
-def _norm(looked: dict) -> str:
-    if looked["found"] is None:
+def _norm(extension: dict) -> str:
+    if extension["found"] is None:
         return ""
-    return f"; the fused norm of {looked['found']} is not used: it is no RMSNorm"
+    return f"; the fused norm of {extension['found']} is not used: it is not an RMSNorm"
 
 
 def _optimizer(config: Config, gpus: list, found: str) -> str:
     if config.train.engine == "deepspeed":
-        return "train.engine is deepspeed, which shares what torch's Adam works on"
+        return "train.engine is deepspeed, which shards what torch's Adam works on"
     if found != "torch":
-        return f"megatron-core takes the fused Adam of {found} where it is installed"
+        return f"megatron-core uses the fused Adam of {found} if it is installed"
     missing = "megatron-core found no fused Adam, of Transformer Engine or apex"
     return missing if gpus else f"{missing}; both need a GPU"
 
 
 def _fusion(gpus: list, config: Config, apex: str | None) -> str:
     if not gpus:
-        return "apex and Transformer Engine add up gradients inside matrix products, on GPUs"
-    found = f"megatron-core found apex's {apex}" if apex else "megatron-core found none of apex"
+        return "apex and Transformer Engine accumulate gradients in matrix products only on GPUs"
+    reason = f"megatron-core found apex's {apex}" if apex else "megatron-core found none in apex"
     if config.model.implementation == TRANSFORMER_ENGINE:
-        return f"{found}; Transformer Engine's layers have their own"
-    return found
+        return f"{reason}; Transformer Engine's layers have their own"
+    return reason
 
 
 def _fp8(config: Config) -> str:
@@ -153,10 +161,13 @@ HIDDEN, HEADS, LENGTH, EXPERTS = 64, 4, 32, 2
 
 
 def sample(config: Config, projection: Projection | None) -> Config:
-    """One layer of it, on one process, with narrow weights.
+    """Returns a config with one narrow layer, for one step on one process.
 
-    All that decides which implementation a part gets stays: kind of attention, experts or none,
-    precision, optimizer, implementation. projection: of the whole run; None: it has no memory.
+    It keeps everything that decides which implementation a part uses: kind of attention, experts or
+    not, precision, optimizer, implementation.
+
+    Args:
+        projection: that of the whole run; None without Gengram.
     """
     one_step = {"global_batch_size": 1, "micro_batch_size": 1, "steps": 1, "samples": None}
     return config.model_copy(
@@ -180,12 +191,12 @@ def _model(model: Model, projection: Projection | None) -> Model:
             "num_experts": None if dense else EXPERTS,
             "moe_router_topk": min(model.moe_router_topk, EXPERTS),
             "seq_length": LENGTH,
-            "gengram": _memory(model.gengram, projection),
+            "gengram": _gengram(model.gengram, projection),
         }
     )
 
 
-def _memory(gengram: Gengram, projection: Projection | None) -> Gengram:
+def _gengram(gengram: Gengram, projection: Projection | None) -> Gengram:
     if projection is None:
         return gengram
     return gengram.model_copy(
@@ -203,12 +214,18 @@ def _memory(gengram: Gengram, projection: Projection | None) -> Gengram:
 
 
 def planned(config: Config, layout: Layout, on_gpu: bool) -> dict:
-    """What gengram plan says, without its judgement of the memory: that is made here."""
+    """Returns the figures of `gengram plan`, without its warning about memory, because
+    memory_problems compares it with this machine's."""
     return plan(config, layout, Speed(), gigabytes=float("inf"), on_gpu=on_gpu)
 
 
 def memory_problems(config: Config, rank: int, gpus: list[dict]) -> Iterator[str]:
-    """rank: bytes that the fullest rank needs, as planned."""
+    """Yields a sentence for each reason why the run does not fit into this machine's memory or on
+    its GPUs.
+
+    Args:
+        rank: estimated bytes on the rank that needs most.
+    """
     processes = processes_of_a_node(config.launch, len(gpus))
     if not gpus:
         here = psutil.virtual_memory().total
@@ -233,7 +250,7 @@ def memory_problems(config: Config, rank: int, gpus: list[dict]) -> Iterator[str
 
 
 def room_problems(free: int, checkpoint: int) -> Iterator[str]:
-    """Bytes that are free in the run's folder, and those of one checkpoint."""
+    """Yields a sentence if the free bytes in the run's folder are fewer than a checkpoint needs."""
     if free < checkpoint:
         yield (
             f"one checkpoint needs about {checkpoint / GB:.1f} GB, and run.dir has "

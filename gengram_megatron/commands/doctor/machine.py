@@ -1,5 +1,5 @@
-"""What torch makes of this machine: its GPUs, the speed of a matrix product, and the bandwidth of an
-all-reduce. Asked as a process of its own, which prints the answer as JSON:
+"""Examines this machine with torch: its GPUs, the speed of a matrix product, and the bandwidth of an
+all-reduce. Runs in a separate process, which prints the answer as JSON:
 `python -m gengram_megatron.commands.doctor.machine devices`."""
 
 import json
@@ -12,17 +12,19 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 0.5
-"""Of measuring, for each precision."""
+"""Duration of the measurement for each precision."""
 LONG_ENOUGH = 0.01
-"""Seconds that a product takes at least, so that its start does not count: sizes are doubled until
-then. Some CPUs multiply bf16 a hundred times slower than fp32."""
+"""Matrix sizes are doubled until a product takes this many seconds, so that launch overhead is
+negligible. There is no fixed size because some CPUs multiply bf16 a hundred times slower than fp32.
+"""
 SMALLEST, LARGEST = 256, 16384
 TIMES = 5
 BYTES = {"gloo": 32 << 20, "nccl": 256 << 20}
 
 
 def devices() -> dict:
-    """Versions that torch was built with, GPUs with their memory in bytes, and CPU threads."""
+    """Returns the CUDA and NCCL versions of torch, the GPUs with their memory in bytes, and the
+    number of CPU threads."""
     cuda = torch.cuda.is_available()
     return {
         "cuda": torch.version.cuda,
@@ -33,16 +35,16 @@ def devices() -> dict:
 
 
 def _gpu(index: int) -> dict:
-    seen = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(index)
     return {
-        "name": seen.name,
-        "bytes": seen.total_memory,
-        "compute_capability": f"{seen.major}.{seen.minor}",
+        "name": properties.name,
+        "bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
     }
 
 
 def product() -> dict:
-    """The speed of a matrix product, on the GPU where there is one."""
+    """Measures the speed of a matrix product, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     speeds = {name: _tflops(dtype, device) for name, dtype in dtypes.items()}
@@ -50,13 +52,13 @@ def product() -> dict:
 
 
 def _tflops(dtype: torch.dtype, device: str) -> float:
-    """10^12 floating-point operations a second of a product of square matrices."""
+    """Measures a product of square matrices, in 10^12 floating-point operations per second."""
     size = SMALLEST // 2
     took = 0.0
     while took < LONG_ENOUGH and size < LARGEST:
         size *= 2
         left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
-        _seconds_of_products(left, right, 1)  # the first one chooses and loads its kernel
+        _seconds_of_products(left, right, 1)  # warm-up: chooses and loads the kernel
         took = _seconds_of_products(left, right, 1)
     times = max(1, round(SECONDS / took))
     return 2 * size**3 * times / _seconds_of_products(left, right, times) / 1e12
@@ -72,10 +74,11 @@ def _seconds_of_products(left: torch.Tensor, right: torch.Tensor, times: int) ->
 
 
 def all_reduce(rank: str, of: str, meeting: str) -> dict:
-    """The bandwidth of an all-reduce: nccl where every process has a GPU, or else gloo between
-    CPUs. It is asked as `of` processes, `rank` the number of each.
+    """Measures the bandwidth of an all-reduce, with nccl if every process has a GPU, or else with
+    gloo between CPUs. Each of `of` processes calls it with its own `rank`.
 
-    meeting: a file that is not there yet, by which the processes find each other.
+    Args:
+        meeting: a file that does not exist yet, by which the processes find each other.
     """
     rank, size = int(rank), int(of)
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= size
@@ -93,7 +96,7 @@ def all_reduce(rank: str, of: str, meeting: str) -> dict:
         raise RuntimeError("the sum of an all-reduce is wrong")
     took = median(_seconds_of_all_reduce(numbers) for _ in range(TIMES))
     dist.destroy_process_group()
-    # What each process has to send of it, whatever the algorithm.
+    # What each process has to send at least, whatever the algorithm.
     sent = 2 * (size - 1) / size * BYTES[backend]
     return {
         "backend": backend,

@@ -1,1 +1,1 @@
-"""Checks between keys: each function yields a sentence for each thing that cannot work."""
+"""Checks between keys: each function yields one sentence for each problem."""

@@ -1,4 +1,4 @@
-"""What DeepSpeed and Transformer Engine ask for, and what they cannot be combined with."""
+"""Requirements of DeepSpeed and Transformer Engine, and settings that they do not support."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from gengram_megatron.config.problems.model import expert_tensor, sequence_paral
 from gengram_megatron.config.schema import Config, DeepSpeed
 
 INSTALL = "pip install --no-build-isolation deepspeed"
-OWN_KEYS = {
+MANAGED_KEYS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size",
@@ -29,17 +29,18 @@ OWN_KEYS = {
     "zero_optimization.offload_optimizer": "train.deepspeed.offload_optimizer",
     "zero_optimization.offload_param": "train.deepspeed.offload_parameters",
 }
-"""Keys of DeepSpeed's config, and ours that decide them."""
+"""Keys of DeepSpeed's config that may not be given in `extra`, and our keys that decide them."""
 
 
 def engine_problems(config: Config) -> Iterator[str]:
-    """A sentence for each setting that DeepSpeed cannot do, or that only it could."""
+    """Yields a sentence for each setting that DeepSpeed does not support, or that only DeepSpeed
+    supports."""
     train = config.train
     if train.engine == "megatron":
         if train.deepspeed != DeepSpeed():
             yield (
                 "train.deepspeed is given, but train.engine is megatron: set engine to deepspeed, "
-                "or take train.deepspeed out"
+                "or remove train.deepspeed"
             )
         return
     if importlib.util.find_spec("deepspeed") is None:
@@ -53,21 +54,22 @@ def engine_problems(config: Config) -> Iterator[str]:
             f"{train.deepspeed.zero_stage}, which keeps all weights on every rank: set zero_stage "
             "to 3, or offload_parameters to false"
         )
-    for name, found, needed in _not_together(config):
+    for name, value, needed in _unsupported(config):
         yield (
-            f"{name} is {found}, which train.engine deepspeed cannot do: set {name} to {needed}, "
-            "or engine to megatron"
+            f"{name} is {value}, which train.engine deepspeed does not support: set {name} to "
+            f"{needed}, or engine to megatron"
         )
     yield from _extra_problems(train.deepspeed)
 
 
-def _not_together(config: Config) -> Iterator[tuple[str, object, str]]:
-    """A key, what it is, and what DeepSpeed needs."""
+def _unsupported(config: Config) -> Iterator[tuple[str, object, str]]:
+    """Yields the key, the value and the value that DeepSpeed needs, for each setting that it does
+    not support."""
     parallel, optimizer, gengram = config.parallel, config.optimizer, config.model.gengram
     if parallel.pipeline > 1:
         yield "parallel.pipeline", parallel.pipeline, "1"
     if config.train.deepspeed.zero_stage == 3:
-        # With experts by _validate_zero3_moe_compatibility of DeepSpeed's engine.
+        # For experts, see _validate_zero3_moe_compatibility in DeepSpeed's engine.
         for name in ("tensor", "expert", "expert_tensor"):
             ranks = getattr(parallel, name) or 1
             if ranks > 1:
@@ -84,29 +86,32 @@ def _not_together(config: Config) -> Iterator[tuple[str, object, str]]:
 
 
 def _extra_problems(settings: DeepSpeed) -> Iterator[str]:
-    for theirs, ours in OWN_KEYS.items():
-        group, _, name = theirs.rpartition(".")
-        inside = settings.extra.get(group, {}) if group else settings.extra
-        if isinstance(inside, dict) and name in inside:
+    for deepspeed_key, our_key in MANAGED_KEYS.items():
+        group, _, name = deepspeed_key.rpartition(".")
+        section = settings.extra.get(group, {}) if group else settings.extra
+        if isinstance(section, dict) and name in section:
             yield (
-                f"train.deepspeed.extra has {theirs}, which {ours} decides: take it out of extra"
+                f"train.deepspeed.extra has {deepspeed_key}, which {our_key} decides: "
+                "remove it from extra"
             )
 
 
 TRANSFORMER_ENGINE = "transformer_engine"
 CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-"""The compute capability that a recipe of fp8 needs: that of Ada, Hopper and Blackwell."""
+"""Lowest compute capability that each fp8 recipe needs: that of Ada, Hopper and Blackwell."""
 BELOW = {"mxfp8": (12, 0)}
-"""And the one from which on Transformer Engine (2.11) does not know a recipe: Blackwell of other
-chips than those of data centres."""
+"""Compute capability from which on Transformer Engine (2.11) no longer supports a recipe. 12.0 is
+that of Blackwell GPUs outside data centres."""
 MULTIPLE = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
-"""Of which both sides of a matrix must be multiples in fp8."""
+"""Both sides of a matrix must be multiples of this in fp8, by recipe."""
 BLOCK = 128
-"""And what tensor-parallel ranks gather from each other with the recipe blockwise."""
+"""Both sides of what tensor-parallel ranks gather from each other must be multiples of this with
+the recipe blockwise."""
 
 
 def installation_problems(config: Config) -> Iterator[str]:
-    """A sentence if what the config asks for is not installed, or fp8 without it."""
+    """Yields a sentence if Transformer Engine is needed but not installed, or if fp8 is set without
+    it."""
     if config.model.implementation != TRANSFORMER_ENGINE:
         if config.train.precision == "fp8":
             yield (
@@ -122,7 +127,11 @@ def installation_problems(config: Config) -> Iterator[str]:
 
 
 def gpu_problems(config: Config, capability: tuple[int, int] | None) -> Iterator[str]:
-    """capability: compute capability of the oldest GPU; None: there is no GPU."""
+    """Yields a sentence for each setting that the GPUs do not support.
+
+    Args:
+        capability: compute capability of the oldest GPU; None without a GPU.
+    """
     recipe = config.train.fp8.recipe
     if config.model.implementation != TRANSFORMER_ENGINE:
         return
@@ -132,12 +141,12 @@ def gpu_problems(config: Config, capability: tuple[int, int] | None) -> Iterator
             "here: set model.implementation to torch"
         )
     elif config.train.precision == "fp8":
-        least, below = CAPABILITY[recipe], BELOW.get(recipe)
-        if capability < least or (below and capability >= below):
-            needed = f"{_dotted(least)} or more" + (f", below {_dotted(below)}" if below else "")
+        minimum, below = CAPABILITY[recipe], BELOW.get(recipe)
+        if capability < minimum or (below and capability >= below):
+            needed = f"{_dotted(minimum)} or more" + (f", below {_dotted(below)}" if below else "")
             yield (
                 f"train.precision is fp8 with train.fp8.recipe {recipe}, which needs GPUs of "
-                f"compute capability {needed}, and here is one of {_dotted(capability)}: set "
+                f"compute capability {needed}, but one here has {_dotted(capability)}: set "
                 "another recipe, or precision to bf16"
             )
 
@@ -147,9 +156,10 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def precision_problems(config: Config) -> Iterator[str]:
-    """Of Transformer Engine's kernels."""
-    engine, context = config.model.implementation == TRANSFORMER_ENGINE, config.parallel.context
-    if engine and config.train.precision == "fp32" and context > 1:
+    """Yields a sentence for each precision or size that Transformer Engine's kernels do not
+    support."""
+    uses_te, context = config.model.implementation == TRANSFORMER_ENGINE, config.parallel.context
+    if uses_te and config.train.precision == "fp32" and context > 1:
         yield (
             f"train.precision is fp32 with parallel.context = {context}, where Transformer Engine "
             "has no attention: set precision to bf16, or model.implementation to torch"
@@ -160,12 +170,12 @@ def precision_problems(config: Config) -> Iterator[str]:
 
 def _fp8_problems(config: Config) -> Iterator[str]:
     recipe = config.train.fp8.recipe
-    demands = [(MULTIPLE[recipe], _sides_of_products(config))]
+    requirements = [(MULTIPLE[recipe], _sides_of_products(config))]
     if recipe == "blockwise" and sequence_parallel(config):
-        demands = [*demands, (BLOCK, _sides_of_the_stream(config))]
-    for multiple, sides in demands:
+        requirements = [*requirements, (BLOCK, _sides_of_the_stream(config))]
+    for multiple, sides in requirements:
         for name, (size, parts) in sides.items():
-            # That the parts are equal is checked elsewhere.
+            # Unequal parts are reported by other checks.
             if size % parts == 0 and size // parts % multiple:
                 yield (
                     f"{name} is {size // parts}, which fp8 cannot use with train.fp8.recipe "
@@ -174,19 +184,21 @@ def _fp8_problems(config: Config) -> Iterator[str]:
 
 
 def _sides_of_the_stream(config: Config) -> dict[str, tuple[int, int]]:
-    """Of the hidden state on one rank, each as a size and the parts that it is cut into."""
+    """Returns the sides of the hidden state on one rank, each as its full size and the number of
+    parts that it is split into."""
     tokens, parallel = config.train.micro_batch_size * config.model.seq_length, config.parallel
     ranks = parallel.context * (parallel.tensor if sequence_parallel(config) else 1)
     return {
         "model.hidden_size": (config.model.hidden_size, 1),
-        "train.micro_batch_size * model.seq_length / (parallel.context * parallel.tensor, that only "
-        "with parallel.sequence), tokens on a rank,": (tokens, ranks),
+        "train.micro_batch_size * model.seq_length / (parallel.context * parallel.tensor, the latter "
+        "only with parallel.sequence), the number of tokens on a rank,": (tokens, ranks),
     }
 
 
 def _sides_of_products(config: Config) -> dict[str, tuple[int, int]]:
-    """Rows and columns of all matrices that are multiplied in fp8 on one rank. Tokens of an expert
-    are as many as the router sends: Transformer Engine fills them up."""
+    """Returns the rows and columns of all matrices that are multiplied in fp8 on one rank, each as
+    its full size and the number of parts that it is split into. The tokens of an expert are not
+    included: their number varies, and Transformer Engine pads them."""
     model, parallel = config.model, config.parallel
     sides = {**_sides_of_the_stream(config), **_sides_of_attention(config)}
     if model.num_experts is None:

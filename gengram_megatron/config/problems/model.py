@@ -1,5 +1,5 @@
-"""What attention, experts and the memory ask of the keys of a config, and the sentence for sizes
-that do not divide.
+"""Checks of the keys of attention, experts and Gengram, and helpers for other checks: parallel
+sizes with nulls resolved, and the message for sizes that do not divide evenly.
 """
 
 from collections.abc import Iterator
@@ -9,35 +9,36 @@ from gengram_megatron.config.tables import LARGEST_DIRECT, SMALL_K, kmer_tables
 
 
 def ranks_of_a_copy(config: Config) -> int:
-    """Ranks that hold one copy of the model together, experts apart."""
+    """Returns the number of ranks that together hold one copy of the model without its experts."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
 
 
 def ranks_of_the_experts(config: Config) -> int:
-    """Ranks that hold one copy of all experts together."""
+    """Returns the number of ranks that together hold one copy of all experts."""
     return expert_tensor(config) * config.parallel.expert * config.parallel.pipeline
 
 
 def expert_tensor(config: Config) -> int:
-    """Ranks that share an expert."""
+    """Returns the tensor-parallel size inside experts."""
     return config.parallel.expert_tensor or config.parallel.tensor
 
 
 def sequence_parallel(config: Config) -> bool:
-    """Whether tensor-parallel ranks share the sequence where they do not share the layer."""
+    """Returns whether sequence parallelism is on: whether tensor-parallel ranks split the sequence
+    where they do not split the layer."""
     if config.parallel.sequence is None:
         return config.parallel.tensor > 1
     return config.parallel.sequence
 
 
 def multiple(name: str, value: int, of_name: str, of: int) -> Iterator[str]:
-    """The sentence for a value that must be a multiple of another, where it is not."""
+    """Yields a sentence if a value is not a multiple of another."""
     if value % of:
         yield f"{name} is {value}, which is not a multiple of {of_name} = {of}; change one of them"
 
 
 def attention_problems(config: Config) -> Iterator[str]:
-    """A sentence for each setting of attention that cannot work."""
+    """Yields a sentence for each setting of attention that cannot work."""
     model = config.model
     heads, groups = model.num_attention_heads, model.num_query_groups
     if model.attention == "gqa":
@@ -55,8 +56,8 @@ def attention_problems(config: Config) -> Iterator[str]:
                 "so make it even"
             )
         if config.parallel.tensor > 1 and not sequence_parallel(config):
-            # Its down-projections are whole on every rank, and each rank's gradient of them only
-            # knows its own heads; sequence parallelism is what sums them.
+            # Every rank has a copy of the down-projections, but its gradient of them covers only
+            # its own heads. Only sequence parallelism sums these gradients.
             yield (
                 f"parallel.sequence is false with parallel.tensor = {config.parallel.tensor}; "
                 "model.attention mla on more than one tensor-parallel rank needs "
@@ -72,7 +73,7 @@ def attention_problems(config: Config) -> Iterator[str]:
 
 
 def expert_problems(config: Config) -> Iterator[str]:
-    """A sentence for each setting of the experts that cannot work."""
+    """Yields a sentence for each setting of the experts that cannot work."""
     model, parallel = config.model, config.parallel
     if model.num_experts is None:
         if parallel.expert > 1:
@@ -104,11 +105,12 @@ def expert_problems(config: Config) -> Iterator[str]:
 
 
 def _grouped_product_problems(config: Config) -> Iterator[str]:
-    """The grouped matrix product reads rows of whole 16 bytes."""
+    """Yields a sentence for each width that the grouped matrix product does not support: its rows
+    must be multiples of 16 bytes."""
     precision, parts = config.train.dtype, expert_tensor(config)
     multiple = {"bf16": 8, "fp32": 4}[precision]
     if config.model.ffn_hidden_size % parts:
-        return  # told elsewhere
+        return  # reported by split_problems
     widths = {
         "model.hidden_size": config.model.hidden_size,
         "model.ffn_hidden_size / parallel.expert_tensor": config.model.ffn_hidden_size // parts,
@@ -122,7 +124,7 @@ def _grouped_product_problems(config: Config) -> Iterator[str]:
 
 
 def gengram_problems(config: Config) -> Iterator[str]:
-    """A sentence for each setting of the memory that cannot work."""
+    """Yields a sentence for each setting of Gengram that cannot work."""
     gengram, model = config.model.gengram, config.model
     if not gengram.enabled:
         return
@@ -139,7 +141,7 @@ def gengram_problems(config: Config) -> Iterator[str]:
     if sizes != sorted(set(sizes)):
         yield (
             f"model.gengram.kmer_sizes is {sizes}; write {sorted(set(sizes))}, "
-            "each size once and in rising order"
+            "each size once and in ascending order"
         )
     if gengram.window is not None and gengram.window < max(sizes):
         yield (
@@ -155,7 +157,7 @@ def gengram_problems(config: Config) -> Iterator[str]:
                 "features"
             )
     if len(set(gengram.token_ids)) < len(gengram.token_ids):
-        yield f"model.gengram.token_ids is {gengram.token_ids}; A C G T N need an id each"
+        yield f"model.gengram.token_ids is {gengram.token_ids}; A C G T N need different ids"
     if max(gengram.token_ids) >= model.vocab_size:
         yield (
             f"model.gengram.token_ids is {gengram.token_ids}, but model.vocab_size is "
@@ -164,28 +166,28 @@ def gengram_problems(config: Config) -> Iterator[str]:
 
 
 def _without_effect(config: Config) -> Iterator[str]:
-    """What is given and would change nothing."""
+    """Yields a sentence for each setting that would have no effect."""
     gengram, length = config.model.gengram, config.model.seq_length
     if gengram.window is not None and gengram.window > length:
         yield (
             f"model.gengram.window is {gengram.window}, more than model.seq_length = {length}: "
-            f"make it {length} at most, or null for no window"
+            f"make it at most {length}, or null for no window"
         )
     if gengram.hashing != Hashing() and max(gengram.kmer_sizes) <= LARGEST_DIRECT:
         yield (
             f"model.gengram.hashing is given, but no k of model.gengram.kmer_sizes is above "
-            f"{LARGEST_DIRECT}, so that no table is hashed: take hashing out, or add such a k"
+            f"{LARGEST_DIRECT}, so no table is hashed: remove hashing, or add such a k"
         )
     kernel = Gengram.model_fields["conv_kernel"].default
     if gengram.conv_kernel != kernel and gengram.output != "convolution":
         yield (
             f"model.gengram.conv_kernel is {gengram.conv_kernel}, but model.gengram.output is "
-            f"{gengram.output}: take conv_kernel out, or set output to convolution"
+            f"{gengram.output}: remove conv_kernel, or set output to convolution"
         )
 
 
 def _table_problems(config: Config) -> Iterator[str]:
-    """What hashing and splitting by rows ask for."""
+    """Yields a sentence for each problem with hashing or with splitting tables by rows."""
     gengram, parallel = config.model.gengram, config.parallel
     if max(gengram.kmer_sizes) > LARGEST_DIRECT:
         yield from multiple(
@@ -202,8 +204,8 @@ def _table_problems(config: Config) -> Iterator[str]:
         kmer_tables(gengram)
     except ValueError:
         yield (
-            f"model.gengram.hashing.rows is {gengram.hashing.rows}, below which there is no prime "
-            "for each hashed table: raise it, or lower model.gengram.hashing.heads"
+            f"model.gengram.hashing.rows is {gengram.hashing.rows}, up to which there are not enough "
+            "primes for all hashed tables: raise it, or lower model.gengram.hashing.heads"
         )
     over = gengram.rows_over
     if over and gengram.split == "columns":
@@ -226,7 +228,7 @@ def _table_problems(config: Config) -> Iterator[str]:
 
 
 def projection_obstacles(config: Config) -> Iterator[tuple[str, str]]:
-    """What keeps the tables from being projected once a step, and what to do about each."""
+    """Yields each setting that prevents projecting the tables once per step, and its remedy."""
     gengram, largest = config.model.gengram, max(config.model.gengram.kmer_sizes)
     if gengram.kmer_sizes != list(range(1, largest + 1)) or largest > LARGEST_DIRECT:
         yield (
@@ -242,5 +244,6 @@ def projection_obstacles(config: Config) -> Iterator[tuple[str, str]]:
     if config.optimizer.overlap_grad_reduce:
         yield "optimizer.overlap_grad_reduce is true", "set it to false"
     if config.train.engine == "deepspeed":
-        # It takes each gradient when the backward pass has made it; these come once a step.
+        # DeepSpeed reduces each gradient during the backward pass, but the gradients of projected
+        # tables are computed only once per step.
         yield "train.engine is deepspeed", "set it to megatron"

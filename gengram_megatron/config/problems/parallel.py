@@ -1,4 +1,4 @@
-"""What parallelism cuts into equal parts, and what batches, optimizer and checkpoints ask for."""
+"""Checks of sizes that parallelism must divide, and of batches, optimizer and checkpoints."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from gengram_megatron.config.schema import Config
 
 
 def split_problems(config: Config) -> Iterator[str]:
-    """What tensor parallelism cuts into equal parts."""
+    """Yields a sentence for each size that tensor parallelism cannot split into equal parts."""
     model, tensor = config.model, config.parallel.tensor
     parts = {
         "model.num_attention_heads": model.num_attention_heads,
@@ -40,7 +40,7 @@ def split_problems(config: Config) -> Iterator[str]:
 
 
 def pipeline_problems(config: Config) -> Iterator[str]:
-    """A sentence for each reason why the layers cannot be cut so."""
+    """Yields a sentence for each reason why the layers cannot be split into pipeline stages."""
     parallel = config.parallel
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
     if virtual == 1:
@@ -50,8 +50,8 @@ def pipeline_problems(config: Config) -> Iterator[str]:
             f"parallel.virtual_pipeline is {virtual}, but parallel.pipeline is 1: set "
             "virtual_pipeline to null, or pipeline to 2 or more"
         )
-    elif own := _stages_of_their_own(config):
-        yield from _uneven_problems(config, own)
+    elif fixed_stages := _stages_with_fixed_layers(config):
+        yield from _uneven_problems(config, fixed_stages)
     else:
         yield from multiple(
             "model.num_layers",
@@ -61,8 +61,9 @@ def pipeline_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _stages_of_their_own(config: Config) -> dict[str, int]:
-    """The keys that give a pipeline stage its number of layers, where they are set."""
+def _stages_with_fixed_layers(config: Config) -> dict[str, int]:
+    """Returns the keys that fix the number of layers of a pipeline stage, and their values, if they
+    are set."""
     parallel = config.parallel
     layers = {
         "parallel.first_stage_layers": parallel.first_stage_layers,
@@ -71,49 +72,50 @@ def _stages_of_their_own(config: Config) -> dict[str, int]:
     return {name: count for name, count in layers.items() if count is not None}
 
 
-def _uneven_problems(config: Config, own: dict[str, int]) -> Iterator[str]:
-    """The stages that no key is about must get as many layers each, in chunks of one size."""
+def _uneven_problems(config: Config, fixed_stages: dict[str, int]) -> Iterator[str]:
+    """Yields a sentence for each problem with uneven pipeline stages. All stages without a fixed
+    number of layers must get the same number, in virtual chunks of equal size."""
     layers, pipeline = config.model.num_layers, config.parallel.pipeline
     virtual = config.parallel.virtual_pipeline
     if pipeline == 1:
-        for name, count in own.items():
+        for name, count in fixed_stages.items():
             yield (
                 f"{name} is {count}, but parallel.pipeline is 1, so that one stage has all "
                 "layers: set it to null, or pipeline to 2 or more"
             )
         return
-    for name, count in own.items():
+    for name, count in fixed_stages.items():
         yield from multiple(name, count, "parallel.virtual_pipeline", virtual or 1)
-    names, given, others = " + ".join(own), sum(own.values()), pipeline - len(own)
-    rest = layers - given
-    if others == 0 and rest:
+    names, given = " + ".join(fixed_stages), sum(fixed_stages.values())
+    other_stages, rest = pipeline - len(fixed_stages), layers - given
+    if other_stages == 0 and rest:
         yield (
             f"{names} is {given}, but model.num_layers is {layers} and parallel.pipeline = 2 has "
             f"no other stage: set one of them to null, or make their sum {layers}"
         )
-    elif others == 0 and virtual:
+    elif other_stages == 0 and virtual:
         # megatron-core 0.16.1 divides by the number of other stages.
         yield (
             f"{names} is {given} on parallel.pipeline = 2, where parallel.virtual_pipeline = "
-            f"{virtual} allows only one of them: set the other to null, which places the same "
-            "layers"
+            f"{virtual} allows only one of them: set the other to null, which gives the same "
+            "placement"
         )
-    elif others and rest < 1:
+    elif other_stages and rest < 1:
         yield (
             f"{names} is {given}, which leaves none of model.num_layers = {layers} for the other "
             f"stages of parallel.pipeline = {pipeline}; lower it, or raise num_layers"
         )
-    elif others:
+    elif other_stages:
         yield from multiple(
             f"what {names} leaves of model.num_layers",
             rest,
             "the other stages" + (" * parallel.virtual_pipeline" if virtual else ""),
-            others * (virtual or 1),
+            other_stages * (virtual or 1),
         )
 
 
 def sequence_problems(config: Config) -> Iterator[str]:
-    """A sentence for each reason why the sequence cannot be cut so."""
+    """Yields a sentence for each reason why the sequence cannot be split over the ranks."""
     parallel, length = config.parallel, config.model.seq_length
     if parallel.sequence and parallel.tensor == 1:
         yield (
@@ -122,7 +124,8 @@ def sequence_problems(config: Config) -> Iterator[str]:
         )
     factors = {}
     if parallel.context > 1:
-        # Each rank takes one piece from the front and one from the back, to share causal work.
+        # Each rank takes one chunk from the front and one from the back, to balance the work of
+        # causal attention.
         factors["2 * parallel.context"] = 2 * parallel.context
     if sequence_parallel(config):
         factors["parallel.tensor"] = parallel.tensor
@@ -132,7 +135,7 @@ def sequence_problems(config: Config) -> Iterator[str]:
 
 
 def world_problems(config: Config, world_size: int) -> Iterator[str]:
-    """A sentence for each reason why so many processes cannot be laid out so."""
+    """Yields a sentence for each reason why this number of processes does not fit the layout."""
     parallel = config.parallel
     copy, experts = ranks_of_a_copy(config), ranks_of_the_experts(config)
     if world_size % copy:
@@ -151,7 +154,8 @@ def world_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def batch_problems(config: Config, world_size: int) -> Iterator[str]:
-    """A sentence for each reason why the batches do not come out even."""
+    """Yields a sentence for each problem with the length of the run or with dividing its batches
+    over ranks and microbatches."""
     train, parallel = config.train, config.parallel
     if (train.steps is None) == (train.samples is None):
         what, remedy = "neither is given", "give one"
@@ -166,15 +170,15 @@ def batch_problems(config: Config, world_size: int) -> Iterator[str]:
     if world_size % ranks_of_a_copy(config):
         return  # the data-parallel size is not known
     data = world_size // ranks_of_a_copy(config)
-    together = train.micro_batch_size * data
-    if train.global_batch_size % together:
+    per_microbatch = train.micro_batch_size * data
+    if train.global_batch_size % per_microbatch:
         yield (
             f"train.global_batch_size is {train.global_batch_size}, which is not a multiple of "
             f"train.micro_batch_size * data-parallel size = {train.micro_batch_size} * {data}; "
             "change the batch, or the number of processes"
         )
         return
-    microbatches, virtual = train.global_batch_size // together, parallel.virtual_pipeline
+    microbatches, virtual = train.global_batch_size // per_microbatch, parallel.virtual_pipeline
     if virtual is not None and microbatches % parallel.pipeline:
         yield (
             f"with parallel.virtual_pipeline = {virtual} the microbatches of a step must be a "
@@ -184,7 +188,7 @@ def batch_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def optimizer_problems(config: Config) -> Iterator[str]:
-    """A sentence for each setting of the optimizer that cannot work."""
+    """Yields a sentence for each setting of the optimizer that cannot work."""
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         yield (
@@ -199,12 +203,12 @@ def optimizer_problems(config: Config) -> Iterator[str]:
         )
     pipeline, gengram = config.parallel.pipeline, config.model.gengram.enabled
     if not optimizer.distributed and config.train.dtype == "bf16" and pipeline > 1 and gengram:
-        # A stage without memory has no tables, and megatron-core 0.16.1 cannot read the empty
-        # parameter group back that it writes for them.
+        # A stage without Gengram has no tables. megatron-core 0.16.1 writes an empty parameter
+        # group for them, which it cannot read back.
         yield (
             f"optimizer.distributed is false with train.precision {config.train.precision}, "
-            f"parallel.pipeline = {pipeline} and Gengram, whose checkpoints megatron-core might not read back: set "
-            "distributed to true"
+            f"parallel.pipeline = {pipeline} and Gengram; megatron-core may be unable to read back "
+            "the checkpoints of such a run: set distributed to true"
         )
     if optimizer.overlap_param_gather:
         for name in ("distributed", "overlap_grad_reduce"):
@@ -216,10 +220,10 @@ def optimizer_problems(config: Config) -> Iterator[str]:
 
 
 def checkpoint_problems(config: Config) -> Iterator[str]:
-    """A sentence for each setting of checkpoints that cannot work."""
+    """Yields a sentence for each setting of checkpoints that cannot work."""
     interval, keep_every = config.checkpoint.interval, config.checkpoint.keep_every
     if keep_every and (interval is None or keep_every % interval):
         yield (
-            f"checkpoint.keep_every is {keep_every}, which is no multiple of checkpoint.interval "
-            f"({interval}): no checkpoint would stay for it"
+            f"checkpoint.keep_every is {keep_every}, which is not a multiple of checkpoint.interval "
+            f"({interval}), so no checkpoint would be kept by it: change one of them"
         )
