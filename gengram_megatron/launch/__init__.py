@@ -1,0 +1,1 @@
+"""Starting runs: torchrun on this machine, or jobs of Slurm."""

@@ -1,0 +1,1 @@
+"""The folder of a run: config, metrics, progress, pictures, and the list of its checkpoints."""

@@ -1,0 +1,1 @@
+"""Samples in order, from built data sets to the microbatches of a rank."""

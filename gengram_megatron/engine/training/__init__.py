@@ -1,0 +1,1 @@
+"""A training run; `run.py` reads from top to bottom."""
