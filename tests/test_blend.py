@@ -1,7 +1,6 @@
 """Blends: exact shares, each set once through before it begins again, whatever the layout."""
 
 import pickle
-import time
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
@@ -126,12 +125,8 @@ def test_a_blend_of_seventy_five_million_samples_costs_nothing_to_hold():
     tracemalloc.start()
     order = BlendOrder([SET_TWO] * 3, SHARES, 1234)
     held = tracemalloc.get_traced_memory()[0]
-    began = time.perf_counter()
-    for _ in range(20):
-        order.samples_at(positions)
-    seconds = (time.perf_counter() - began) / 20
+    order.samples_at(positions)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert held < 10_000 and len(pickle.dumps(order)) < 10_000
     assert peak < 1_000_000
-    assert seconds < 0.05, "a global batch of 1,024 takes about two milliseconds"

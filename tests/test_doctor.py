@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from math import isfinite
 from pathlib import Path
 
@@ -115,9 +114,7 @@ def test_quick_needs_no_torch_and_says_what_it_left_out(tiny, tmp_path):
     put_package(packages, "torch", "9.9", "import time; time.sleep(1000)")
     put_package(packages, "apex", "0.9", "import time; time.sleep(1000)")
     words = [tiny, f"run.dir={tmp_path / 'run'}", "--quick"]
-    began = time.monotonic()
-    done = doctor(*words, "--json", path=packages)
-    assert time.monotonic() - began < 3
+    done = doctor(*words, "--json", path=packages)  # to import one of them would outlast it
     found = json.loads(done.stdout)
     assert (done.returncode, found["problems"]) == (0, [])
     assert found["software"]["torch"]["version"] == "9.9"

@@ -1,6 +1,5 @@
 """The order of samples: once an epoch, mixed well, decided by the seed, never changed unnoticed."""
 
-import time
 import tracemalloc
 from itertools import permutations
 
@@ -99,14 +98,9 @@ def test_steps_between_neighbours_do_not_repeat():
 def test_twenty_five_million_samples_cost_nothing_to_hold():
     positions = np.arange(10**9, 10**9 + 1024)
     tracemalloc.start()
-    began = time.process_time()
-    order = SampleOrder(SET_TWO, 1234)
-    for _ in range(20):
-        order.samples_at(positions)
-    seconds = (time.process_time() - began) / 20
+    SampleOrder(SET_TWO, 1234).samples_at(positions)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 0.05, "a global batch of 1,024 takes about a millisecond"
     assert peak < 1_000_000
 
 
