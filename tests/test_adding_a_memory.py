@@ -75,6 +75,7 @@ def train(program: Path, config: Path, run: Path, processes: int, *words: str) -
     return losses(run)
 
 
+@pytest.mark.thorough
 def test_it_trains_in_other_layouts_and_goes_on(program, config, tmp_path) -> None:
     alone = train(program, config, tmp_path / "alone", 1, "checkpoint.interval=2")
     words = ("parallel.tensor=2", "train.stop_at=2")

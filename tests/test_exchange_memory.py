@@ -29,6 +29,7 @@ from tests.layouts.launch import ROOT
 from tests.training.tiny import environment
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [(), ("--plain",)])
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, kind) -> None:
     """Its model's largest tensor, the first map of all experts of a layer, has 34 MB."""

@@ -86,6 +86,7 @@ def test_second_run_in_one_folder_is_refused(lab: Lab) -> None:
         pass
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_elastic_restart_by_torchrun(lab: Lab) -> None:
     name, output = "elastic", lab.folder / "elastic.log"

@@ -98,6 +98,7 @@ def test_rank_that_hangs_is_named_and_all_stacks_are_kept(lab: Lab) -> None:
     assert lab.checkpoints("stuck") == [4]
 
 
+@pytest.mark.thorough
 def test_rank_that_hangs_outside_python_is_named_too(lab: Lab) -> None:
     stuck = partial(broken.hang_outside_python, rank=1, step=6)
     ended = lab.start("native", SECONDS, before=stuck).wait()

@@ -82,6 +82,7 @@ def test_without_a_gpu_it_measures_nothing():
     assert done.stderr.splitlines()[-1].startswith("gpu_check: torch sees no GPU here")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     """The whole script, its wheels installed, with a data set that cannot be read: that step is

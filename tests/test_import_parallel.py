@@ -18,6 +18,7 @@ from tests.imported_weights import check_weights
 from tests.layouts.launch import launch
 from tests.published_model import published_model, save_distributed, save_ranks
 from tests.published_worker import save
+from tests.selection import quick_or_thorough
 from tests.untrusted import Evil
 
 SEPARATE_LAYERS = {"non_homogeneous_layers": True}
@@ -55,7 +56,7 @@ def published(one_process, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", DISTRIBUTED)
+@pytest.mark.parametrize("case", quick_or_thorough(DISTRIBUTED, ("tp2_pp2", "pp2_ep2")))
 def test_distributed_checkpoint_of_every_layout(published, tmp_path, case) -> None:
     gpt, folder = published
     processes, sizes, metadata, experts = DISTRIBUTED[case]
@@ -67,7 +68,7 @@ def test_distributed_checkpoint_of_every_layout(published, tmp_path, case) -> No
 
 
 @pytest.mark.parametrize("experts", ["transformer_engine", "sequential", "grouped"])
-@pytest.mark.parametrize("case", RANKS)
+@pytest.mark.parametrize("case", quick_or_thorough(RANKS, ("tp2_pp2_ep2",)))
 def test_rank_files_of_every_layout(published, tmp_path, case, experts) -> None:
     gpt, config = published[0], load(tmp_path, "run")
     save_ranks(gpt, config, tmp_path / "there", *RANKS[case], experts)

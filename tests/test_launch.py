@@ -413,6 +413,7 @@ def test_first_rank_that_failed_is_named_with_its_error(tiny: Path, tmp_path: Pa
     assert log.name == "rank-1.log" and "the disk is gone" in log.read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "code"), [("UserError", EXIT_CODE), ("NotFinite", NOT_FINITE)])
 def test_what_a_rank_says_itself_is_told(tiny: Path, tmp_path: Path, kind: str, code: int) -> None:

@@ -75,7 +75,7 @@ class Runs:
 
 # The first three are also compared with each other.
 ALWAYS = ("fp32", "ep2_rows", "tp2_pp2")
-NAMES = quick_or_thorough(CASES, (*ALWAYS, "bf16", "dp2_rows"))
+NAMES = quick_or_thorough(CASES, (*ALWAYS, "bf16"))
 
 
 @pytest.fixture(scope="module")
