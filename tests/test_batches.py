@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gengram_megatron.engine.data.batches import BatchStream, split_batch
+from gengram_megatron.engine.data import batches
+from gengram_megatron.engine.data.batches import BatchStream, reporting_dead_workers, split_batch
 from gengram_megatron.engine.data.order import SampleOrder
-from gengram_megatron.errors import UserError
+from gengram_megatron.errors import RankError, UserError
 from gengram_megatron.tokenizer import EOD
 from tests.layouts.launch import ROOT
 from tests.training.tiny import environment
@@ -249,3 +250,13 @@ with closing(stream):
         timeout=60,
     )
     assert done.returncode == 1 and "the disk failed" in done.stderr
+
+
+def test_samples_of_a_process_that_has_just_died_are_no_missing_file(monkeypatch):
+    """The file lay in that process. The loader says why it died, if that is known in time."""
+    monkeypatch.setattr(batches, "SIGNAL_SECONDS", 0)
+    with (
+        pytest.raises(RankError, match=r"rank 3: .*data\.workers.*died"),
+        reporting_dead_workers(3),
+    ):
+        batches._open_step("/proc/999999999/fd/7", (1, 1, 3))

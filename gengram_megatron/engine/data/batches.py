@@ -22,6 +22,8 @@ from gengram_megatron.tokenizer import EOD
 
 STEPS_AHEAD = 2
 """Number of steps that each reading process reads ahead of the training process."""
+SIGNAL_SECONDS = 5.0
+"""Time for the signal that a reading process has died to arrive."""
 
 
 class BatchStream:
@@ -150,14 +152,25 @@ def reporting_dead_workers(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        if not reason.startswith("DataLoader worker"):
+        reason = _why_worker_died(error)
+        if reason is None:
             raise
         raise RankError(
             f"rank {rank}: a process that reads samples (data.workers) died: "
             f"{reason.rstrip('. ')}; the same command resumes from the last checkpoint, and with "
             "data.workers=0 samples are read without such processes"
         ) from error
+
+
+def _why_worker_died(error: BaseException | None) -> str | None:
+    """Returns the first cause among the loader's errors, such as the signal that killed a process;
+    None if the loader has not raised this error."""
+    reason = None
+    while error is not None:
+        line = next(iter(str(error).splitlines()), "")
+        reason = line if line.startswith("DataLoader worker") else reason
+        error = error.__cause__ or error.__context__
+    return reason
 
 
 class _StepTokens:
@@ -188,8 +201,15 @@ class _StepTokens:
 
 
 def _open_step(path: str, shape: tuple[int, ...]) -> _StepTokens:
-    with open(path, "r+b") as file:
-        return _StepTokens(_mapped(file, shape))
+    """Maps the file of a step. RuntimeError, as the loader's own, if its process has died."""
+    try:
+        with open(path, "r+b") as file:
+            return _StepTokens(_mapped(file, shape))
+    except (FileNotFoundError, PermissionError, ProcessLookupError):  # whatever is left in /proc
+        # Its process was killed just now. The loader raises the reason from a signal handler as soon
+        # as the signal arrives, which interrupts this.
+        time.sleep(SIGNAL_SECONDS)
+        raise RuntimeError(f"DataLoader worker ended, and with it the samples in {path}") from None
 
 
 def _mapped(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
