@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gengram_megatron.config.layout import Layout, check_layout, with_memory
+from gengram_megatron.config.layout import Layout, check_layout, with_gengram
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.tokenizer import BASE_IDS, EOD
@@ -110,7 +110,7 @@ def build(config: Config, layout: Layout):
     from gengram_megatron.engine.training.optimizer import build_optimizer, build_schedule
 
     chunks = wrap_for_data_parallelism(
-        build_model(config, with_memory(layout, config)), config, layout
+        build_model(config, with_gengram(layout, config)), config, layout
     )
     optimizer = build_optimizer(config, chunks)
     return chunks, optimizer, build_schedule(config, layout, optimizer)

@@ -12,7 +12,7 @@ import pytest
 from gengram_megatron.commands.doctor import examine
 from gengram_megatron.commands.doctor.ask import NoAnswer, ask
 from gengram_megatron.commands.doctor.fit import memory_problems, room_problems, sample
-from gengram_megatron.config.layout import Projection, check_layout, with_memory
+from gengram_megatron.config.layout import Projection, check_layout, with_gengram
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.runs.store import estimated_size
@@ -236,6 +236,6 @@ def parts_of_the_run(file: Path, words: list[str], one_process) -> dict[str, str
     config = load_config(file, words, Config)
     layout = check_layout(config, 1)
     chunks = wrap_for_data_parallelism(
-        build_model(config, with_memory(layout, config)), config, layout
+        build_model(config, with_gengram(layout, config)), config, layout
     )
     return parts(chunks, build_optimizer(config, chunks))

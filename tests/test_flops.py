@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gengram_megatron.config.layout import with_memory
+from gengram_megatron.config.layout import with_gengram
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.plan.flops import (
@@ -77,7 +77,7 @@ def make_config(**model) -> Config:
 def build(config: Config, layout):
     from gengram_megatron.engine.model.build import build_model
 
-    return build_model(config, with_memory(layout, config))[0]
+    return build_model(config, with_gengram(layout, config))[0]
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)

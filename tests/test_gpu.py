@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gengram_megatron.config.layout import with_memory
+from gengram_megatron.config.layout import with_gengram
 from gengram_megatron.plan.flops import PEAK_BF16_FLOPS
 from tests.exchange_models import load
 from tests.observed import KINDS, observe, same_model
@@ -89,7 +89,7 @@ def make_memory(layout, precision: str):
 
     config = make_config(hidden_size=256, gengram={"enabled": True, "layers": [1], "dim": 64})
     config.train.precision = precision
-    memory = build_model(config, with_memory(layout, config))[0].decoder.layers[0].memory
+    memory = build_model(config, with_gengram(layout, config))[0].decoder.layers[0].memory
     with torch.no_grad():
         for seed, (name, weight) in enumerate(memory.named_parameters()):
             weight.copy_(noise(weight.shape, seed) * 0.1 + (1 if "norm" in name else 0))

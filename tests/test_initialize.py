@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gengram_megatron.config.layout import with_memory
+from gengram_megatron.config.layout import with_gengram
 
 STD, TABLE_STD, LAYERS = 0.02, 0.05, 2
 OUTPUT_STD = STD / math.sqrt(2 * LAYERS)
@@ -51,7 +51,7 @@ def make_config(attention: str = "gqa", experts: int | None = 4, seed: int = 7):
 def build(config, layout) -> dict[str, torch.Tensor]:
     from gengram_megatron.engine.model.build import build_model
 
-    (chunk,) = build_model(config, with_memory(layout, config))
+    (chunk,) = build_model(config, with_gengram(layout, config))
     return {name: weight.detach() for name, weight in chunk.named_parameters()}
 
 
@@ -152,7 +152,7 @@ def test_what_the_memory_adds_at_the_start(one_process, init, measured):
     config.model.hidden_size, config.model.init_std = 1024, 0.01
     config.model.gengram.init, config.model.gengram.init_std = init, None
     config.model.gengram.dim = 1024
-    (chunk,) = build_model(config, with_memory(one_process, config))
+    (chunk,) = build_model(config, with_gengram(one_process, config))
     memory, generator = chunk.decoder.layers[1].memory, torch.Generator().manual_seed(0)
     bases = torch.tensor([8, 5, 6, 7])[torch.randint(4, (1, 512), generator=generator)]
     hidden = 0.010 * torch.randn(512, 1, 1024, generator=generator)
@@ -192,7 +192,7 @@ def test_every_parameter_is_marked_and_drawn(one_process, attention, experts):
     from gengram_megatron.engine.model.initialize import initialize
 
     chunks = build_model(
-        make_config(attention, experts), with_memory(one_process, make_config(attention, experts))
+        make_config(attention, experts), with_gengram(one_process, make_config(attention, experts))
     )
     with torch.no_grad():
         for weight in chunks[0].parameters():
@@ -207,7 +207,7 @@ def test_a_parameter_without_a_law_is_an_error(one_process):
     from gengram_megatron.engine.model.build import build_model
     from gengram_megatron.engine.model.initialize import initialize
 
-    chunks = build_model(make_config(), with_memory(one_process, make_config()))
+    chunks = build_model(make_config(), with_gengram(one_process, make_config()))
     del chunks[0].decoder.final_layernorm.weight.initial_law
     with pytest.raises(AssertionError, match="final_layernorm"):
         initialize(chunks, seed=7)
@@ -250,10 +250,10 @@ def test_weights_of_some_layers_are_those_of_the_whole_model(one_process):
     """A weight's draw depends on its own name only: memory added or not, the rest is the same."""
     config = make_config()
     config.model.gengram.enabled = False
-    without, with_memory = build(config, one_process), build(make_config(), one_process)
-    assert len(with_memory) > len(without)
+    without, with_gengram = build(config, one_process), build(make_config(), one_process)
+    assert len(with_gengram) > len(without)
     for name, weight in without.items():
-        assert torch.equal(weight, with_memory[name]), name
+        assert torch.equal(weight, with_gengram[name]), name
 
 
 @pytest.mark.parametrize("kind", ["std", "bound"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gengram_megatron.config.layout import with_memory
+from gengram_megatron.config.layout import with_gengram
 from gengram_megatron.config.schema import Config
 from tests.training.tiny import RUN
 
@@ -33,7 +33,7 @@ def test_every_module_with_weights_is_called(one_process, name: str, recompute: 
         }
     )
     chunks = wrap_for_data_parallelism(
-        build_model(config, with_memory(one_process, config)), config, one_process
+        build_model(config, with_gengram(one_process, config)), config, one_process
     )
     build_optimizer(config, chunks)
     holders, called = set(), set()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gengram_megatron.commands.plan import smallest_world
-from gengram_megatron.config.layout import check_layout, with_memory
+from gengram_megatron.config.layout import check_layout, with_gengram
 from gengram_megatron.config.schema import Config
 from tests.plan.configs import GENOS, PAPER, RUNS, load
 from tests.training.tiny import RUN
@@ -175,7 +175,7 @@ def train_as_runs_do(layout, config: Config) -> tuple[list[float], list[float]]:
 
     layout = replace(layout, steps=STEPS, samples=STEPS * TINY_BATCH)
     chunks = wrap_for_data_parallelism(
-        build_model(config, with_memory(layout, config)), config, layout
+        build_model(config, with_gengram(layout, config)), config, layout
     )
     optimizer = build_optimizer(config, chunks)
     schedule = build_schedule(config, layout, optimizer)
@@ -224,7 +224,7 @@ def train_by_formulas(layout, config: Config) -> tuple[list[float], list[float]]
     from gengram_megatron.engine.model.build import build_model
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as the schedules do, in the same shape
-    (model,) = build_model(config, with_memory(layout, config))
+    (model,) = build_model(config, with_gengram(layout, config))
     weights = list(model.parameters())
     exact = [weight.detach().double() for weight in weights]
     first = [torch.zeros_like(weight) for weight in exact]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gengram_megatron.config.layout import with_memory
+from gengram_megatron.config.layout import with_gengram
 from gengram_megatron.config.schema import Config
 from tests.training.tiny import RUN
 
@@ -36,7 +36,7 @@ def first_step(layout, precision: str = "fp32", **optimizer) -> dict[str, torch.
 
     config = config_of(optimizer, precision)
     chunks = wrap_for_data_parallelism(
-        build_model(config, with_memory(layout, config)), config, layout
+        build_model(config, with_gengram(layout, config)), config, layout
     )
     adam = build_optimizer(config, chunks)
     build_schedule(config, layout, adam)
@@ -137,7 +137,7 @@ def test_rates_of_the_whole_schedule_keep_their_ratio(one_process) -> None:
     config = config_of({"tables": {"lr_multiplier": 4.0}, "warmup_fraction": 0.2}, "fp32")
     layout = replace(one_process, steps=10, samples=80)
     chunks = wrap_for_data_parallelism(
-        build_model(config, with_memory(one_process, config)), config, one_process
+        build_model(config, with_gengram(one_process, config)), config, one_process
     )
     adam = build_optimizer(config, chunks)
     schedule = build_schedule(config, layout, adam)

@@ -186,10 +186,10 @@ def check_layout(config: Config, world_size: int) -> Layout:
         steps=steps,
         samples=steps * train.global_batch_size,
     )
-    return with_memory(sizes, config)
+    return with_gengram(sizes, config)
 
 
-def with_memory(layout: Layout, config: Config) -> Layout:
+def with_gengram(layout: Layout, config: Config) -> Layout:
     """Returns the layout with the placements and projections of Gengram filled in; unchanged if
     Gengram is not enabled."""
     if not config.model.gengram.enabled:

@@ -62,6 +62,16 @@ def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = 
             rank=rank,
             timeout=TIMEOUT,
         )
+    create_groups(layout, seed)
+    # megatron-core keeps what MoE layers report in a global; clear what an earlier run left in it.
+    get_moe_layer_wise_logging_tracker().clear()
+
+
+def create_groups(layout: Layout, seed: int, **settings: Any) -> None:
+    """Create megatron-core's process groups for the layout, and seed its random numbers.
+
+    settings: further arguments of megatron-core's initialize_model_parallel.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -69,10 +79,9 @@ def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = 
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        **settings,
     )
     model_parallel_cuda_manual_seed(seed)
-    # megatron-core keeps what MoE layers report in a global; clear what an earlier run left in it.
-    get_moe_layer_wise_logging_tracker().clear()
 
 
 def _store(world_size: int, rank: int) -> dist.Store | None:

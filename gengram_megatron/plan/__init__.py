@@ -54,7 +54,7 @@ def plan(
         "gpu_hours": seconds / 3600 * layout.world_size,
         "memory_layers": config.model.gengram.layers if config.model.gengram.enabled else [],
         "projection": sharded.projection and sharded.projection._asdict(),
-        "tables": [_table(placement, sharded) for placement in sharded.tables],
+        "tables": [_table(placement, sharded) for placement in layout.placements],
         "warnings": list(warnings(sharded, memory, gigabytes)),
     }
 

@@ -126,7 +126,7 @@ class Activations:
         """Returns the bytes of the Gengram layer's input, key and value, and of the rows that were
         fetched from other ranks."""
         fetched = 0
-        for placement in self.sharded.tables:
+        for placement in self.sharded.layout.placements:
             if placement.over is not None:
                 rows = min(placement.table.rows, self.tokens.part)
                 fetched += rows * placement.table.columns // self.tensor
@@ -134,7 +134,7 @@ class Activations:
 
     def ids(self) -> int:
         """Returns the bytes of a microbatch's k-mer ids, which all its Gengram layers share."""
-        return len(self.sharded.tables) * self.tokens.whole * 4
+        return len(self.sharded.layout.placements) * self.tokens.whole * 4
 
     def last(self) -> int:
         """Returns the bytes of the last norm's input and output."""

@@ -149,7 +149,7 @@ class _Microbatch:
         """Returns an upper bound for table rows: a different row for every token, or every row of
         the table."""
         sent = 0
-        for placement in self.sharded.tables:
+        for placement in self.sharded.layout.placements:
             if placement.over is not None:
                 ranks = group_sizes(self.sharded.config, self.layout.world_size)[placement.over]
                 rows = min(placement.table.rows, self.tokens.part)

@@ -86,11 +86,6 @@ class ShardedModel:
     def is_dense(self) -> bool:
         return self.config.model.num_experts is None
 
-    @cached_property
-    def tables(self) -> tuple[Placement, ...]:
-        """The placements of a Gengram layer's tables."""
-        return self.layout.placements
-
     @property
     def projection(self) -> Projection | None:
         """What a Gengram layer projects; None without Gengram."""
@@ -134,7 +129,7 @@ class ShardedModel:
         """Returns a rank's weights of one Gengram layer's tables: those that data-parallel ranks
         have copies of, and those whose rows are split over data- or expert-parallel ranks."""
         copied = rows = 0
-        for placement in self.tables:
+        for placement in self.layout.placements:
             columns = placement.columns_held(self.layout.tensor)
             on_rank = self.table_rows_held(placement) * columns
             if placement.over in ("data", "expert"):
@@ -145,5 +140,4 @@ class ShardedModel:
 
     def row_copies(self) -> int:
         """Returns the number of ranks that hold the same rows."""
-        over = {placement.over for placement in self.tables}
-        return self.layout.expert_data if "expert" in over else 1
+        return self.layout.expert_data if self.layout.rows_shared_over == "expert" else 1

@@ -17,20 +17,12 @@ from gengram_megatron.config.schema import Config
 def as_rank(layout: Layout, rank: int) -> Iterator[None]:
     """megatron-core's groups as one rank of a layout sees them; nobody answers."""
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from gengram_megatron.engine.processes import create_groups
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-            context_parallel_size=layout.context,
-            expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=layout.expert_tensor,
-            create_gloo_process_groups=False,
-        )
-        model_parallel_cuda_manual_seed(1)
+        create_groups(layout, 1, create_gloo_process_groups=False)
         yield
     finally:
         parallel_state.destroy_model_parallel()

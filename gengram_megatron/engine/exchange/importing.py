@@ -110,7 +110,7 @@ def _describe_missing_model(path: Path) -> str:
         return f"{path.absolute()} does not exist: download the model, or correct the path"
     if not path.is_dir():
         return f"{path} is a file: give the folder of the model"
-    if any((folder / FACTS).is_file() for folder in (path, *checkpoints_at(path))):
+    if checkpoints_at(path):
         return (
             f"{path} holds checkpoints of this program: start a run from them with "
             f"checkpoint.load={path}"
