@@ -27,9 +27,8 @@ import numpy as np
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.data_set import read_manifest
-from gengram_megatron.engine.data.dataset import FragmentDataset
-from gengram_megatron.engine.data.order import BlendOrder
 from gengram_megatron.engine.data.run_data import RunData
+from gengram_megatron.engine.data.samples import BlendOrder, FragmentDataset
 
 SAMPLES = 25_066_252  # of the paper's 200 B token run
 

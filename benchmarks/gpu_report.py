@@ -20,7 +20,7 @@ from statistics import median
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.weights import count_parameters
-from gengram_megatron.plan.flops import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
+from gengram_megatron.plan.time import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
 from gengram_megatron.runs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,7 +140,7 @@ def report(work: Path) -> dict:
     if peak is None:
         result["note"] = (
             f"no utilisation: the peak of {about['device'] or 'a CPU'} is not in "
-            "PEAK_BF16_FLOPS of gengram_megatron/plan/flops.py"
+            "PEAK_BF16_FLOPS of gengram_megatron/plan/time.py"
         )
     return result
 

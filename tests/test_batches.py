@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gengram_megatron.engine.data import batches
 from gengram_megatron.engine.data.batches import BatchStream, reporting_dead_workers, split_batch
-from gengram_megatron.engine.data.order import SampleOrder
+from gengram_megatron.engine.data.samples import SampleOrder
 from gengram_megatron.errors import RankError, UserError
 from gengram_megatron.tokenizer import EOD
 from tests.layouts.launch import ROOT
@@ -107,7 +107,7 @@ def test_processes_read_the_same():
 READ = """
 import torch
 from tests.test_batches import read
-from gengram_megatron.engine.data.order import SampleOrder
+from gengram_megatron.engine.data.samples import SampleOrder
 order = SampleOrder(1000, 7)
 assert read(order, 4, batch=80000, workers=2) == read(order, 4, batch=80000)
 """

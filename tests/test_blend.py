@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gengram_megatron.engine.data.order import BLOCK, GOLDEN_RATIO, BlendOrder, SampleOrder
+from gengram_megatron.engine.data.samples import BLOCK, GOLDEN_RATIO, BlendOrder, SampleOrder
 
 SET_TWO = 25_066_252  # samples of the paper's 200 B token run
 SHARES = [Fraction("0.7"), Fraction("0.2"), Fraction("0.1")]

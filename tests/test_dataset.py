@@ -13,8 +13,7 @@ import pytest
 
 from gengram_megatron.data_set import CHECKED, check, identity, not_checked_yet
 from gengram_megatron.engine.data.batches import BatchStream
-from gengram_megatron.engine.data.dataset import FragmentDataset
-from gengram_megatron.engine.data.order import SampleOrder
+from gengram_megatron.engine.data.samples import FragmentDataset, SampleOrder
 from gengram_megatron.engine.training import nodes
 from gengram_megatron.errors import UserError
 from gengram_megatron.signals import StopSignals

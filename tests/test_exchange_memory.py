@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from gengram_megatron.engine.checkpoint import blocks
+from gengram_megatron.engine.checkpoint import stored as module
 from gengram_megatron.engine.checkpoint.stored import StoredTensors
 from gengram_megatron.engine.exchange.weights import SafetensorsFile
 from gengram_megatron.errors import UserError
@@ -127,10 +127,10 @@ def write_pieces(folder: Path, pieces: list[tuple[str, tuple[int, ...], Tensor]]
     writer.finish(Metadata(described), [written.wait()])
 
 
-@pytest.fixture(params=[8, 50, 300, blocks.BLOCK])
+@pytest.fixture(params=[8, 50, 300, module.BLOCK])
 def stored(request, tmp_path, monkeypatch) -> StoredTensors:
     """Read in blocks of so many bytes: numbers, parts of rows, rows, all."""
-    monkeypatch.setattr(blocks, "BLOCK", request.param)
+    monkeypatch.setattr(module, "BLOCK", request.param)
     pieces = [(name, (0,) * tensor.ndim, tensor) for name, tensor in STORED.items()]
     write_pieces(tmp_path, pieces)
     return StoredTensors(tmp_path)
@@ -144,10 +144,10 @@ def test_blocks_make_the_whole(stored) -> None:
     assert torch.equal(stored.read("turned", 4), STORED["turned"][4])
 
 
-@pytest.mark.parametrize("block", [8, 50, blocks.BLOCK])
+@pytest.mark.parametrize("block", [8, 50, module.BLOCK])
 def test_pieces_of_several_ranks_make_the_whole(tmp_path, monkeypatch, block) -> None:
     """Cut along rows and columns, not at the same places."""
-    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK", block)
     whole = STORED["whole"]
     pieces = [
         ("whole", (0, 0, 0, 0), whole[:3, :2].contiguous()),

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gengram_megatron.config.layout import with_gengram
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.weights import count_parameters
-from gengram_megatron.plan.flops import (
+from gengram_megatron.plan.time import (
     PEAK_BF16_FLOPS,
     forward_flops,
     model_flops_utilisation,

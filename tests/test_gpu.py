@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gengram_megatron.config.layout import with_gengram
-from gengram_megatron.plan.flops import PEAK_BF16_FLOPS
+from gengram_megatron.plan.time import PEAK_BF16_FLOPS
 from tests.exchange_models import load
 from tests.observed import KINDS, observe, same_model
 from tests.test_attention import SHAPES, make_attention, make_inputs

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gengram_megatron.engine.data.order import SampleOrder
+from gengram_megatron.engine.data.samples import SampleOrder
 
 SET_TWO = 25_066_252  # samples of the paper's 200 B token run
 

@@ -57,8 +57,7 @@ class _FusedNorm(torch.autograd.Function):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    from gengram_megatron.engine.model import build
-    from gengram_megatron.engine.model import layer as norm
+    from gengram_megatron.engine.model import build, gpt
 
     own = build.transformer_config
 
@@ -69,7 +68,7 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(build, "transformer_config", with_fused_swiglu)
     monkeypatch.setattr(
-        norm.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight, self.eps)
+        gpt.RMSNorm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight, self.eps)
     )
 
 

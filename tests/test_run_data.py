@@ -10,8 +10,8 @@ import pytest
 
 from gengram_megatron.config.layout import Layout, check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.data.order import SampleOrder
 from gengram_megatron.engine.data.run_data import RunData
+from gengram_megatron.engine.data.samples import SampleOrder
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import EOD
 from tests.built_sets import random_fragments, write_set

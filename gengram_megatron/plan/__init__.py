@@ -11,11 +11,10 @@ from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import Placement
 from gengram_megatron.config.weights import count_parameters
 from gengram_megatron.plan.communication import most_sent
-from gengram_megatron.plan.flops import forward_flops, training_flops
 from gengram_megatron.plan.memory import peak_rank
 from gengram_megatron.plan.stages import ShardedModel
 from gengram_megatron.plan.suggest import warnings
-from gengram_megatron.plan.time import Speed, seconds_of_run
+from gengram_megatron.plan.time import Speed, forward_flops, seconds_of_run, training_flops
 
 
 def plan(

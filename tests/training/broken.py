@@ -55,7 +55,7 @@ def poison_gradient(rank: int, step: int, name: str, times: int) -> None:
 
 def hang_in_data(rank: int, sample: int) -> None:
     """A rank's disk stops answering when it reads its n-th sample."""
-    from gengram_megatron.engine.data.dataset import FragmentDataset
+    from gengram_megatron.engine.data.samples import FragmentDataset
 
     whole, read = FragmentDataset.__getitem__, [0]
 

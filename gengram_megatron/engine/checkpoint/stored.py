@@ -3,27 +3,33 @@
 Nothing here builds a model or joins other processes. A checkpoint may come from anyone, so its
 files are read without running code that they might contain: only plain values and the classes that
 describe tensors are unpickled.
+
+Tensors are read a block at a time: torch's own reader keeps a whole stored chunk in RAM beside the
+tensor that it copies it to, which takes twice the size of a tensor stored in one chunk, and the size
+of all experts to read one expert.
 """
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum, EnumType
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.futures import Future
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.checkpoint.blocks import BlockReader
 from gengram_megatron.errors import UserError
 from gengram_megatron.runs.store import FACTS, checkpoints_at
 
@@ -32,6 +38,8 @@ COMMON = "common.pt"
 FORMAT_NOTE = "metadata.json"
 MEGATRON_FILES = (METADATA, COMMON, FORMAT_NOTE)
 """The files that megatron-core writes besides the tensor files, which are listed in .metadata."""
+BLOCK = 4 * 2**20
+"""Number of bytes of a tensor that are read at a time."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -163,8 +171,9 @@ class _PartPlanner(dcp.DefaultLoadPlanner):
         return self.state_dict[index.fqn]
 
 
-class _Reader(BlockReader):
-    """torch's reader, which here reads the metadata once, and without running code from it."""
+class _Reader(dcp.FileSystemReader):
+    """torch's reader of a checkpoint's folder, which here reads the metadata once, without running
+    code from it, and has only one block of a stored chunk in RAM."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -187,6 +196,63 @@ class _Reader(BlockReader):
             end = location.offset + location.length
             sizes[location.relative_path] = max(end, sizes.get(location.relative_path, 0))
         return sizes
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies what the plan asks for into the planner's tensors. Raises EOFError if a file is too
+        short, and RuntimeError or pickle.UnpicklingError if torch.save did not write it."""
+        for item in plan.items:
+            location = self.storage_data[item.storage_index]
+            with (Path(self.path) / location.relative_path).open("rb") as file:
+                record = self._slice_file(file, location)
+                chunk = torch.load(record, map_location="meta", weights_only=True).detach()
+                stored = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
+                target = planner.resolve_tensor(item).detach()
+                record.seek(0)
+                data_offset = torch.PyTorchFileReader(record).get_record_offset("data/0")
+                file.seek(location.offset + data_offset)
+                _read(file, target, stored, in_blocks=chunk.is_contiguous())
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _read(file: IO[bytes], target: Tensor, stored: Tensor, in_blocks: bool) -> None:
+    """Fills `target` with the values of `stored`, a meta tensor of the same shape whose storage begins
+    at the file's current position.
+
+    in_blocks: whether the rows of `stored` follow one another. If not, all is read at once.
+    """
+    start, size = file.tell(), stored.itemsize
+    blocks = _blocks(target, stored) if in_blocks else [(target, stored)]
+    for target_block, stored_block in blocks:
+        if not stored_block.numel():
+            continue
+        buffer = torch.empty(_span(stored_block), dtype=stored_block.dtype)
+        file.seek(start + stored_block.storage_offset() * size)
+        if file.readinto(buffer.view(torch.uint8).numpy()) < buffer.nbytes:
+            raise EOFError
+        target_block.copy_(buffer.as_strided(stored_block.shape, stored_block.stride()))
+
+
+def _span(tensor: Tensor) -> int:
+    """Returns the number of storage elements from a tensor's first element to its last."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+
+
+def _blocks(target: Tensor, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields both tensors split along the first axes into parts of at most BLOCK bytes, or into
+    single numbers."""
+    if not stored.ndim or _span(stored) * stored.itemsize <= BLOCK:
+        yield target, stored
+        return
+    # The stride of an axis of size 1 is arbitrary.
+    rows = BLOCK // (stored.stride(0) * stored.itemsize) if len(stored) > 1 else 0
+    if rows:
+        yield from zip(target.split(rows), stored.split(rows))
+        return
+    for target_row, stored_row in zip(target, stored):
+        yield from _blocks(target_row, stored_row)
 
 
 class _MegatronMetadata(Metadata):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from gengram_megatron.engine.data.order import Order
+from gengram_megatron.engine.data.samples import Order
 from gengram_megatron.errors import RankError, UserError
 from gengram_megatron.signals import ignore_stop_signals
 from gengram_megatron.tokenizer import EOD

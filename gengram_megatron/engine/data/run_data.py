@@ -14,8 +14,7 @@ from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import BlendPart, Config
 from gengram_megatron.data_set import DataFile
 from gengram_megatron.engine.data.batches import BatchStream
-from gengram_megatron.engine.data.dataset import FragmentDataset
-from gengram_megatron.engine.data.order import BlendOrder, SampleOrder
+from gengram_megatron.engine.data.samples import BlendOrder, FragmentDataset, SampleOrder
 from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import DnaTokenizer
 

@@ -18,9 +18,8 @@ from gengram_megatron.engine.model.data_parallel import (
 from gengram_megatron.engine.model.gengram.ids import GengramInputs
 from gengram_megatron.engine.model.gengram.memory import GengramMemory
 from gengram_megatron.engine.model.gengram.shape import GengramShape
-from gengram_megatron.engine.model.gpt import GengramGPT
+from gengram_megatron.engine.model.gpt import GengramGPT, Memory
 from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, initialize, retag
-from gengram_megatron.engine.model.memory import Memory
 from gengram_megatron.engine.model.specs import block_spec
 from gengram_megatron.tokenizer import EOD
 

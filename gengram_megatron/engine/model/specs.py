@@ -22,8 +22,7 @@ from gengram_megatron.config.schema import Model
 from gengram_megatron.engine.model import transformer_engine
 from gengram_megatron.engine.model.attention import CoreAttention, LatentAttention
 from gengram_megatron.engine.model.experts import GroupedExperts
-from gengram_megatron.engine.model.layer import RMSNorm, with_memory
-from gengram_megatron.engine.model.memory import Memory
+from gengram_megatron.engine.model.gpt import Memory, RMSNorm, with_memory
 
 
 class TorchBackend(LocalSpecProvider):

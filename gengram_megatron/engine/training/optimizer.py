@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.data_parallel import DataParallel, frozen
-from gengram_megatron.engine.model.memory import MemoryModule
+from gengram_megatron.engine.model.gpt import MemoryModule
 
 
 class Optimizer(ChainedOptimizer):

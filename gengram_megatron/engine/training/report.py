@@ -9,8 +9,8 @@ from torch import nn
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.data_parallel import fused_by
-from gengram_megatron.engine.model.memory import MemoryModule
-from gengram_megatron.plan.flops import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
+from gengram_megatron.engine.model.gpt import MemoryModule
+from gengram_megatron.plan.time import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
 
 OFF = "off"
 
