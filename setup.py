@@ -63,6 +63,11 @@ setup(
             "pytest-xdist>=3.6",  # two test files at a time
             "hypothesis>=6.100",
             "ruff==0.17.6",
+            "mypy==2.4.1",  # checks the types of both packages
+            "types-psutil",
+            "types-PyYAML",
+            "types-requests",
+            "coverage>=7.10",  # scripts/coverage.sh; 7.10 follows the processes that tests start
             "dnaio>=1.2",  # an independent reader of FASTA, for tests and benchmarks
             *HUGGING_FACE,
         ],

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Environment, install, style, and tests: what a change usually breaks, in about ten minutes on two
+# Environment, install, style, types, and tests: what a change usually breaks, in about ten minutes on two
 # cores; with --all everything. Words are passed on to pytest: test.sh -k layouts
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
@@ -13,9 +13,10 @@ if ! python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spe
   "${pip[@]}" --no-build-isolation "$(grep '^deepspeed==' constraints.txt)"
 fi
 
-say "style"
+say "style and types"
 ruff format --check .
 ruff check .
+mypy
 
 say "tests"
 # Many small processes on few cores: threads of their own would only be in each other's way.
