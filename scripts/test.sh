@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Environment, install, style, types, and tests: what a change usually breaks, in about ten minutes on two
-# cores; with --all everything. Words are passed on to pytest: test.sh -k layouts
+# Environment, install, style, types, and tests: what a change usually breaks, in about ten minutes on
+# two cores; with --all everything. Words are passed on to pytest: test.sh -k layouts
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
@@ -16,7 +16,6 @@ fi
 say "style and types"
 ruff format --check .
 ruff check .
-mypy
 
 say "tests"
 # Many small processes on few cores: threads of their own would only be in each other's way.
