@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from data_prep.cli import program
 from data_prep.schema import DataConfig
 from gengram_megatron import __version__
-from gengram_megatron.commands.cli import app
+from gengram_megatron.commands.cli import app, main
 from gengram_megatron.config.command_line import print_keys
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
@@ -54,14 +54,24 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words, says", MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_sentences(words, says):
+def test_mistakes_are_sentences(words, says, monkeypatch, capsys):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["gengram", "train", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert all(line.startswith("gengram: ") for line in printed.err.splitlines())
+    assert says in printed.err
+
+
+def test_a_mistake_ends_the_process_without_a_traceback():
+    words, says = MISTAKES["wrong key"]
     done = gengram("train", *words)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert all(line.startswith("gengram: ") for line in lines)
-    assert says in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("words", "processes"), [((), 4), (("parallel.pipeline=4",), 8)])

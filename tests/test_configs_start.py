@@ -1,4 +1,5 @@
-"""Every run under configs/ makes its first step and its validation, scaled down."""
+"""The runs under configs/ make their first step and their validation, scaled down. Of a sweep over
+one key it is the first and the last run; that all are what they say is in test_configs.py."""
 
 import math
 
@@ -45,7 +46,19 @@ def smaller(name: str) -> list[str]:
 
 
 FAMILIES = {name.split("/")[0]: name for name in RUNS}  # of each folder of configs one run
-NAMES = quick_or_thorough(RUNS, FAMILIES.values())
+ONE_KEY = ("layer_sweep", "window_sweep")
+
+
+def started_runs() -> list[str]:
+    """Without the runs between the ends of a sweep over one key."""
+    names = {name: None for name in RUNS if name.split("/")[-2] not in ONE_KEY}
+    for sweep in ONE_KEY:
+        first, *_, last = (name for name in RUNS if name.split("/")[-2] == sweep)
+        names |= {first: None, last: None}
+    return [name for name in RUNS if name in names or name in FAMILIES.values()]
+
+
+NAMES = quick_or_thorough(started_runs(), FAMILIES.values())
 
 
 @pytest.fixture(scope="module")
