@@ -224,7 +224,7 @@ class _Spans:
     """The start and end of features, by record; 16 bytes each, where a tuple would take 150."""
 
     def __init__(self) -> None:
-        self._flat: dict[str, array] = {}  # start, end, start, end, ...
+        self._flat: dict[str, array[int]] = {}  # start, end, start, end, ...
         self._offsets: dict[tuple[str, str], int] = {}  # of each record's transcripts in _flat
 
     def add(self, record: str, start: int, end: int, transcript: str | None = None) -> None:

@@ -35,6 +35,7 @@ from data_prep.write import (
     write_records,
     write_source,
 )
+from gengram_megatron.data_set import MANIFEST
 from gengram_megatron.errors import UserError
 
 Say = Callable[[str], None]
@@ -98,7 +99,7 @@ def _is_up_to_date(
     """
     if not output.exists():
         return False
-    if not (output / manifest.MANIFEST).is_file():
+    if not (output / MANIFEST).is_file():
         raise UserError(f"{output} exists and is not a data set; give another output")
     if overwrite:
         return False
@@ -139,8 +140,11 @@ def _survey(
     The largest come first, so that no worker is still busy with a large one at the end.
     """
     settings = config.model_dump(mode="json", include=set(SURVEYED))
-    surveys = {source.key: work.survey_of(source, settings) for source in sources}
-    remaining = [source for source in sources if surveys[source.key] is None]
+    surveys: dict[str, Survey] = {}
+    for source in sources:
+        if kept := work.survey_of(source, settings):
+            surveys[source.key] = kept
+    remaining = [source for source in sources if source.key not in surveys]
     if len(remaining) < len(sources):
         say(
             f"resuming from {work.folder}: {len(sources) - len(remaining)} of {len(sources)} "
@@ -151,10 +155,10 @@ def _survey(
     size = sum(source.path.stat().st_size for source in remaining)
     phase = Phase("looking over", size, "bytes")
     for source, _ in workers.run(survey_source, remaining, partial(report, phase)):
-        surveys[source.key] = work.survey_of(source, settings)
-        if surveys[source.key] is None:
+        if not (kept := work.survey_of(source, settings)):
             raise changed(source.path)
-    return surveys
+        surveys[source.key] = kept
+    return {source.key: surveys[source.key] for source in sources}
 
 
 def _survey_source(
@@ -215,7 +219,9 @@ def _mix(
         group: np.concatenate([surveys[it.key].fates for it in sources if it.group == group])
         for group in config.groups
     }
-    weights = {name: group.weight for name, group in config.groups.items()}
+    weights = {
+        name: group.weight for name, group in config.groups.items() if group.weight != "size"
+    } or None
     tokens, total = config.seq_length + 1, config.total_tokens
     shortage = mix.balance(groups, weights, config.seed, tokens, total, config.allow_fewer)
     if shortage:
@@ -339,9 +345,10 @@ def _counts(
     surveys: dict[str, Survey],
     fates: dict[str, np.ndarray],
     config: DataConfig,
-) -> tuple[dict[str, dict], dict[str, dict], dict[str, dict]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]], dict[str, dict[str, int]]]:
     """Returns what the manifest says of sources, groups and splits, each by name."""
-    by_source, by_group = {}, {group: {} for group in config.groups}
+    by_source: dict[str, dict[str, Any]] = {}
+    by_group: dict[str, dict[str, int]] = {group: {} for group in config.groups}
     for source in sources:
         source_survey = surveys[source.key]
         counts = _source_counts(source_survey, fates[source.key], config.seq_length)

@@ -5,7 +5,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -133,7 +133,7 @@ def build(
     print(f"wrote {settings.output} in {time.perf_counter() - start:.1f} s")
 
 
-def _as_json(output: Path, written: dict | None) -> str:
+def _as_json(output: Path, written: dict[str, Any] | None) -> str:
     """Returns the data set's counts as JSON, and whether this build wrote it or it was up to date.
 
     Args:
@@ -146,13 +146,13 @@ def _as_json(output: Path, written: dict | None) -> str:
     return json.dumps(facts, indent=2)
 
 
-def _summary(manifest: dict) -> Table:
+def _summary(manifest: dict[str, Any]) -> Table:
     """Returns a table of what became of the fragments of each source and group."""
     length = manifest["settings"]["seq_length"]
     table = Table(title=f"What became of the fragments of {length:,} bases")
     table.add_column("source or group", no_wrap=True)
     table.add_column("fragments", justify="right")
-    rows = {}
+    rows: dict[str, dict[str, int]] = {}
     for group, sums in manifest["groups"].items():
         sources = manifest["sources"].items()
         rows |= {key: counts for key, counts in sources if key.startswith(f"{group}/")}

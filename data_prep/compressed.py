@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from xopen import xopen
 
 from gengram_megatron.errors import UserError
+
+if TYPE_CHECKING:  # known to type checkers only
+    from _typeshed import WriteableBuffer
 
 BLOCK = 1 << 20
 """Bytes read at a time: few enough that some processor caches hold them from one step to the
@@ -57,15 +60,18 @@ class HashingReader(io.RawIOBase):
         self.bytes = 0
 
     def readable(self) -> bool:
+        """Returns True: the file is open for reading."""
         return True
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        """Reads bytes of the file into `buffer`, hashes them, and returns their number."""
         count = self._file.readinto(buffer)
         self._digest.update(memoryview(buffer)[:count])
         self.bytes += count
         return count
 
     def close(self) -> None:
+        """Closes the file that is read, too."""
         self._file.close()
         super().close()
 
@@ -133,14 +139,15 @@ class _BlockReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         while not self._block:
             block = next(self._blocks, None)
             if block is None:
                 return 0
             self._block = memoryview(block)
-        count = min(len(buffer), len(self._block))
-        buffer[:count] = self._block[:count]
+        free = memoryview(buffer)
+        count = min(len(free), len(self._block))
+        free[:count] = self._block[:count]
         self._block = self._block[count:]
         return count
 

@@ -196,6 +196,7 @@ def _records(path: Path, file: HashingReader | None) -> Iterator[tuple[_Record, 
                 if record is not None:
                     record.check_not_empty()
                 record = _Record(path, header.decode().strip(), names)
+            assert record is not None  # the first text of a file has a header
             yield record, lines
     if record is None:
         raise UserError(f"{path} is empty: it has no FASTA records")

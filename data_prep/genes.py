@@ -8,7 +8,7 @@ circular record it is counted the shorter way round.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -143,13 +143,13 @@ def _by_record(
     Genes of a circular record are repeated one turn before and one turn after it, so that genes
     near or across its origin are seen from both sides. The repetitions are not counted.
     """
-    names = {record.name: _name_in(annotation, record.name) for record in records}
+    names: dict[str, str | None] = {it.name: _name_in(annotation, it.name) for it in records}
     names |= _check_mapping(annotation, source, records)
     _check_names(annotation, source, records, names, seq_length)
     genes, count = {}, 0
     for record in records:
         name = names[record.name]
-        record_genes = annotation.genes.get(name, NO_GENES)
+        record_genes = NO_GENES if name is None else annotation.genes.get(name, NO_GENES)
         circular = name in annotation.circular
         _check_inside(record_genes, record, name, circular, annotation, source)
         count += len(record_genes)
@@ -272,7 +272,7 @@ def _pairs(records: list[str], names: list[str]) -> dict[str, str]:
     return {record: name for record, name in matches.items() if times[name] == 1}
 
 
-def _unique(names: Iterable[str], form: Any) -> dict[str, str]:
+def _unique(names: Iterable[str], form: Callable[[str], str]) -> dict[str, str]:
     """Returns the names by what `form` makes of them, without those for which it is the same."""
     forms = Counter(map(form, names))
     return {form(name): name for name in names if forms[form(name)] == 1}

@@ -69,10 +69,10 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
 def write_manifest(
     folder: Path,
     config: DataConfig,
-    sources: dict[str, dict],
-    groups: dict[str, dict],
-    splits: dict[str, dict],
-    known: dict[str, dict],
+    sources: dict[str, dict[str, Any]],
+    groups: dict[str, dict[str, int]],
+    splits: dict[str, dict[str, int]],
+    known: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Writes the manifest of a folder whose other files are complete, and returns it.
 
@@ -104,7 +104,7 @@ def write_manifest(
 
 
 def difference(
-    folder: Path, config: DataConfig, facts_of_sources: Callable[[], dict[str, dict]]
+    folder: Path, config: DataConfig, facts_of_sources: Callable[[], dict[str, dict[str, Any]]]
 ) -> str | None:
     """Returns how a data set differs from what a build with this config and these source files
     would write, as the end of a sentence; None if it is up to date.
@@ -153,7 +153,7 @@ def _with_defaults(settings: dict[str, Any], config: DataConfig) -> dict[str, An
         return settings
 
 
-def _contains(recorded: dict | None, facts: dict | None) -> bool:
+def _contains(recorded: dict[str, Any] | None, facts: dict[str, Any] | None) -> bool:
     """Whether what the manifest recorded of a source includes all of these facts."""
     if recorded is None or facts is None:
         return False

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 from math import ceil
-from typing import Literal
 
 import numpy as np
 
@@ -14,8 +13,8 @@ LEFT_OUT = {
     Fate.VALIDATION: Fate.LEFT_OUT_OF_VALIDATION,
 }
 
-Weights = dict[str, int | Literal["size"]]
-"""The weight of each group: a number for every group, or "size" for every group."""
+Weights = dict[str, int] | None
+"""The weight of each group; None: every group has the weight "size"."""
 
 LOSS_WORTH_REPORTING = 0.1
 """The share of a group above which its loss to the weights is reported to the user."""
@@ -33,7 +32,7 @@ def balance(
 
     All fragments have the same length, so a ratio of fragments is a ratio of tokens. The group that
     is scarcest for its weight keeps all it can; the others lose fragments at random, and the seed
-    decides which. If the weights are "size", every group keeps everything. With `total_tokens`,
+    decides which. Without weights, every group keeps everything. With `total_tokens`,
     groups lose fragments until the training split fits into that total.
 
     Args:
@@ -52,7 +51,7 @@ def balance(
     for split, left_out in LEFT_OUT.items():
         available = {group: int(np.count_nonzero(fate == split)) for group, fate in fates.items()}
         for group, count in available.items():
-            needed = 1 if weights[group] == "size" else weights[group]
+            needed = 1 if weights is None else weights[group]
             if count < needed:
                 raise UserError(_too_few(split, group, needed, fates[group]))
         kept = _largest_mix(available, weights)
@@ -79,7 +78,7 @@ def loss_by_weights(fates: dict[str, np.ndarray], weights: Weights, tokens: int)
     total_tokens do not count: as long as every group has fragments to spare, the weights alone
     would allow a larger mix.
     """
-    if "size" in weights.values():
+    if weights is None:
         return None
     losses = []
     for split, left_out in LEFT_OUT.items():
@@ -115,7 +114,7 @@ def _share(lost: int, used: int) -> str:
 def _largest_mix(available: dict[str, int], weights: Weights) -> dict[str, int]:
     """Returns the number of fragments of each group in the largest mix that the available ones
     allow."""
-    if "size" in weights.values():
+    if weights is None:
         return dict(available)
     unit = min(count // weights[group] for group, count in available.items())
     return {group: unit * weights[group] for group in available}
@@ -127,26 +126,25 @@ def _mix_for_total(
     """Returns the number of fragments of each group that make up the total, whether the group has
     that many or not.
 
-    With weights of "size" they are in the ratio of what the groups have, exact to a fragment.
+    Without weights they are in the ratio of what the groups have, exact to a fragment.
     """
-    by_size = "size" in weights.values()
-    parts = 1 if by_size else sum(weights.values())
+    parts = 1 if weights is None else sum(weights.values())
     if total_tokens < parts * tokens:
         raise UserError(
             f"total_tokens is {total_tokens:,}; it must be at least {parts * tokens:,}, "
-            f"{_smallest_total(by_size, tokens)}"
+            f"{_smallest_total(weights, tokens)}"
         )
     unit = total_tokens // (parts * tokens)
-    if not by_size:
+    if weights is not None:
         return {group: unit * weights[group] for group in available}
     ends = np.cumsum([0, *available.values()]).tolist()
     ends = [unit * end // ends[-1] for end in ends]
     return {group: end - start for group, (start, end) in zip(available, pairwise(ends))}
 
 
-def _smallest_total(by_size: bool, tokens: int) -> str:
+def _smallest_total(weights: Weights, tokens: int) -> str:
     """Returns the smallest possible total in words."""
-    each = "" if by_size else " for each part of the groups' weights"
+    each = "" if weights is None else " for each part of the groups' weights"
     return f"one fragment of {tokens:,} tokens{each}"
 
 

@@ -72,7 +72,7 @@ class Display:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            *(TextColumn(f"{{task.fields[{field}]}}") for field in ("share", "speed", "left")),
+            *(TextColumn(f"{{task.fields[shown][{key}]}}") for key in ("share", "speed", "left")),
             console=console,
             transient=True,
             expand=True,
@@ -94,7 +94,7 @@ class Display:
         self._done += amount
         shown = share_done(phase, self._done, now - self._begun)
         if not self._prints_lines:
-            self._progress.update(self._progress.task_ids[0], completed=self._done, **shown)
+            self._progress.update(self._progress.task_ids[0], completed=self._done, shown=shown)
         elif now - self._printed >= self._seconds_between_lines:
             self._printed = now
             self.say(f"{phase.name}: {', '.join(filter(None, shown.values()))}")
@@ -110,4 +110,4 @@ class Display:
         for finished in self._progress.task_ids:
             self._progress.remove_task(finished)
         shown = share_done(phase, 0, 0)
-        self._progress.add_task(phase.name, total=phase.total, **shown)
+        self._progress.add_task(phase.name, total=phase.total, shown=shown)

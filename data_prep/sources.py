@@ -121,7 +121,8 @@ def _filled(settings: Source, text: str, folder: Path) -> Source:
 
 def _complete(settings: Source, config: DataConfig) -> Source:
     """Returns the settings of a source, completed with the data set's defaults."""
-    defaults = {"without_annotation": settings.without_annotation or config.without_annotation}
+    without: str | None = settings.without_annotation or config.without_annotation
+    defaults = {"without_annotation": without}
     if not settings.has_validation_rule:
         defaults["validation_headers"] = config.validation_headers
     return settings.model_copy(update=defaults)

@@ -68,7 +68,7 @@ def held_out(
             _check_record(source, name, lengths)
         return {name: [(0, lengths[name])] for name in source.validation_records}
     if source.validation_regions is not None:
-        return _named_regions(source, lengths)
+        return _named_regions(source, source.validation_regions, lengths)
     if source.validation_headers is not None:
         matches = [
             record for record in records if re.search(source.validation_headers, record.header)
@@ -202,10 +202,10 @@ def _at_the_end(lengths: dict[str, int], share: float) -> Regions:
     return regions
 
 
-def _named_regions(source: Source, lengths: dict[str, int]) -> Regions:
+def _named_regions(source: Source, texts: list[str], lengths: dict[str, int]) -> Regions:
     """Parses `record:first-last` (counted from 1, both ends included) and returns the regions."""
     regions: Regions = {}
-    for text in source.validation_regions:
+    for text in texts:
         match = re.fullmatch(r"(.+):([\d,]+)-([\d,]+)", text)
         if not match:
             raise UserError(f"validation region {text!r} is not of the form record:first-last")

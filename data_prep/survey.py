@@ -111,7 +111,7 @@ def _read(
             length, with_n = 0, []
             for block in blocks:
                 bases = int(block.composition.sum())
-                if block.composition[-1]:
+                if block.ids is not None and block.composition[-1]:
                     with_n.append(fragment.count_n(length, block.ids, seq_length))
                 length += bases
                 composition += block.composition

@@ -17,11 +17,16 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from ctypes import c_byte, c_ulonglong
 from multiprocessing.connection import wait as wait_for
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gengram_megatron.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 POLL = 0.1
 """Seconds between two checks of the progress, and until a Ctrl-C takes effect."""
@@ -48,8 +53,8 @@ def interrupts_held_back() -> Iterator[None]:
 
 
 def as_finished(
-    futures: Collection[Future], meanwhile: Callable[[], None] = lambda: None
-) -> Iterator[Future]:
+    futures: Collection[Future[Result]], meanwhile: Callable[[], None] = lambda: None
+) -> Iterator[Future[Result]]:
     """Yields each future when it is finished.
 
     Calls `meanwhile` ten times a second, and at least once before each future. Like
@@ -137,8 +142,6 @@ class IncrementalSha256:
             self._digest.update(block)
 
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 Advance = Callable[[int], None]
 """A callback that is told how much more was processed, in bases or in bytes of files."""
 
@@ -168,7 +171,7 @@ class Workers:
             # Forked, because importing everything again takes longer than processing a chromosome;
             # and right now, while no thread draws the progress and no lock is held.
             context = multiprocessing.get_context("fork")
-            self._amount = context.Value("Q", 0)
+            self._amount = context.Value(c_ulonglong, 0)
             self._stop = context.Value("b", 0, lock=False)
             with interrupts_held_back():
                 self._pool = ProcessPoolExecutor(
@@ -233,7 +236,7 @@ _shared: dict[str, Any] = {}
 """What a worker shares with all others: how much was processed (amount), and whether to stop."""
 
 
-def _start_worker(amount: Any, stop: Any) -> None:
+def _start_worker(amount: "Synchronized[int]", stop: c_byte) -> None:
     _shared.update(amount=amount, stop=stop)
     # Ctrl-C reaches all processes; the first one handles it and stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -241,7 +244,9 @@ def _start_worker(amount: Any, stop: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    wait_for([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    wait_for([parent.sentinel])
     os._exit(1)
 
 

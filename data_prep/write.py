@@ -118,7 +118,7 @@ def prepare_split(folder: Path, split: str, count: int, tokens: int) -> None:
         ):
             for start in range(0, entries, AT_A_TIME):
                 numbers = np.arange(start, min(start + AT_A_TIME, entries))
-                file.write((numbers * scale + offset).astype(kind))
+                file.write((numbers * scale + offset).astype(kind).data)
     with tokens_path(folder, split).open("wb") as file:
         file.truncate(count * tokens)
     header = {"descr": ORIGIN.descr, "fortran_order": False, "shape": (count,)}
@@ -159,11 +159,11 @@ class SplitWriter:
         if self._first:
             self._tokens.seek(self._first * (seq_length + 1))
             self._first = 0
-        self._tokens.write(tokens)
+        self._tokens.write(tokens.data)
         origins = np.empty(count, dtype=ORIGIN)
         origins["record"], origins["start"] = record, starts
         origins["strand"] = np.where(reverse, b"-", b"+")
-        self._origins.write(origins)
+        self._origins.write(origins.data)
 
     def __exit__(
         self,

@@ -347,7 +347,7 @@ def counts_of(fates: dict[str, np.ndarray], fate: Fate) -> dict[str, int]:
 )
 def test_weights_by_size_keep_all_or_the_same_part_of_each_group(sizes, total):
     fates = split_fates(**{str(number): size for number, size in enumerate(sizes)})
-    have, weights = counts_of(fates, Fate.TRAIN), dict.fromkeys(fates, "size")
+    have, weights = counts_of(fates, Fate.TRAIN), None
     whole, keep = sum(have.values()), None if total is None else total // 4
     if keep is not None and not 0 < keep <= whole:
         with pytest.raises(UserError, match="total_tokens"):

@@ -35,6 +35,7 @@ class Bars:
 
     def __init__(self, console: Console, items: list[Item]):
         sizes = [item.size for item in items if not item.complete]
+        known = [size for size in sizes if size is not None]
         self._console = console
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -46,7 +47,9 @@ class Bars:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._all = self._bars.add_task("all", total=None if None in sizes else sum(sizes))
+        self._all = self._bars.add_task(
+            "all", total=sum(known) if len(known) == len(sizes) else None
+        )
         self._tasks: dict[str, TaskID] = {}
         self._received: dict[str, int] = {}  # bytes of each file
 

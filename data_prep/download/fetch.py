@@ -65,9 +65,10 @@ class Partial:
 
     def request_headers(self) -> dict[str, str]:
         """Returns headers that request the rest of the file, or all of it if nothing is here."""
-        if not self.size:
+        version = self._version()
+        if version is None or not self.size:
             return {}
-        return {"Range": f"bytes={self.size}-", "If-Range": self._version()}
+        return {"Range": f"bytes={self.size}-", "If-Range": version}
 
     def prepare(self, response: requests.Response) -> int | None:
         """Prepares the partial file so that the body of a response can be appended to it.

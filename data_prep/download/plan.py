@@ -39,9 +39,9 @@ MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
 
 def index_rows(
     name: str, index: Index, folder: Path, web: Web
-) -> Iterator[Callable[[], RemoteFile]]:
-    """Yields for each selected row of a table a function that returns the row's file; the function
-    may have to request the checksum from the server."""
+) -> Iterator[Callable[[], list[RemoteFile]]]:
+    """Yields for each selected row of a table a function that returns the row's one file; the
+    function may have to request the checksum from the server."""
     text = _read(name, index, folder, web)
     first_line = text.partition("\n")[0]
     table = csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in first_line else ",")
@@ -56,7 +56,7 @@ def index_rows(
     for row in table:
         if all(row[column] in values for column, values in index.rows.items()):
             missing -= {(column, row[column]) for column in index.rows}
-            yield partial(_file, f"indexes.{name}, line {table.line_num}", row, index, web)
+            yield partial(_row_files, f"indexes.{name}, line {table.line_num}", row, index, web)
     for column, value in sorted(missing):
         raise UserError(f"indexes.{name}.rows: no selected row has {value!r} as its {column}")
 
@@ -72,7 +72,7 @@ def _read(name: str, index: Index, folder: Path, web: Web) -> str:
         raise UserError(f"indexes.{name}.table: {path} cannot be read: {reason}") from error
 
 
-def _file(location: str, row: dict[str, str], index: Index, web: Web) -> RemoteFile:
+def _row_files(location: str, row: dict[str, str], index: Index, web: Web) -> list[RemoteFile]:
     url = web_address(row[index.url] or "")
     if not re.match(r"https?://[^/]+/.*[^/]$", url):
         raise UserError(
@@ -82,7 +82,7 @@ def _file(location: str, row: dict[str, str], index: Index, web: Web) -> RemoteF
     checksums = {}
     if index.md5 and row[index.md5]:
         checksums["md5"] = _md5(location, row[index.md5], web)
-    return RemoteFile(name_in(url), url, checksums)
+    return [RemoteFile(name_in(url), url, checksums)]
 
 
 def _md5(location: str, cell: str, web: Web) -> str:
@@ -179,11 +179,10 @@ def remote_files(config: DownloadConfig, config_folder: Path, web: Web) -> list[
     Raises UserError if two of them would be stored under the same name.
     """
     calls: list[Callable[[], list[RemoteFile]]] = []
-    for accession in config.ncbi.assemblies if config.ncbi else []:
-        calls.append(partial(assembly_files, accession, config.ncbi, web))
+    if ncbi := config.ncbi:
+        calls += [partial(assembly_files, accession, ncbi, web) for accession in ncbi.assemblies]
     for name, index in config.indexes.items():
-        rows = index_rows(name, index, config_folder, web)
-        calls += [lambda row=row: [row()] for row in rows]
+        calls += index_rows(name, index, config_folder, web)
     listed = [file for files in run_parallel(calls, config.parallel) for file in files]
     return _without_clashes([*listed, *map(_from_config, config.files)])
 
@@ -254,10 +253,11 @@ def _without_clashes(files: Iterable[RemoteFile]) -> list[RemoteFile]:
 def _item(file: RemoteFile, folder: Path, record: Record, web: Web) -> Item:
     path, part = folder / file.name, Partial(folder, file.name, file.url)
     recorded = record.get(file.name)
-    if path.exists() and recorded is None:
-        return Item(file, True, path.stat().st_size, adopted=_adopted(file, path))
-    if path.exists() and _is_recorded(file, path, recorded) and not part.path.exists():
-        return Item(file, True, path.stat().st_size)
+    if path.exists():
+        if recorded is None:
+            return Item(file, True, path.stat().st_size, adopted=_adopted(file, path))
+        if _is_recorded(file, path, recorded) and not part.path.exists():
+            return Item(file, True, path.stat().st_size)
     return Item(file, False, web.size(file.url), part.size)
 
 

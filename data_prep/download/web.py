@@ -52,7 +52,7 @@ class Web:
 
     def pause(self, failures: int) -> float:
         """Returns the seconds to wait after a number of failures in a row."""
-        return min(self.backoff * 2 ** (failures - 1), LONGEST_PAUSE)
+        return min(self.backoff * 2.0 ** (failures - 1), LONGEST_PAUSE)
 
     def size(self, url: str) -> int | None:
         """Returns the size of a file in bytes; None if the server does not tell before sending it.
@@ -100,14 +100,14 @@ class Web:
         )
 
     def _session(self) -> requests.Session:
-        if not hasattr(self._local, "session"):
-            session = requests.Session()
+        session: requests.Session | None = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = requests.Session()
             # Sizes, ranges and checksums are those of the file, not of a compressed response.
             session.headers["Accept-Encoding"] = "identity"
             for scheme in ("http://", "https://"):
                 session.mount(scheme, HTTPAdapter(max_retries=self._retry))
-            self._local.session = session
-        return self._local.session
+        return session
 
 
 def _content_length(response: requests.Response) -> int | None:

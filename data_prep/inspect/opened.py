@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, create_model
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 
 from data_prep.fragment import Fate
 from data_prep.write import ORIGIN, RECORDS, origins_path
 from gengram_megatron.data_set import MANIFEST, read_manifest
 from gengram_megatron.errors import UserError
 
-FragmentsByFate = create_model(
-    "FragmentsByFate", **{fate.name.lower(): (NonNegativeInt, ...) for fate in Fate}
-)
 
-
-class Counts(FragmentsByFate):
+class Counts(BaseModel):
     """What a source or a group held, and the fates of its fragments."""
 
+    train: NonNegativeInt
+    validation: NonNegativeInt
+    straddles: NonNegativeInt
+    too_many_n: NonNegativeInt
+    far_from_genes: NonNegativeInt
+    left_out_of_train: NonNegativeInt
+    left_out_of_validation: NonNegativeInt
     records: NonNegativeInt
     bases: NonNegativeInt
     remainder_bases: NonNegativeInt
@@ -207,9 +210,10 @@ def open_origins(path: Path) -> np.ndarray:
 
     Raises UserError if the file holds something else.
     """
+    origins: np.ndarray | None
     try:
-        origins = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):
+        origins = np.lib.format.open_memmap(path, mode="r")  # np.load also opens archives
+    except ValueError:
         origins = None
     if origins is None or origins.dtype != ORIGIN or origins.ndim != 1:
         raise UserError(f"{path} is damaged: it is not a table of origins; {COPY_OR_BUILD_AGAIN}")

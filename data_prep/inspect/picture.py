@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.typing import HashableList
 
 from data_prep.inspect.contents import SplitContents
 from data_prep.inspect.opened import DataSet
@@ -18,9 +19,9 @@ from gengram_megatron.tokenizer import BASES
 MAX_SOURCES = 30  # more bars would be unreadable
 MAX_LABELLED_GROUPS = 5  # with more groups there is no room for numbers above the bars
 MIN_ROWS = 8  # a panel of bars has room for at least this many, so that one bar does not fill it
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 2}
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 2}
 """The position of a panel's legend: below its axes, where it hides no bar."""
-PANELS = [["composition", "gc", "sources"], ["n", "strands", "sources"]]
+PANELS: list[HashableList[str]] = [["composition", "gc", "sources"], ["n", "strands", "sources"]]
 
 
 def check_ending(out: Path) -> None:
@@ -91,7 +92,8 @@ def _gc(bases: np.ndarray) -> np.ndarray:
     """Returns the share of G and C in each fragment that is not entirely N."""
     known = bases[:, :4].sum(axis=1)
     has_bases = known > 0
-    return (bases[has_bases, 1] + bases[has_bases, 2]) / known[has_bases]
+    shares: np.ndarray = (bases[has_bases, 1] + bases[has_bases, 2]) / known[has_bases]
+    return shares
 
 
 def _composition(axes: Axes, bases: dict[str, np.ndarray]) -> None:
@@ -102,8 +104,8 @@ def _composition(axes: Axes, bases: dict[str, np.ndarray]) -> None:
         bars = axes.bar(positions, shares, width, color=f"C{index}")
         if len(bases) <= MAX_LABELLED_GROUPS:
             numbers = [f"{100 * share:.1f}" for share in shares]
-            upright = {"rotation": 90, "padding": 2} if len(bases) > 2 else {}
-            axes.bar_label(bars, numbers, fontsize=7, **upright)
+            rotation, padding = (90, 2) if len(bases) > 2 else (0, 0)
+            axes.bar_label(bars, numbers, fontsize=7, rotation=rotation, padding=padding)
     axes.set_xticks(range(len(BASES)), BASES)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("Composition, %")
@@ -114,7 +116,7 @@ def _distribution(axes: Axes, shares: dict[str, np.ndarray]) -> None:
     """Draws the distribution of a share over fragments, a curve for each group, on common bins."""
     top = max((values.max() for values in shares.values() if len(values)), default=0)
     bottom = min((values.min() for values in shares.values() if len(values)), default=0)
-    bins = np.linspace(bottom, max(top, bottom + 0.01), 51)
+    bins = np.linspace(bottom, max(top, bottom + 0.01), 51).tolist()
     for index, values in enumerate(shares.values()):
         axes.hist(values, bins, histtype="step", linewidth=1.6, color=f"C{index}")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
