@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from data_prep import cli
+from data_prep.fragment import Fate
+from data_prep.inspect.opened import Counts
 from tests.origins import Origins
 
 LENGTH = 16
@@ -330,3 +332,7 @@ def test_origins_that_do_not_fit(built, monkeypatch, capsys, tmp_path):
         (out / "train.origins.npy").write_bytes(start.ljust(size, b"x"))
         assert run(monkeypatch, "inspect", str(out)) == 2
         assert "it is not a table of origins" in capsys.readouterr().err
+
+
+def test_counts_of_a_manifest_have_every_fate() -> None:
+    assert {fate.name.lower() for fate in Fate} <= set(Counts.model_fields)
