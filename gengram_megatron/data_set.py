@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path.parent.absolute()} is not a data set: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text())
         format = manifest["format"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; build the data set again") from None
@@ -75,7 +75,7 @@ def data_sets(config: Config) -> dict[str, str]:
         return {"data.path": config.data.path}
     return {
         dotted(("data", "blend", number, "path")): part.path
-        for number, part in enumerate(config.data.blend)
+        for number, part in enumerate(config.data.blend or [])
     }
 
 
@@ -207,13 +207,13 @@ def _record_files(file: DataFile) -> Iterator[Path]:
         yield cache / "gengram" / "checked_data" / f"{name}.json"
 
 
-def _recorded_fingerprints(file: DataFile) -> list[dict]:
+def _recorded_fingerprints(file: DataFile) -> list[dict[str, int | str]]:
     """Returns the fingerprints of a file in all record files."""
     records = map(_read, _record_files(file))
     return [record[file.path.name] for record in records if file.path.name in record]
 
 
-def _read(record_file: Path) -> dict[str, dict]:
+def _read(record_file: Path) -> dict[str, dict[str, int | str]]:
     try:
         record = json.loads(record_file.read_text())
     except (OSError, ValueError):

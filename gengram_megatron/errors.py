@@ -119,7 +119,7 @@ def _is_name(name: object) -> bool:
 
 
 def _reason(error: OSError) -> str:
-    return _REASONS.get(error.errno) or error.strerror or str(error)
+    return _REASONS.get(error.errno or 0) or error.strerror or str(error)
 
 
 def _reader_is_gone() -> bool:
@@ -141,13 +141,14 @@ def _stdout_fails() -> bool:
 
 def _flush_output() -> OSError | None:
     """Writes the buffered output. Returns the error if that fails, otherwise None."""
+    if (output := sys.__stdout__) is None:
+        return None
     try:
-        if sys.__stdout__ is not None:
-            sys.__stdout__.flush()
+        output.flush()
     except OSError as error:
         # The rest is discarded, because the interpreter would try to write it again at exit.
         devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, sys.__stdout__.fileno())
+        os.dup2(devnull, output.fileno())
         os.close(devnull)
         return error
     return None

@@ -68,7 +68,7 @@ def _lines(table: "Table") -> list[str]:
     return lines
 
 
-def _rows(table: "Table") -> list[tuple]:
+def _rows(table: "Table") -> list[tuple[object, ...]]:
     return list(zip(*(column.cells for column in table.columns), strict=True))
 
 

@@ -47,7 +47,7 @@ HUB_CODE = "gengram_megatron.engine.exchange.hub_code"
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports, and whether inside of a function."""
+    """Every module that a file imports, and whether inside of a function or for types alone."""
 
     def walk(node: ast.AST, late: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -57,7 +57,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 inner = [f"{child.module}.{name.name}" for name in child.names]
                 yield from ((name if name in MODULES else child.module, late) for name in inner)
             else:
-                yield from walk(child, late or isinstance(child, ast.FunctionDef | ast.Lambda))
+                inside = isinstance(child, ast.FunctionDef | ast.Lambda)
+                types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+                yield from walk(child, late or inside or types)
 
     yield from walk(ast.parse(path.read_text()), False)
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from gengram_megatron.runs.store import (
     read_checksums,
     reading,
 )
+
+if TYPE_CHECKING:  # its import is slow
+    from gengram_megatron.engine.exchange.importing import ForeignModel
 
 DAMAGED = 1
 """Exit code of `verify` if a checkpoint is damaged."""
@@ -217,15 +220,15 @@ def import_(
             )
         if print_config and new_config:
             raise UserError("--print-config and --new-config are both given: give one of them")
+    if print_config:
+        _print_config(path, words)
+    elif new_config:
+        _import_with_new_config(path, new_config, words)
     elif file is None:
         raise UserError(
             "CONFIG is missing: name a config that describes the model, or let --new-config FILE "
             "write one"
         )
-    if print_config:
-        _print_config(path, words)
-    elif new_config:
-        _import_with_new_config(path, new_config, words)
     else:
         loaded = load_config(file, words[1:], Config)
         check_folder_writable(Path(loaded.run.dir) / "checkpoints")
@@ -261,7 +264,7 @@ def _import_with_new_config(path: Path, file: Path, words: list[str]) -> None:
     print(f"wrote {file}; set its data.path and how long it trains, then: gengram train {file}")
 
 
-def _opened(path: Path):
+def _opened(path: Path) -> "ForeignModel":
     """Opens a model of another format, and shows its warnings."""
     from gengram_megatron.engine.exchange.importing import open_foreign
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -187,18 +187,19 @@ PARAMETERS = "PARAMETERS"
 """Placeholder in the text of a run for its number of parameters."""
 
 
-def _planned(text: str, ranks: int, on_gpu: bool) -> dict:
+def _planned(text: str, ranks: int, on_gpu: bool) -> dict[str, Any]:
     config = check_tree(parse_yaml(text, "gengram init"), Path("gengram init"), Config)
     return plan(config, check_layout(config, ranks), Speed(), float("inf"), on_gpu=on_gpu)
 
 
 def _memory_needed(text: str, ranks: int, machine: Machine) -> int:
-    planned = _planned(text, ranks, bool(machine.gpus))
-    return planned["memory_bytes_per_rank"]["total"]
+    needed: int = _planned(text, ranks, bool(machine.gpus))["memory_bytes_per_rank"]["total"]
+    return needed
 
 
 def _parameters(text: str, ranks: int) -> int:
-    return _planned(text, ranks, on_gpu=False)["parameters"]["total"]
+    parameters: int = _planned(text, ranks, on_gpu=False)["parameters"]["total"]
+    return parameters
 
 
 def _data_set_size(data: Path) -> tuple[int, int]:

@@ -62,8 +62,10 @@ def launch(
         job = check_job(load_config(config, words, Config), name_of_start(), use_slurm)
         if use_slurm:
             _with_slurm(job, dry_run)
+        elif requests is None:
+            _print_start(job)
         else:
-            _here(job, config, dry_run, requests)
+            _here(job, config, requests)
 
 
 def name_of_start() -> str:
@@ -80,12 +82,13 @@ def _with_slurm(job: Job, dry_run: bool) -> None:
     print(f"job {number} is in the queue; its logs: {job.run / 'logs'}/job-{number}*")
 
 
-def _here(job: Job, config_file: Path, dry_run: bool, requests: StopRequests | None) -> None:
-    if dry_run:
-        print(f"# records config, code version and environment in {job.record}, and starts")
-        print(*(f"{name}={quote(value)}" for name, value in local.environment(job).items()), end="")
-        print(" torchrun", join(local.torchrun_words(job)))
-        return
+def _print_start(job: Job) -> None:
+    print(f"# records config, code version and environment in {job.record}, and starts")
+    print(*(f"{name}={quote(value)}" for name, value in local.environment(job).items()), end="")
+    print(" torchrun", join(local.torchrun_words(job)))
+
+
+def _here(job: Job, config_file: Path, requests: StopRequests) -> None:
     local.check_names(job)
     if job.config.launch.nodes == 1:  # with several nodes, the ranks check this together
         check_data_sets_exist(job.config, config_file)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from math import lcm
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -121,7 +121,7 @@ SHOWN = 10
 """Number of layouts that --suggest prints; --json has all."""
 
 
-def show(plan: dict) -> None:
+def show(plan: dict[str, Any]) -> None:
     """Prints a plan as tables."""
     print_table(_facts(plan))
     stage = plan["memory_bytes_per_rank"]["stage"] + 1
@@ -138,7 +138,7 @@ def show(plan: dict) -> None:
         print_text(f"warning: {sentence}")
 
 
-def _facts(plan: dict) -> Table:
+def _facts(plan: dict[str, Any]) -> Table:
     facts = Table(title="The run", show_header=False)
     facts.add_column("what")
     facts.add_column("number", justify="right")
@@ -170,7 +170,7 @@ def _bytes(title: str, sizes: dict[str, int]) -> Table:
     return shown
 
 
-def _tables(plan: dict) -> Table:
+def _tables(plan: dict[str, Any]) -> Table:
     layers = ", ".join(map(str, plan["memory_layers"]))
     hashed = any(row["hashed"] for row in plan["tables"])
     shown = Table(

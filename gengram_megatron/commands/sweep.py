@@ -35,7 +35,9 @@ def run_in_turn(jobs: list[Job]) -> int:
     A request to stop (see run_here) ends the current run, which saves, and the sweep with it. A
     request at the end of a run keeps the next one from starting.
     """
-    console, seconds, failed = Console(highlight=False), [], []
+    console = Console(highlight=False)
+    seconds: list[float] = []
+    failed: list[Job] = []
     for job in jobs:
         check_names(job)
     with StopRequests() as requests:  # around all runs: a request may come between two of them

@@ -4,7 +4,7 @@ keys of a schema with allowed values, defaults and meanings.
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
@@ -75,7 +75,7 @@ def _chosen(keys: Keys, names: list[str]) -> list[Key]:
     return list({key.name: key for matching in matches.values() for key in matching}.values())
 
 
-def _as_json(key: Key) -> dict:
+def _as_json(key: Key) -> dict[str, Any]:
     return {
         "key": key.name,
         "allowed": key.allowed,

@@ -34,6 +34,8 @@ class Section(BaseModel):
 
 
 Path = tuple[str | int, ...]
+Node = dict[str, Any]
+"""A node of a JSON schema, which describes one value."""
 ENTRY = "NAME"
 """Placeholder in a key's name for a name that the config chooses, such as that of a group."""
 
@@ -86,19 +88,18 @@ class Keys:
 
         return [key for key in self.with_entries() if matches(key)]
 
-    def _deref(self, node: dict) -> dict:
+    def _deref(self, node: Node) -> Node:
         if "$ref" not in node:
             return node
-        return self._root["$defs"][node["$ref"].rsplit("/", 1)[-1]] | {
-            key: value for key, value in node.items() if key != "$ref"
-        }
+        target: Node = self._root["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+        return target | {key: value for key, value in node.items() if key != "$ref"}
 
-    def _choices(self, node: dict) -> list[dict]:
+    def _choices(self, node: Node) -> list[Node]:
         node = self._deref(node)
         choices = node.get("anyOf") or node.get("oneOf") or [node]
         return [self._deref(choice) for choice in choices]
 
-    def _walk(self, group: dict, prefix: str, entries: bool) -> Iterator[Key]:
+    def _walk(self, group: Node, prefix: str, entries: bool) -> Iterator[Key]:
         for name, node in group.get("properties", {}).items():
             node, full = self._deref(node), prefix + name
             inner = [choice for choice in self._choices(node) if "properties" in choice]
@@ -115,7 +116,7 @@ class Keys:
             if entries:
                 yield from self._walk_entries(node, full)
 
-    def _walk_entries(self, node: dict, name: str) -> Iterator[Key]:
+    def _walk_entries(self, node: Node, name: str) -> Iterator[Key]:
         for choice in self._choices(node):
             below = [(f"{name}.{ENTRY}.", entry) for entry in _free_entries(choice)]
             below += [(f"{name}[].", choice["items"])] if "items" in choice else []
@@ -123,7 +124,7 @@ class Keys:
                 for group in self._choices(entry):
                     yield from self._walk(group, prefix, entries=True)
 
-    def _at(self, path: Path) -> dict | None:
+    def _at(self, path: Path) -> Node | None:
         nodes = [self._root]
         for part in path:
             below = []
@@ -164,7 +165,7 @@ class Keys:
             (name for choice in choices for name in choice.get("patternProperties", {})), None
         )
 
-    def _words(self, node: dict) -> str:
+    def _words(self, node: Node) -> str:
         words = [_kind(choice, self._words) for choice in self._choices(node)]
         return ", or ".join(dict.fromkeys(words))
 
@@ -204,19 +205,19 @@ class Keys:
         return list(names)
 
 
-def _free_entries(node: dict) -> list[dict]:
+def _free_entries(node: Node) -> list[Node]:
     """Returns the schemas of the entries of a map whose names the config chooses."""
     any_name = node.get("additionalProperties")
     entries = list(node.get("patternProperties", {}).values())
     return [*entries, any_name] if isinstance(any_name, dict) else entries
 
 
-def _kind(node: dict, words_of: Callable[[dict], str]) -> str:
+def _kind(node: Node, words_of: Callable[[Node], str]) -> str:
     """Describes one kind of value in words."""
     if "enum" in node or "const" in node:
         values = node.get("enum", [node.get("const")])
         return " or ".join(filter(None, [", ".join(map(str, values[:-1])), str(values[-1])]))
-    kind = node.get("type")
+    kind = node.get("type", "")
     if kind == "array":
         entries = words_of(node["items"]) if node.get("items") else "anything"
         return f"a list{_length(node)}, each entry {entries}"
@@ -233,7 +234,7 @@ def _kind(node: dict, words_of: Callable[[dict], str]) -> str:
     return words.get(kind, "another value") + _bounds(node)
 
 
-def _length(node: dict) -> str:
+def _length(node: Node) -> str:
     low, high = node.get("minItems"), node.get("maxItems")
     if low is not None and low == high:
         return f" of exactly {low} entries"
@@ -244,7 +245,7 @@ def _number(value: float) -> str:
     return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
-def _bounds(node: dict) -> str:
+def _bounds(node: Node) -> str:
     parts = [
         f"{words} {_number(node[name])}"
         for name, words in {

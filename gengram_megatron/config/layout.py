@@ -170,7 +170,8 @@ def check_layout(config: Config, world_size: int) -> Layout:
         raise UserError("\n".join(problems))
     parallel, train = config.parallel, config.train
     data = world_size // ranks_of_a_copy(config)
-    steps = train.steps or train.samples // train.global_batch_size
+    # batch_problems makes sure that exactly one of the two is given.
+    steps = train.steps or (train.samples or 0) // train.global_batch_size
     sizes = Layout(
         world_size=world_size,
         tensor=parallel.tensor,
@@ -235,14 +236,19 @@ def is_first_on_its_node() -> bool:
 def break_even(largest: int) -> int:
     """Returns the average number of rows per table for k from 1 to `largest`. Projecting the
     features of that many tokens costs as much as projecting the tables."""
-    return sum(ALPHABET_SIZE**k for k in range(1, largest + 1)) // largest
+    return _rows_up_to(largest) // largest
+
+
+def _rows_up_to(largest: int) -> int:
+    """Returns the number of all k-mers for k from 1 to `largest`."""
+    return sum(ALPHABET_SIZE**k for k in range(1, largest + 1))
 
 
 def projected_table_bytes(config: Config) -> int:
     """Returns the size in bytes of one layer's projected tables and their gradient, in float32.
     Every rank holds all of them."""
     gengram, largest = config.model.gengram, max(config.model.gengram.kmer_sizes)
-    rows = sum(ALPHABET_SIZE**k for k in range(1, largest + 1))
+    rows = _rows_up_to(largest)
     if gengram.window is not None and largest > 1:
         # Rows for the start of a window (engine/model/gengram/projected.py).
         rows += ALPHABET_SIZE ** (largest - 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from gengram_megatron.config.keys import Keys, Section, dotted
 from gengram_megatron.config.tree import Tree, describe, dump_yaml, parse_yaml, read_tree
@@ -154,7 +155,7 @@ def tree_at(parts: list[str], value: Tree) -> Tree:
     return value
 
 
-def _sentence(error: dict, tree: Tree, keys: Keys, path: Path) -> str:
+def _sentence(error: ErrorDetails, tree: Tree, keys: Keys, path: Path) -> str:
     """Returns the message for one of pydantic's errors."""
     where: tuple[str | int, ...] = error["loc"]
     while where and ALTERNATIVE.match(str(where[-1])):

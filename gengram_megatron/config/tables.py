@@ -13,6 +13,7 @@ its whole optimizer states.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -58,9 +59,12 @@ def kmer_tables(gengram: Gengram) -> tuple[KmerTable, ...]:
 
 
 @cache  # called in every step
-def _tables(sizes: tuple[int, ...], dim: int, shared: bool, hashing: tuple[int, int, int]):
+def _tables(
+    sizes: tuple[int, ...], dim: int, shared: bool, hashing: tuple[int, int, int]
+) -> tuple[KmerTable, ...]:
     rows, heads, seed = hashing
-    primes, tables = _primes_below(rows), []
+    primes = _primes_below(rows)
+    tables: list[KmerTable] = []
     for k in sizes:
         if k <= LARGEST_DIRECT:
             tables.append(direct_table(k, dim, shared))
@@ -88,7 +92,7 @@ def _hash_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _primes_below(limit: int):
+def _primes_below(limit: int) -> Iterator[int]:
     """Yields the primes up to `limit`, largest first. Raises ValueError after the last."""
     return (n for n in count(limit, -1) if _is_prime(n))
 

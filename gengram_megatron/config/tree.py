@@ -7,9 +7,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from yaml.resolver import BaseResolver
 
 from gengram_megatron.errors import UserError
 
@@ -68,7 +69,10 @@ RESOLVERS = [
 GROUP_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
-def _with_resolvers(cls: type) -> type:
+LoaderOrDumper = TypeVar("LoaderOrDumper", bound=BaseResolver)
+
+
+def _with_resolvers(cls: type[LoaderOrDumper]) -> type[LoaderOrDumper]:
     """Gives a PyYAML loader or dumper the YAML dialect of config files."""
     cls.yaml_implicit_resolvers = {}
     for name, pattern, first in RESOLVERS:
@@ -89,7 +93,7 @@ class ConfigDumper(yaml.SafeDumper):
     """Writes config files. Text that ConfigLoader would read as a number is quoted."""
 
 
-def _represent_list(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
+def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
     flow = not any(isinstance(item, dict | list) for item in items)
     return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=flow)
 
@@ -218,7 +222,7 @@ def _read_text(path: Path) -> str:
 
 def flattened(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested groups as one flat group with dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in group.items():
         is_group = isinstance(value, dict)
         flat |= flattened(value, f"{prefix}{name}.") if is_group else {prefix + name: value}

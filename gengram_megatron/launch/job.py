@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 from gengram_megatron import __version__
 from gengram_megatron.config.launch import UNLIMITED, Launch
@@ -125,8 +126,8 @@ def seconds(limit: str) -> float:
     parts = [int(part) for part in rest.split(":")]
     if not dash and len(parts) < 3:
         parts.insert(0, 0)
-    hours, minutes, rest = (*parts, 0, 0)[:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+    hours, minutes, last = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + last
 
 
 def _needs_one_connection(config: Config) -> bool:
@@ -171,7 +172,7 @@ def write_record(job: Job) -> None:
     (job.record / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
-def code_version() -> tuple[dict, bytes]:
+def code_version() -> tuple[dict[str, Any], bytes]:
     """Returns the package's version, with its commit and changed files in a checkout, and a patch
     of the changes to tracked files."""
     version = {"version": __version__, "python": sys.version, "command": sys.argv}

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from typing import TYPE_CHECKING
 
 from gengram_megatron.errors import EXIT_CODE, NOT_FINITE, PREFIX, UserError, print_message
 from gengram_megatron.launch.job import RANK_MODULE, Job, log_file
 from gengram_megatron.launch.stop import StoppedBeforeRanks, StopRequests
 from gengram_megatron.signals import REQUEUE
+
+if TYPE_CHECKING:  # commands that start nothing need not wait for torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
 def torchrun_words(job: Job) -> list[str]:
@@ -40,6 +44,7 @@ def check_names(job: Job) -> None:
     launch = job.config.launch
     if launch.nodes == 1:
         return
+    assert launch.rendezvous is not None  # check_job refuses several nodes without it
     host, _, _ = launch.rendezvous.rpartition(":")
     if not _resolves(host):
         raise UserError(
@@ -115,7 +120,7 @@ def _stopped_before_training(job: Job) -> int:
     return REQUEUE
 
 
-def _first_failure(error) -> tuple:
+def _first_failure(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
     """Returns the rank that failed first, and its failure. A rank that reports its own error is
     preferred to ranks that lost their connection to it, because failure times have a resolution of
     only one second."""
@@ -124,7 +129,7 @@ def _first_failure(error) -> tuple:
     return reporting[0] if reporting else error.get_first_failure()
 
 
-def _explain(error, job: Job, requests: StopRequests) -> int:
+def _explain(error: "ChildFailedError", job: Job, requests: StopRequests) -> int:
     """Reports which rank failed first, and why. Returns the exit code."""
     rank, failure = _first_failure(error)
     if requests.at_once and failure.exitcode == -signal.SIGKILL:

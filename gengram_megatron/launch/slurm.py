@@ -91,7 +91,7 @@ def queue_states(runs: list[Config]) -> dict[str, str]:
     return {run: states[number] for run, number in numbers.items() if number in states}
 
 
-def _ask(*command: str) -> subprocess.CompletedProcess:
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs one of Slurm's commands. A command that is missing or hangs counts as failed."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
@@ -274,8 +274,8 @@ def _container(jobs: list[Job]) -> list[str]:
         return []
     here, image = str(Path.cwd()), quote(container.image)
     read = (str(Path(path).absolute()) for job in jobs for path in _read(job.config))
-    mounts = [f"{path}:{path}" for path in dict.fromkeys([here, *read])] + container.mounts
-    mounts = ",".join(['"$run:$run"', *map(quote, mounts)])
+    pairs = [f"{path}:{path}" for path in dict.fromkeys([here, *read])] + container.mounts
+    mounts = ",".join(['"$run:$run"', *map(quote, pairs)])
     if container.runtime == "pyxis":
         return [
             f"--container-image={image}",

@@ -38,9 +38,10 @@ class StopRequests:
         at_once: whether a second SIGINT came.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = self.at_once = self._interrupted = False
-        self._has_ranks = None  # None: no ranks are about to start, so none have to be signalled
+        # None: no ranks are about to start, so none have to be signalled.
+        self._has_ranks: bool | None = None
 
     def __enter__(self) -> "StopRequests":
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
@@ -95,7 +96,7 @@ class StopRequests:
     def _signal_ranks(self, finished: threading.Event) -> None:
         from psutil import NoSuchProcess
 
-        signalled = set()
+        signalled: set[tuple[int, int]] = set()
         while not finished.wait(POLL_SECONDS):
             ranks = _children()
             self._has_ranks = self._has_ranks or bool(ranks)

@@ -5,6 +5,7 @@ communication: bytes that a rank sends; time: how long it takes; suggest: layout
 """
 
 from dataclasses import asdict
+from typing import Any
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
@@ -19,7 +20,7 @@ from gengram_megatron.plan.time import Speed, forward_flops, seconds_of_run, tra
 
 def plan(
     config: Config, layout: Layout, speed: Speed, gigabytes: float, on_gpu: bool = True
-) -> dict:
+) -> dict[str, Any]:
     """Returns all figures of a run, as `gengram plan --json` prints them.
 
     A table's rows_per_rank and columns_per_rank, and memory, are those of the rank that holds
@@ -58,7 +59,7 @@ def plan(
     }
 
 
-def _table(placement: Placement, sharded: ShardedModel) -> dict:
+def _table(placement: Placement, sharded: ShardedModel) -> dict[str, Any]:
     table = placement.table
     return {
         "name": table.name,

@@ -115,7 +115,8 @@ class Activations:
         inside of the experts: gate and up and, unless recomputed, three results of the activation.
         """
         model = self.model
-        routing = 18 * model.num_experts + 24 * model.moe_router_topk + 28
+        experts, topk = weights.experts(model)
+        routing = 18 * experts + 24 * topk + 28
         widths = 2 if self.recompute == "selective" else 5
         inside = (
             model.hidden_size + widths * model.ffn_hidden_size // self.sharded.feed_forward_ranks

@@ -35,6 +35,7 @@ class CommunicationVolume:
 
     @property
     def total(self) -> int:
+        """The bytes sent to all groups together."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 

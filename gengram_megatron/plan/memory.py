@@ -39,6 +39,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """The bytes of all kinds together."""
         return (
             self.weights
             + self.gradients

@@ -23,6 +23,7 @@ class RankParameters:
 
     @property
     def total(self) -> int:
+        """The number of all weights of the rank."""
         return self.copied + self.experts + self.rows
 
 
@@ -39,7 +40,8 @@ class ShardedModel:
         """The layers of each model chunk of each pipeline rank, counted from 1."""
         virtual = self.layout.virtual_pipeline or 1
         counts = [count // virtual for count in self._layers_by_rank()]
-        stages, first = [[] for _ in counts], 1
+        stages: list[list[list[int]]] = [[] for _ in counts]
+        first = 1
         for _ in range(virtual):
             for rank, count in enumerate(counts):
                 stages[rank].append(list(range(first, first + count)))
@@ -48,8 +50,8 @@ class ShardedModel:
 
     def _layers_by_rank(self) -> list[int]:
         parallel, ranks = self.config.parallel, self.layout.pipeline
-        fixed = {0: parallel.first_stage_layers, ranks - 1: parallel.last_stage_layers}
-        fixed = {rank: count for rank, count in fixed.items() if count is not None}
+        given = {0: parallel.first_stage_layers, ranks - 1: parallel.last_stage_layers}
+        fixed = {rank: count for rank, count in given.items() if count is not None}
         rest = self.config.model.num_layers - sum(fixed.values())
         other_ranks = ranks - len(fixed)
         return [fixed.get(rank, rest // max(other_ranks, 1)) for rank in range(ranks)]
@@ -59,6 +61,7 @@ class ShardedModel:
         return [layer for chunk in self.stages[stage] for layer in chunk]
 
     def has_gengram(self, layer: int) -> bool:
+        """Returns whether a layer, counted from 1, has Gengram."""
         return layer in weights.gengram_layers(self.config.model)
 
     @property
@@ -84,6 +87,7 @@ class ShardedModel:
 
     @property
     def is_dense(self) -> bool:
+        """Whether the model has no experts."""
         return self.config.model.num_experts is None
 
     @property

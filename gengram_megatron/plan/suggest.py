@@ -84,12 +84,15 @@ NOT_VARIED = {
 }
 """Keys that every suggestion sets to null, whatever the config has."""
 
+Settings = dict[str, int | str | None]
+"""New values of the config, by key."""
+
 
 @dataclass(frozen=True)
 class Suggestion:
     """A layout with its memory and speed."""
 
-    settings: dict[str, int | str | None]
+    settings: Settings
     """The keys of the config that have to change for this layout, with their new values."""
     memory: Memory
     time: StepTime
@@ -127,18 +130,18 @@ def suggest(config: Config, gpus: int, gigabytes: float, speed: Speed) -> list[S
         )
     best = min(one.time.total for one in fitting)
 
-    def order(one: Suggestion) -> tuple:
+    def order(one: Suggestion) -> tuple[int, int, float]:
         return int(log(one.time.total / best, EQUAL_TIME_RATIO)), len(one.settings), one.time.total
 
     return sorted(fitting, key=order)
 
 
-def _evaluate(config: Config, settings: dict, gpus: int, speed: Speed) -> Suggestion:
+def _evaluate(config: Config, settings: Settings, gpus: int, speed: Speed) -> Suggestion:
     sharded = ShardedModel(config, check_layout(config, gpus))
     return Suggestion(settings, peak_rank(sharded), step_time(sharded, speed))
 
 
-def _layouts(config: Config, gpus: int) -> Iterator[tuple[dict, Config]]:
+def _layouts(config: Config, gpus: int) -> Iterator[tuple[Settings, Config]]:
     """Yields the layouts that pass all checks, each as the keys that have to change and the changed
     config."""
     for settings in _choices(config, gpus):
@@ -150,7 +153,7 @@ def _layouts(config: Config, gpus: int) -> Iterator[tuple[dict, Config]]:
         yield {k: v for k, v in settings.items() if v != attrgetter(k)(config)}, candidate
 
 
-def _choices(config: Config, gpus: int) -> Iterator[dict]:
+def _choices(config: Config, gpus: int) -> Iterator[Settings]:
     """Yields all layouts to check, each as the values of all its keys. The first splits nothing."""
     model = config.model
     tensors = [n for n in _powers(GPUS_PER_NODE) if gpus % n == 0]
@@ -188,9 +191,9 @@ def _expert_splits(config: Config, tensor: int, ranks: int) -> list[tuple[int, i
     ]
 
 
-def _with(config: Config, settings: dict) -> Config:
+def _with(config: Config, settings: Settings) -> Config:
     """Returns the config with another layout."""
-    sections = {"parallel": {}, "train": {}}
+    sections: dict[str, Settings] = {"parallel": {}, "train": {}}
     for key, value in settings.items():
         section, name = key.split(".")
         sections[section][name] = value

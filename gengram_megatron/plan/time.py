@@ -43,6 +43,7 @@ class ForwardFlops:
 
     @property
     def total(self) -> int:
+        """The FLOPs of all parts together."""
         return sum(vars(self).values())
 
 
@@ -123,6 +124,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """The seconds of the whole step."""
         return self.arithmetic + self.bubble + self.communication
 
 
@@ -164,7 +166,7 @@ def _communication_time(sharded: ShardedModel) -> float:
         "pipeline": layout.world_size,
         "memory_rows": model_ranks * layout.data,
     }
-    return sum(
+    seconds: float = sum(
         getattr(sent, field.name)
         / (
             NVLINK_BYTES_PER_SECOND
@@ -173,3 +175,4 @@ def _communication_time(sharded: ShardedModel) -> float:
         )
         for field in fields(sent)
     )
+    return seconds

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from gengram_megatron.config.load import dump_config
 from gengram_megatron.config.schema import Config
@@ -53,7 +54,7 @@ def remove_if_unused(folder: Path) -> None:
             folder.rmdir()
 
 
-def changed_keys(earlier: dict, later: dict) -> list[str]:
+def changed_keys(earlier: dict[str, Any], later: dict[str, Any]) -> list[str]:
     """Returns the keys whose values differ between two configs, one line each, such as
     `optimizer.lr 0.002 -> 0.0005`. Keys that only one of the two has are left out, because the
     earlier config may be of another version.
@@ -74,7 +75,7 @@ def _written(value: object) -> str:
     return json.dumps(value) if groups else inline_yaml(value)
 
 
-def write_config(folder: Path, config: Config, step: int, earlier: dict | None) -> None:
+def write_config(folder: Path, config: Config, step: int, earlier: dict[str, Any] | None) -> None:
     """Writes config.yaml, and keeps the config of earlier steps. Called after a job's first step, so
     that a job which trains nothing leaves no trace.
 
@@ -99,13 +100,13 @@ def write_config(folder: Path, config: Config, step: int, earlier: dict | None) 
             return
         if earlier is None or _differs(path, earlier):
             # The file is from a job that trained, but left no checkpoint that still exists.
-            number = len([*folder.glob("config.discarded-*.yaml")]) + 1
-            path.replace(folder / f"config.discarded-{number}.yaml")
+            count = len([*folder.glob("config.discarded-*.yaml")]) + 1
+            path.replace(folder / f"config.discarded-{count}.yaml")
     with replacing(path) as beside:
         beside.write_text(text)
 
 
-def _differs(path: Path, earlier: dict) -> bool:
+def _differs(path: Path, earlier: dict[str, Any]) -> bool:
     """Returns whether a config file cannot be read, or differs from a config."""
     try:
         return bool(changed_keys(earlier, parse_yaml(path.read_text(), str(path)).plain()))

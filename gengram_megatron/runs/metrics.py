@@ -10,6 +10,7 @@ and "-Infinity"; `read_metrics` converts them back into floats.
 import json
 import math
 from collections import deque
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean, median
 from types import ModuleType
@@ -167,7 +168,8 @@ def _discard_after(run_dir: Path, resume_step: int) -> None:
     path = run_dir / FILE
     if not path.exists():
         return
-    kept, discarded = [], []
+    kept: list[str] = []
+    discarded: list[str] = []
     for entry in read_metrics(path):
         (kept if 0 < resume_step >= entry["step"] else discarded).append(_to_json(entry) + "\n")
     if discarded:
@@ -196,13 +198,12 @@ def _to_float(value: Any) -> Any:
 
 def _import_wandb() -> ModuleType:
     try:
-        import wandb
+        return import_module("wandb")
     except ImportError:
         raise UserError(
             "logging.wandb is set, but the package wandb is missing: "
             "pip install gengram-megatron[wandb], or remove the key"
         ) from None
-    return wandb
 
 
 def _start_wandb(run_dir: Path, settings: WeightsAndBiases, config: Config) -> Any:

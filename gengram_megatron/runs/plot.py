@@ -27,6 +27,8 @@ MARKOV_FILE = "markov.json"
 
 Series = tuple[np.ndarray, np.ndarray]
 """Tokens [n] and losses [n]."""
+Entries = list[dict[str, Any]]
+"""The lines of a metrics.jsonl."""
 
 
 def plot_loss(
@@ -120,7 +122,7 @@ def markov_levels(folder: Path, checksums: dict[str, str]) -> dict[str, float]:
         return {}  # a picture without these lines is better than no picture
 
 
-def _draw_run(axes: Axes, colour: str, name: str, entries: list[dict]) -> None:
+def _draw_run(axes: Axes, colour: str, name: str, entries: Entries) -> None:
     """Draws one run in one colour: losses as a thin line, their running mean as a thick one, and
     validations as dots."""
     tokens, loss = _series(entries, "train")
@@ -134,8 +136,8 @@ def _draw_run(axes: Axes, colour: str, name: str, entries: list[dict]) -> None:
     tokens, loss = _series(entries, "validation")
     if len(loss):
         label = f"{name} validation {_last(loss)}".strip()
-        style = {"marker": "o", "markersize": 6, "markeredgecolor": "white", "linestyle": "--"}
-        axes.plot(tokens, loss, color=colour, linewidth=1, label=label, zorder=3, **style)
+        style: dict[str, Any] = {"markersize": 6, "markeredgecolor": "white", "zorder": 3}
+        axes.plot(tokens, loss, "o--", color=colour, linewidth=1, label=label, **style)
 
 
 def _mark_not_finite(axes: Axes, colour: str, name: str, tokens: np.ndarray) -> None:
@@ -143,15 +145,15 @@ def _mark_not_finite(axes: Axes, colour: str, name: str, tokens: np.ndarray) -> 
     if len(tokens):
         label = f"{name} not finite: {len(tokens)} steps".strip()
         edge = axes.get_xaxis_transform()
-        style = {"marker": "x", "linestyle": "none", "markersize": 5, "clip_on": False}
-        axes.plot(tokens, np.zeros(len(tokens)), color=colour, transform=edge, label=label, **style)
+        style: dict[str, Any] = {"markersize": 5, "clip_on": False, "transform": edge}
+        axes.plot(tokens, np.zeros(len(tokens)), "x", color=colour, label=label, **style)
 
 
 def _last(losses: np.ndarray) -> str:
     return f"{losses[-1]:.4f}" if math.isfinite(losses[-1]) else "not finite"
 
 
-def _series(entries: list[dict], kind: str) -> Series:
+def _series(entries: Entries, kind: str) -> Series:
     """Returns the tokens [n] and losses [n] of the entries of one kind."""
     points = [(entry["tokens"], entry["loss"]) for entry in entries if entry["kind"] == kind]
     tokens, loss = np.array(points, dtype=float).reshape(-1, 2).T
@@ -165,11 +167,11 @@ def _smooth(loss: np.ndarray) -> np.ndarray:
     finite = np.isfinite(loss)
     sums = np.convolve(np.where(finite, loss, 0), window, mode="full")
     counts = np.convolve(finite.astype(float), window, mode="full").round()
-    means = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+    means: np.ndarray = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
     return means[len(window) // 2 :][: len(loss)]
 
 
-def _limits(runs: Iterable[list[dict]], levels: dict[str, float]) -> tuple[float, float]:
+def _limits(runs: Iterable[Entries], levels: dict[str, float]) -> tuple[float, float]:
     """Returns the bottom and top of the picture, in nats.
 
     The end of the curves matters most, so the last three quarters of each run decide. The picture
@@ -198,7 +200,8 @@ def _limits(runs: Iterable[list[dict]], levels: dict[str, float]) -> tuple[float
 
 
 def _finite(losses: np.ndarray) -> np.ndarray:
-    return losses[np.isfinite(losses)]
+    finite: np.ndarray = losses[np.isfinite(losses)]
+    return finite
 
 
 def _draw_references(axes: Axes, levels: dict[str, float]) -> None:
@@ -251,7 +254,11 @@ def decorate(axes: Axes, loss: str, **legend: Any) -> None:
     axes.grid(alpha=0.25)
     axes.spines["top"].set_visible(False)
     bits = axes.secondary_yaxis(
-        "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
+        "right",
+        functions=(
+            lambda nats: np.divide(nats, math.log(2)),
+            lambda bits: np.multiply(bits, math.log(2)),
+        ),
     )
     bits.set_ylabel("bits per base")
     if axes.get_legend_handles_labels()[0]:

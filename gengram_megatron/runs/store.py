@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from gengram_megatron.config.schema import Config
@@ -131,10 +132,10 @@ class Facts:
     step: int
     samples: int
     seed: int
-    layout: dict
-    tables: dict = field(default_factory=dict)
+    layout: dict[str, Any]
+    tables: dict[str, Any] = field(default_factory=dict)
     """Gengram's tables by name, with what decides which row a k-mer has."""
-    data: list[dict] = field(default_factory=list)
+    data: list[dict[str, Any]] = field(default_factory=list)
     """The data sets in order: the checksum of each one's samples, and its share of the run."""
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,12 +38,12 @@ def plot_results(rows: list[Row], key: str | None, out: Path) -> None:
     ticks = list(dict.fromkeys(tick for losses in lines.values() for tick in losses))
     for number, (name, losses) in enumerate(lines.items()):
         _draw_line(axes, f"C{number}", name, losses, ticks)
-    for number, (name, losses) in enumerate(levels.items(), start=len(lines)):
-        label = f"{name} {mean(losses):.4f}"
-        axes.axhline(mean(losses), color=f"C{number}", linestyle=":", label=label)
+    for number, (name, values) in enumerate(levels.items(), start=len(lines)):
+        label = f"{name} {mean(values):.4f}"
+        axes.axhline(mean(values), color=f"C{number}", linestyle=":", label=label)
     crowded = sum(len(tick) + 2 for tick in ticks) > COLUMNS
-    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-    axes.set_xticks(range(len(ticks)), ticks, **slanted)
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(ticks)), ticks, **(slanted if crowded else {}))
     axes.set_xlabel(_leaf(key) if key else "run")
     decorate(axes, "validation loss")
     save_figure(figure, out, dpi=150)

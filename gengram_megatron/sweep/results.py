@@ -129,7 +129,7 @@ def _state(config: Config, last: int) -> State:
     )
 
 
-def _failed(metrics: list[dict], config: Config) -> bool:
+def _failed(metrics: list[dict[str, Any]], config: Config) -> bool:
     """Returns whether the last steps ended the run: one step that is not finite, or, with
     train.on_nan skip, MAX_CONSECUTIVE_SKIPS in a row."""
     steps = [entry for entry in metrics if entry["kind"] == "train"]
@@ -137,7 +137,7 @@ def _failed(metrics: list[dict], config: Config) -> bool:
     return len(steps) >= needed and not any(map(_finite, steps[-needed:]))
 
 
-def _finite(step: dict) -> bool:
+def _finite(step: dict[str, Any]) -> bool:
     return all(math.isfinite(step.get(name, 0.0)) for name in ("loss", "grad_norm"))
 
 
@@ -156,7 +156,7 @@ def _changed(folder: Path, config: Config) -> list[str]:
     return [key for key in wanted if stored.get(key) != wanted[key]]
 
 
-def _decisive(config: Config) -> dict:
+def _decisive(config: Config) -> dict[str, Any]:
     flat = flattened(config.model_dump())
     return {k: v for k, v in flat.items() if k.startswith(DECISIVE) and k not in INDIFFERENT}
 

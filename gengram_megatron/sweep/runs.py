@@ -147,7 +147,8 @@ def _with_seeds(member: _Member, varied: Tree) -> list[_Member]:
 
 
 def _group(varied: Tree, name: str) -> dict[str, Tree]:
-    return varied.value["sweep"].value.get(name, Tree({}, "")).value
+    group: dict[str, Tree] = varied.value["sweep"].value.get(name, Tree({}, "")).value
+    return group
 
 
 def _name(settings: dict[str, Tree]) -> str:

@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 SECONDS = 300
 """Time limit of a process. On a busy machine the import of torch alone takes a minute."""
@@ -20,13 +21,16 @@ LAUNCHER = (
 )  # fmt: skip
 """Environment variables that would make a process a rank of a run."""
 
+Findings = dict[str, dict[str, str | None]]
+"""What was found out about several things, by name."""
+
 
 class NoAnswer(Exception):
     """A process gave no answer. The message says why: its exception in one line, the signal that
     killed it, the time limit, or its last line of output."""
 
 
-def ask(module: str, *words: str, given: str = "") -> dict:
+def ask(module: str, *words: str, given: str = "") -> dict[str, Any]:
     """Runs a module of this package in a separate process, and returns the JSON in the last line of
     its output. Raises NoAnswer if there is none.
 
@@ -37,12 +41,13 @@ def ask(module: str, *words: str, given: str = "") -> dict:
     output = _run("-m", f"{__package__}.{module}", *words, given=given)
     last = (output.splitlines() or [""])[-1]
     try:
-        return json.loads(last)
+        answer: dict[str, Any] = json.loads(last)
     except ValueError:
         raise NoAnswer(f"its last line is not JSON: {last[:80]!r}") from None
+    return answer
 
 
-def ask_together(module: str, each: list[list[str]]) -> list[dict]:
+def ask_together(module: str, each: list[list[str]]) -> list[dict[str, Any]]:
     """Runs several processes at the same time, one for each list of arguments, and returns their
     answers."""
     with ThreadPoolExecutor(len(each)) as threads:
@@ -93,10 +98,10 @@ OPTIONAL = {
 """The module to import of each optional package, by the package's name for pip."""
 
 
-def software(try_imports: bool) -> dict[str, dict]:
+def software(try_imports: bool) -> Findings:
     """Returns the version of each package (None if it is not installed), and why it cannot be
     imported (None if it can, or was not tried)."""
-    packages = {"python": {"version": platform.python_version(), "error": None}}
+    packages: Findings = {"python": {"version": platform.python_version(), "error": None}}
     for name in NEEDED:
         packages[name] = {"version": _version(name), "error": None}
     for name, module in OPTIONAL.items():

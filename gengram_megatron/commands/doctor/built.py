@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from gengram_megatron.commands.doctor.ask import Findings
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.build import build_model
@@ -34,7 +35,7 @@ def parts(config: Config) -> dict[str, str | None]:
     return implementations
 
 
-def extensions() -> dict[str, dict]:
+def extensions() -> Findings:
     """Returns which fused parts megatron-core (0.16.1) looks for when it is imported, with the
     module that looks for each (where) and the package that it uses (found). That may be torch or
     megatron-core itself, or None.
@@ -63,9 +64,9 @@ _WHERE = {
 }
 
 
-def _library(function) -> str:
+def _library(function: object) -> str:
     """Returns the package that a function or class comes from."""
-    module = getattr(function, "__module__", None) or type(function).__module__
+    module: str = getattr(function, "__module__", None) or type(function).__module__
     return module.split(".")[0]
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,7 +16,7 @@ from gengram_megatron.plan.suggest import GB
 from gengram_megatron.show import print_table, print_text
 
 
-def show(found: dict) -> None:
+def show(found: dict[str, Any]) -> None:
     """Prints what the doctor found as tables."""
     software = found["software"].items()
     print_table(_table("Software", ("package", "version", ""), map(_package, software)))
@@ -45,7 +45,7 @@ def show(found: dict) -> None:
             print_text(f"{kind}: {line}")
 
 
-def _table(title: str, headings: tuple, rows: Iterable[tuple]) -> Table:
+def _table(title: str, headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     table = Table(title=title, title_justify="left", show_header=any(headings[1:]))
     for heading in headings:
         table.add_column(heading)
@@ -54,12 +54,12 @@ def _table(title: str, headings: tuple, rows: Iterable[tuple]) -> Table:
     return table
 
 
-def _package(item: tuple[str, dict]) -> tuple[str, str, str]:
+def _package(item: tuple[str, dict[str, str | None]]) -> tuple[str, str, str]:
     name, one = item
     return name, one["version"] or "not installed", one["error"] or ""
 
 
-def _devices(devices: dict) -> Iterator[tuple[str, str, str]]:
+def _devices(devices: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if devices["listed_by"] == "torch":
         yield "CUDA of torch", devices["cuda"] or "none: torch is built for the CPU", ""
         yield "NCCL", devices["nccl"] or "none", ""
@@ -71,14 +71,14 @@ def _devices(devices: dict) -> Iterator[tuple[str, str, str]]:
     yield "CPU", f"{devices['threads']} threads", ""
 
 
-def _run(found: dict) -> Iterator[tuple[str, str, str]]:
+def _run(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if plan := found["plan"]:
         yield "processes", f"{plan['processes']:,}", ""
         needs = plan["memory_bytes_per_rank"]["total"]
         yield "memory of the rank that needs most", f"{needs / GB:.2f} GB", "see gengram plan"
 
 
-def _folder(folder: dict | None) -> Iterator[tuple[str, str, str]]:
+def _folder(folder: dict[str, Any] | None) -> Iterator[tuple[str, str, str]]:
     if folder is None:
         return
     free = f"{folder['free_bytes'] / GB:,.1f} GB"
@@ -92,7 +92,7 @@ def _folder(folder: dict | None) -> Iterator[tuple[str, str, str]]:
             yield f"{size} {what}", rate, how
 
 
-def _measured(measured: dict | None) -> Iterator[tuple[str, str, str]]:
+def _measured(measured: dict[str, Any] | None) -> Iterator[tuple[str, str, str]]:
     if measured is None:
         return
     if product := measured["matrix_product"]:

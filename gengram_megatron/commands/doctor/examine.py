@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gengram_megatron.commands.doctor import fit
 from gengram_megatron.commands.doctor.ask import NoAnswer, ask, ask_together, software
@@ -37,7 +38,7 @@ NO_SPEEDS = ["speeds of a matrix product, an all-reduce and the disk (--no-speed
 """QUICK and NO_SPEEDS name what these two options leave out."""
 
 
-def examine(config: Config | None, quick: bool, speeds: bool = True) -> dict:
+def examine(config: Config | None, quick: bool, speeds: bool = True) -> dict[str, Any]:
     """Examines the machine and how the config would run on it.
 
     In the result, `problems` lists the reasons why the config cannot run here (without a config:
@@ -58,9 +59,9 @@ class _Examination:
     def __init__(self, config: Config | None, quick: bool, speeds: bool):
         self.config = config
         self.problems: list[str] = []
-        links = None if quick else _links()
-        self.found = {"software": software(not quick), "devices": None, "links": links}
+        self.found: dict[str, Any] = {"software": software(not quick)}
         self.found["devices"] = _listed_devices() if quick else self._devices_of_torch()
+        self.found["links"] = None if quick else _links()
         layout = self._layout()
         self.found["extensions"] = self.found["parts"] = None
         if not quick:
@@ -72,14 +73,17 @@ class _Examination:
         self.found["advice"] = list(advice(self.found, config))
         self.found["problems"] = self.problems
 
-    def _ask(self, module: str, *words: str, problem: str, given: str = "") -> dict | None:
+    def _ask(
+        self, module: str, *words: str, problem: str, given: str = ""
+    ) -> dict[str, Any] | None:
         """Returns the answer of a process. If there is none, returns None and adds a problem."""
         try:
             return ask(module, *words, given=given)
         except NoAnswer as reason:
             self.problems.append(f"{problem}: {reason}")
+            return None
 
-    def _devices_of_torch(self) -> dict | None:
+    def _devices_of_torch(self) -> dict[str, Any] | None:
         found = self._ask("machine", "devices", problem="torch does not work here")
         return found and {**found, "listed_by": "torch"}
 
@@ -95,13 +99,13 @@ class _Examination:
         except UserError as error:
             self.problems += str(error).splitlines()
             return None
-        if devices is None or self._fits_gpus(devices["gpus"]):
-            return layout
+        fits = devices is None or self._fits_gpus(self.config, devices["gpus"])
+        return layout if fits else None
 
-    def _fits_gpus(self, gpus: list[dict]) -> bool:
+    def _fits_gpus(self, config: Config, gpus: list[dict[str, Any]]) -> bool:
         capabilities = (gpu["compute_capability"].split(".") for gpu in gpus)
         oldest = min((tuple(map(int, one)) for one in capabilities), default=None)
-        problems = list(gpu_problems(self.config, oldest))
+        problems = list(gpu_problems(config, oldest))
         self.problems += problems
         return not problems
 
@@ -111,14 +115,14 @@ class _Examination:
         config, devices = self.config, self.found["devices"]
         if devices is None:
             return
-        projection = layout and layout.projection(bool(devices["gpus"]))
-        given = sample(config, projection).model_dump_json() if layout else ""
+        projection = layout.projection(bool(devices["gpus"])) if layout else None
+        given = sample(config, projection).model_dump_json() if config and layout else ""
         what = "a model with the parts of this config" if layout else "megatron-core"
         built = self._ask("built", problem=f"{what} does not work here", given=given)
         if built is None:
             return
         self.found["extensions"] = built["extensions"]
-        if layout:
+        if config and layout:
             self.found["parts"] = explained(
                 built["parts"],
                 config,
@@ -130,7 +134,7 @@ class _Examination:
 
     def _look_at_size(self, layout: Layout | None) -> None:
         self.found["plan"] = None
-        if layout is None:
+        if self.config is None or layout is None:
             return
         devices = self.found["devices"]
         on_gpu = devices is None or bool(devices["gpus"])
@@ -139,7 +143,7 @@ class _Examination:
             total, gpus = planned["memory_bytes_per_rank"]["total"], devices["gpus"]
             self.problems += fit.memory_problems(self.config, total, gpus)
 
-    def _folder(self, speeds: bool) -> dict | None:
+    def _folder(self, speeds: bool) -> dict[str, Any] | None:
         """Examines the run's folder, or without a config the current folder."""
         folder = Path(self.config.run.dir if self.config else ".").absolute()
         try:
@@ -158,7 +162,7 @@ class _Examination:
         sizes = {"free_bytes": free, "checkpoint_bytes": checkpoint}
         return {"path": str(folder), **sizes, "speed": speed}
 
-    def _measured(self, layout: Layout | None) -> dict | None:
+    def _measured(self, layout: Layout | None) -> dict[str, Any] | None:
         if self.found["devices"] is None:
             return None
         several = layout is None or layout.world_size > 1
@@ -167,7 +171,7 @@ class _Examination:
             "all_reduce": self._all_reduce(several),
         }
 
-    def _all_reduce(self, needed: bool) -> dict | None:
+    def _all_reduce(self, needed: bool) -> dict[str, Any] | None:
         """Measures an all-reduce between two processes.
 
         Args:
@@ -182,9 +186,10 @@ class _Examination:
             except NoAnswer as reason:
                 if needed:
                     self.problems.append(f"an all-reduce of two processes fails: {reason}")
+                return None
 
 
-def _listed_devices() -> dict:
+def _listed_devices() -> dict[str, Any]:
     """Returns what `devices` of machine.py returns, as far as it is known without torch."""
     return {
         "cuda": None,
@@ -229,7 +234,7 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _speed_of_disk(folder: Path) -> dict:
+def _speed_of_disk(folder: Path) -> dict[str, Any]:
     """Measures how many bytes per second are written to the disk and read back. Raises UserError if
     there is too little room.
 

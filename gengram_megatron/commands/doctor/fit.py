@@ -5,9 +5,11 @@ faster.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from gengram_megatron.commands.doctor.ask import Findings
 from gengram_megatron.config.layout import Layout, Projection
 from gengram_megatron.config.problems.engine import TRANSFORMER_ENGINE
 from gengram_megatron.config.schema import Config, Gengram, Hashing, Model, Parallel
@@ -17,7 +19,7 @@ from gengram_megatron.plan.suggest import GB
 from gengram_megatron.plan.time import Speed
 
 
-def advice(found: dict, config: Config | None) -> Iterator[str]:
+def advice(found: dict[str, Any], config: Config | None) -> Iterator[str]:
     """Yields advice on what to install or change to train faster.
 
     Args:
@@ -37,7 +39,7 @@ def advice(found: dict, config: Config | None) -> Iterator[str]:
     yield from _measured(found["measured"], devices, config)
 
 
-def _without_gpu(devices: dict) -> str:
+def _without_gpu(devices: dict[str, Any]) -> str:
     has_gpu = any(Path("/proc/driver/nvidia/gpus").glob("*"))  # whether or not torch can use it
     if has_gpu and devices["cuda"] is None:
         return (
@@ -48,7 +50,7 @@ def _without_gpu(devices: dict) -> str:
     return "there is no GPU, so everything computes on the CPU: only enough for the smoke runs"
 
 
-def _missing(software: dict) -> Iterator[str]:
+def _missing(software: Findings) -> Iterator[str]:
     def lacks(name: str) -> bool:
         return software[name]["version"] is None
 
@@ -67,7 +69,9 @@ def _missing(software: dict) -> Iterator[str]:
         yield "Triton is missing, without which torch cannot compile for GPUs: pip install triton"
 
 
-def _measured(measured: dict | None, devices: dict, config: Config | None) -> Iterator[str]:
+def _measured(
+    measured: dict[str, Any] | None, devices: dict[str, Any], config: Config | None
+) -> Iterator[str]:
     product = measured and measured["matrix_product"]
     if not product or config is None or config.train.dtype != "bf16":
         return
@@ -87,10 +91,10 @@ def explained(
     uses: dict[str, str | None],
     config: Config,
     projection: Projection | None,
-    gpus: list,
-    software: dict,
-    extensions: dict,
-) -> dict[str, dict]:
+    gpus: list[dict[str, Any]],
+    software: Findings,
+    extensions: Findings,
+) -> Findings:
     """Returns for each part of the model which implementation it uses, and why.
 
     Args:
@@ -115,7 +119,7 @@ def explained(
     }
 
 
-def _layers(config: Config, gpus: list, software: dict) -> str:
+def _layers(config: Config, gpus: list[dict[str, Any]], software: Findings) -> str:
     implementation, package = config.model.implementation, software["transformer-engine"]
     setting = f"model.implementation is {implementation}"
     if implementation == TRANSFORMER_ENGINE:
@@ -129,13 +133,13 @@ def _layers(config: Config, gpus: list, software: dict) -> str:
     return f"{setting}; Transformer Engine is used only if set to {TRANSFORMER_ENGINE}"
 
 
-def _norm(extension: dict) -> str:
+def _norm(extension: dict[str, str | None]) -> str:
     if extension["found"] is None:
         return ""
     return f"; the fused norm of {extension['found']} is not used: it is not an RMSNorm"
 
 
-def _optimizer(config: Config, gpus: list, found: str) -> str:
+def _optimizer(config: Config, gpus: list[dict[str, Any]], found: str | None) -> str:
     if config.train.engine == "deepspeed":
         return "train.engine is deepspeed, which shards what torch's Adam works on"
     if found != "torch":
@@ -144,7 +148,7 @@ def _optimizer(config: Config, gpus: list, found: str) -> str:
     return missing if gpus else f"{missing}; both need a GPU"
 
 
-def _fusion(gpus: list, config: Config, apex: str | None) -> str:
+def _fusion(gpus: list[dict[str, Any]], config: Config, apex: str | None) -> str:
     if not gpus:
         return "apex and Transformer Engine accumulate gradients in matrix products only on GPUs"
     reason = f"megatron-core found apex's {apex}" if apex else "megatron-core found none in apex"
@@ -213,13 +217,13 @@ def _gengram(gengram: Gengram, projection: Projection | None) -> Gengram:
     )
 
 
-def planned(config: Config, layout: Layout, on_gpu: bool) -> dict:
+def planned(config: Config, layout: Layout, on_gpu: bool) -> dict[str, Any]:
     """Returns the figures of `gengram plan`, without its warning about memory, because
     memory_problems compares it with this machine's."""
     return plan(config, layout, Speed(), gigabytes=float("inf"), on_gpu=on_gpu)
 
 
-def memory_problems(config: Config, rank: int, gpus: list[dict]) -> Iterator[str]:
+def memory_problems(config: Config, rank: int, gpus: list[dict[str, Any]]) -> Iterator[str]:
     """Yields a sentence for each reason why the run does not fit into this machine's memory or on
     its GPUs.
 

@@ -5,8 +5,10 @@ all-reduce. Runs in a separate process, which prints the answer as JSON:
 import json
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ TIMES = 5
 BYTES = {"gloo": 32 << 20, "nccl": 256 << 20}
 
 
-def devices() -> dict:
+def devices() -> dict[str, Any]:
     """Returns the CUDA and NCCL versions of torch, the GPUs with their memory in bytes, and the
     number of CPU threads."""
     cuda = torch.cuda.is_available()
@@ -34,7 +36,7 @@ def devices() -> dict:
     }
 
 
-def _gpu(index: int) -> dict:
+def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     return {
         "name": properties.name,
@@ -43,7 +45,7 @@ def _gpu(index: int) -> dict:
     }
 
 
-def product() -> dict:
+def product() -> dict[str, Any]:
     """Measures the speed of a matrix product, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,21 +75,21 @@ def _seconds_of_products(left: torch.Tensor, right: torch.Tensor, times: int) ->
     return time.perf_counter() - began
 
 
-def all_reduce(rank: str, of: str, meeting: str) -> dict:
+def all_reduce(rank: str, of: str, meeting: str) -> dict[str, Any]:
     """Measures the bandwidth of an all-reduce, with nccl if every process has a GPU, or else with
     gloo between CPUs. Each of `of` processes calls it with its own `rank`.
 
     Args:
         meeting: a file that does not exist yet, by which the processes find each other.
     """
-    rank, size = int(rank), int(of)
+    index, size = int(rank), int(of)
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= size
-    backend, device = ("nccl", f"cuda:{rank}") if gpus else ("gloo", "cpu")
+    backend, device = ("nccl", f"cuda:{index}") if gpus else ("gloo", "cpu")
     if gpus:
-        torch.cuda.set_device(rank)
-    store = dist.FileStore(meeting, size)
+        torch.cuda.set_device(index)
+    store = dist.FileStore(meeting, size)  # type: ignore[attr-defined]  # documented, but not in __all__
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        backend, store=store, rank=index, world_size=size, timeout=timedelta(seconds=60)
     )
     count = BYTES[backend] // 4
     numbers = torch.ones(count, device=device)
@@ -117,5 +119,9 @@ def _seconds_of_all_reduce(numbers: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    questions = {"devices": devices, "product": product, "all_reduce": all_reduce}
+    questions: dict[str, Callable[..., dict[str, Any]]] = {
+        "devices": devices,
+        "product": product,
+        "all_reduce": all_reduce,
+    }
     print(json.dumps(questions[sys.argv[1]](*sys.argv[2:])))

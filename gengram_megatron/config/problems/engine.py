@@ -126,7 +126,7 @@ def installation_problems(config: Config) -> Iterator[str]:
         )
 
 
-def gpu_problems(config: Config, capability: tuple[int, int] | None) -> Iterator[str]:
+def gpu_problems(config: Config, capability: tuple[int, ...] | None) -> Iterator[str]:
     """Yields a sentence for each setting that the GPUs do not support.
 
     Args:
@@ -151,7 +151,7 @@ def gpu_problems(config: Config, capability: tuple[int, int] | None) -> Iterator
             )
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def _dotted(capability: tuple[int, ...]) -> str:
     return ".".join(map(str, capability))
 
 

@@ -41,7 +41,7 @@ def attention_problems(config: Config) -> Iterator[str]:
     """Yields a sentence for each setting of attention that cannot work."""
     model = config.model
     heads, groups = model.num_attention_heads, model.num_query_groups
-    if model.attention == "gqa":
+    if model.attention == "gqa" and groups is not None:
         yield from multiple("model.num_attention_heads", heads, "model.num_query_groups", groups)
     elif groups not in (None, heads):
         yield (
