@@ -9,7 +9,7 @@ Both give the same numbers.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gengram_megatron.config.problems.engine import (
     engine_problems,
@@ -47,7 +47,7 @@ example for the steps of sbatch's script and of salloc's shell."""
 class Projection(NamedTuple):
     """How key and value are computed: `of` says what is projected, "features" or "tables"."""
 
-    of: str
+    of: Literal["features", "tables"]
     reason: str
 
 

@@ -101,12 +101,13 @@ def _compute_deterministically() -> None:
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time for nothing
+        # It costs time for nothing. (torch adds the attribute where mypy does not see it.)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def gather(value: Any) -> list:
+def gather(value: Any) -> list[Any]:
     """Returns every rank's value, on every rank, in the order of the ranks."""
-    values = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

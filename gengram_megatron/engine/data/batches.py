@@ -7,15 +7,16 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from gengram_megatron.engine.data.samples import Order
+from gengram_megatron.engine.data.samples import Order, Samples
 from gengram_megatron.errors import RankError, UserError
 from gengram_megatron.signals import ignore_stop_signals
 from gengram_megatron.tokenizer import EOD
@@ -54,7 +55,7 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: Sequence[np.ndarray],
+        dataset: Samples,
         order: Order,
         *,
         consumed: int,
@@ -71,9 +72,10 @@ class BatchStream:
                 f"in microbatches of {micro_batch_size}"
             )
         offsets = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)
-        self._loader = DataLoader(
+        self._loader: DataLoader[_StepTokens] = DataLoader(
             _Reader(dataset, order, total),
-            batch_sampler=_positions(consumed, total, global_batch_size, offsets[:, data_rank]),
+            batch_size=None,  # the reader returns whole steps
+            sampler=_positions(consumed, total, global_batch_size, offsets[:, data_rank]),
             collate_fn=_as_is,
             num_workers=workers,
             prefetch_factor=STEPS_AHEAD if workers else None,
@@ -106,7 +108,7 @@ class BatchStream:
         """End the processes that read ahead. This process would never exit otherwise after an error:
         the traceback keeps the iterator alive, and with it the reading processes, which ignore the
         signal that Python sends them at exit. There is no public method for this."""
-        if self._steps is not None and self._loader.num_workers:
+        if isinstance(self._steps, _MultiProcessingDataLoaderIter):
             self._steps._shutdown_workers()
 
 
@@ -128,14 +130,16 @@ def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return inputs, labels, (labels != EOD).float()
 
 
-def _started(loader: DataLoader) -> "Iterator[_StepTokens]":
+def _started(loader: "DataLoader[_StepTokens]") -> "Iterator[_StepTokens]":
     """Start the loader's processes and return an iterator over its steps. Raises UserError if they
     cannot be started."""
     workers = loader.num_workers
     try:
         # Try as many queues as the loader creates: if it fails to create one itself, it is left
         # half-initialized and prints a traceback when it is deleted.
-        queues = [multiprocessing.Queue() for _ in range(workers + 1)] if workers else []
+        queues: list[object] = (
+            [multiprocessing.Queue() for _ in range(workers + 1)] if workers else []
+        )
         del queues
         return iter(loader)
     except OSError as error:
@@ -190,7 +194,8 @@ class _StepTokens:
         self.tokens: np.ndarray | torch.Tensor = tokens
         self._file = file
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self._file is not None  # it was read by a reading process
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         return _open_step, (path, self.tokens.shape)
 
@@ -216,10 +221,10 @@ def _mapped(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint8).reshape(shape)
 
 
-class _Reader:
+class _Reader(Dataset[_StepTokens]):
     """The loader's dataset: reads whole steps of a rank by position."""
 
-    def __init__(self, dataset: Sequence[np.ndarray], order: Order, total: int | None):
+    def __init__(self, dataset: Samples, order: Order, total: int | None):
         self._dataset = dataset
         self._order = order
         self._total = total
@@ -227,24 +232,26 @@ class _Reader:
         # then: it may read this many more steps in the meantime.
         self._handed_over: deque[BinaryIO] = deque(maxlen=STEPS_AHEAD + 1)
 
-    def __getitems__(self, positions: np.ndarray) -> _StepTokens:
+    def __getitem__(self, positions: np.ndarray) -> _StepTokens:
         """Returns tokens [microbatches, micro_batch_size, seq_length + 1] for positions
         [microbatches, micro_batch_size]."""
-        step = self._empty_step((*positions.shape, len(self._dataset[0])))
+        tokens, file = self._empty((*positions.shape, len(self._dataset[0])))
         real = np.full(positions.shape, True) if self._total is None else positions < self._total
-        rows = step.tokens.reshape(positions.size, -1)
+        rows = tokens.reshape(positions.size, -1)
         rows[:] = EOD
         for row, sample in zip(np.flatnonzero(real), self._order.samples_at(positions[real])):
             rows[row] = self._dataset[sample]
-        return step
+        return _StepTokens(tokens, file)
 
-    def _empty_step(self, shape: tuple[int, ...]) -> _StepTokens:
+    def _empty(self, shape: tuple[int, ...]) -> tuple[np.ndarray, BinaryIO | None]:
+        """Returns an array for a step's tokens, and the file that it is mapped from; None: the step
+        is not handed over."""
         if get_worker_info() is None:
-            return _StepTokens(np.empty(shape, dtype=np.uint8))
+            return np.empty(shape, dtype=np.uint8), None
         file = os.fdopen(os.memfd_create("step"), "r+b")
         file.truncate(math.prod(shape))
         self._handed_over.append(file)
-        return _StepTokens(_mapped(file, shape), file)
+        return _mapped(file, shape), file
 
 
 def _positions(
@@ -259,5 +266,5 @@ def _positions(
         start += global_batch_size
 
 
-def _as_is(step: _StepTokens) -> _StepTokens:
+def _as_is(step: object) -> object:
     return step

@@ -57,7 +57,7 @@ class RunData:
         self._order = BlendOrder(sizes, shares, config.run.seed)
 
     @property
-    def facts(self) -> list[dict]:
+    def facts(self) -> list[dict[str, str]]:
         """What determines, with the seed, which sample is at each position of the run: each set's
         checksum and share."""
         return [
@@ -151,7 +151,7 @@ def _open_sets(config: Config) -> list[BuiltSet]:
         if config.data.path
         else {
             dotted(("data", "blend", number, "path")): part
-            for number, part in enumerate(config.data.blend)
+            for number, part in enumerate(config.data.blend or [])
         }
     )
     # Exact decimals: 0.7 is seven tenths, not the nearest binary fraction.

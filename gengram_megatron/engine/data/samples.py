@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch.utils.data import Dataset
 
 from gengram_megatron.data_set import (
     MANIFEST,
@@ -35,7 +36,15 @@ from gengram_megatron.errors import UserError
 from gengram_megatron.tokenizer import BASE_IDS, BASES, EOD
 
 
-class FragmentDataset:
+class Samples(Protocol):
+    """Samples by number, tokens [seq_length + 1], uint8."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+class FragmentDataset(Dataset[np.ndarray]):
     """One split of a data set that `gengram-data build` wrote. A fragment is a training sample.
 
     Args:
@@ -58,7 +67,7 @@ class FragmentDataset:
             for name in (f"{split}.bin", f"{split}.idx")
         ]
         self.sha256: str = self.files[0].sha256
-        self._fragments = _open(Path(folder) / split)
+        self._fragments: Sequence[np.ndarray] = _open(Path(folder) / split)
 
     def __len__(self) -> int:
         return len(self._fragments)
@@ -67,7 +76,7 @@ class FragmentDataset:
         """Returns tokens [seq_length + 1], uint8: the bases and EOD. A read-only view of the file."""
         return self._fragments[index]
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A process that a loader spawns, rather than forks, opens the files again.
         return FragmentDataset, self._arguments
 
@@ -98,8 +107,8 @@ def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any
 
 
 def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
-    """Raise UserError unless a file has the size given in the manifest. (Checksums take reading all
-    of it, so they are compared only once per data set, when a run starts: data_set.py.)"""
+    """Raise UserError unless a file has the size given in the manifest. Checksums take reading all
+    of it, so they are compared only once per data set, when a run starts (data_set.py)."""
     if facts is None:
         raise UserError(f"{path.parent / MANIFEST} lists no {path.name}; build the data set again")
     if not path.is_file():
@@ -112,7 +121,7 @@ def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
         )
 
 
-def _open(prefix: Path) -> Any:
+def _open(prefix: Path) -> IndexedDataset:
     """Open the split as megatron-core's IndexedDataset."""
     return IndexedDataset(str(prefix))
 
@@ -181,7 +190,8 @@ def mix_bits(values: np.ndarray) -> np.ndarray:
     values = values + GOLDEN_RATIO
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 BLOCK = 16
@@ -253,7 +263,8 @@ class BlendOrder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """For each position [n] in a branch, returns how many samples before it go to the left side,
         the sets [first, middle), and whether the sample at the position does. Both [n]."""
-        share = sum(self._weights[first:middle]) / sum(self._weights[first:last])
+        weights = self._weights
+        share = sum(weights[first:middle], Fraction()) / sum(weights[first:last], Fraction())
         blocks, within = np.divmod(positions, BLOCK)
         start, end = _floor(blocks, BLOCK * share), _floor(blocks + 1, BLOCK * share)
         branch = mix_bits(self._key + np.uint64(first << 32 | last))

@@ -15,14 +15,21 @@ It is applied to sequence shards, and its gradient is summed over the ranks like
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from gengram_megatron.engine.model.initialize import whole_weight
 from gengram_megatron.engine.model.sequence import chunks_in_sequence_order
@@ -33,15 +40,16 @@ class CoreAttention(MegatronModule):
 
     def __init__(
         self,
-        config,
+        config: TransformerConfig,
         layer_number: int,
-        attn_mask_type,
+        attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
         cp_comm_type: str | None = None,
-        pg_collection=None,
+        *,
+        pg_collection: ProcessGroupCollection,
     ):
         """Takes the arguments that megatron-core's attention layers pass. The mask is always causal
         here, and context-parallel ranks always all-gather keys and values."""
@@ -50,9 +58,9 @@ class CoreAttention(MegatronModule):
         self.cp_group = pg_collection.cp
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d]; returns [s, b, heads * d].
+        """Takes query [s, b, heads, d], key and value [s, b, groups, d]; returns [s, b, heads * d].
 
         Under context parallelism s is the length of this rank's part of the sequence.
         """
@@ -97,7 +105,7 @@ class CoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3)  # [s, b, heads, d]
 
 
-def _lower_right_mask(q: Tensor, k: Tensor):
+def _lower_right_mask(q: Tensor, k: Tensor) -> Tensor | CausalBias:
     """Returns the causal mask, aligned at the end: on GPUs, whose kernels need no matrix, only a
     description of it; on the CPU the matrix."""
     bias = causal_lower_right(q.shape[2], k.shape[2])
@@ -107,7 +115,9 @@ def _lower_right_mask(q: Tensor, k: Tensor):
 class LatentAttention(MLASelfAttention):
     """MLASelfAttention in which every tensor-parallel rank holds the whole down-projections."""
 
-    def __init__(self, config, submodules, **kwargs):
+    def __init__(
+        self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, **kwargs: Any
+    ):
         super().__init__(config, submodules, **kwargs)
         self.linear_kv_down_proj = WholeLinear(
             config, config.kv_lora_rank + config.qk_pos_emb_head_dim
@@ -119,7 +129,7 @@ class LatentAttention(MLASelfAttention):
 class WholeLinear(nn.Module):
     """Computes y = x W^T for sequence shards x, with the whole W [out, h] on every rank."""
 
-    def __init__(self, config, out_features: int):
+    def __init__(self, config: TransformerConfig, out_features: int):
         super().__init__()
         shape = (out_features, config.hidden_size)
         self.weight = whole_weight(shape, config, config.init_method)

@@ -1,5 +1,7 @@
 """Builds this rank's part of the model from a checked config."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -100,6 +102,8 @@ def gengram_shape(config: Config, layout: Layout) -> GengramShape | None:
     gengram = config.model.gengram
     if not gengram.enabled:
         return None
+    projection = layout.projection(torch.cuda.is_available())
+    assert projection is not None, "the layout is that of a config without Gengram"
     return GengramShape(
         placements=layout.placements,
         dim=gengram.dim,
@@ -111,7 +115,7 @@ def gengram_shape(config: Config, layout: Layout) -> GengramShape | None:
         deduplicate=gengram.deduplicate,
         signed_sqrt=gengram.signed_sqrt,
         output=gengram.output,
-        project=layout.projection(torch.cuda.is_available()).of,
+        project=projection.of,
         projection_bias=gengram.projection_bias,
     )
 
@@ -174,7 +178,7 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
     )
 
 
-def _fp8(config: Config) -> dict:
+def _fp8(config: Config) -> dict[str, Any]:
     """Returns the fp8 settings. Weights stay in bf16; matrix products round to fp8."""
     if config.train.precision != "fp8":
         return {}
@@ -183,7 +187,7 @@ def _fp8(config: Config) -> dict:
     return {"fp8": config.train.fp8.format or default, "fp8_recipe": recipe}
 
 
-def _experts(config: Config, layout: Layout) -> dict:
+def _experts(config: Config, layout: Layout) -> dict[str, Any]:
     model = config.model
     if model.num_experts is None:
         return {}
@@ -205,7 +209,7 @@ def _experts(config: Config, layout: Layout) -> dict:
     }
 
 
-def _recompute(config: Config) -> dict:
+def _recompute(config: Config) -> dict[str, Any]:
     """Returns the recomputation settings. full: every layer. selective: what is large and cheap to
     compute, norms and feed-forward activations. Attention is left out, because flash kernels keep
     no scores."""

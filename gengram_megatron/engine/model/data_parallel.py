@@ -12,15 +12,21 @@ be a third kind. So they get a separate DistributedDataParallel, which treats th
 data-parallel group is the ranks that hold the same rows.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+
+TRANSFORMER_ENGINE_SWITCH = "fuse_wgrad_accumulation"
+"""The attribute of Transformer Engine's layers that turns gradient accumulation fusion on."""
 
 
 def apex_fusion_available() -> bool:
@@ -39,8 +45,8 @@ def fuse_accumulation(chunk: nn.Module, apex: bool) -> None:
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module.gradient_accumulation_fusion = apex
-        elif hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+        elif hasattr(module, TRANSFORMER_ENGINE_SWITCH):
+            setattr(module, TRANSFORMER_ENGINE_SWITCH, True)
 
 
 def fused_by(modules: list[nn.Module]) -> str | None:
@@ -48,7 +54,7 @@ def fused_by(modules: list[nn.Module]) -> str | None:
     no such layers."""
     libraries = {
         "apex": any(getattr(m, "gradient_accumulation_fusion", False) for m in modules),
-        "Transformer Engine": any(getattr(m, "fuse_wgrad_accumulation", False) for m in modules),
+        "Transformer Engine": any(getattr(m, TRANSFORMER_ENGINE_SWITCH, False) for m in modules),
     }
     return " and ".join(name for name, used in libraries.items() if used) or None
 
@@ -63,7 +69,14 @@ class DataParallel(DistributedDataParallel):
         data- or expert-parallel ranks; None if the config has no such tables.
     """
 
-    def __init__(self, config, ddp_config: DistributedDataParallelConfig, module, rows_over, **kw):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ddp_config: DistributedDataParallelConfig,
+        module: nn.Module,
+        rows_over: str | None,
+        **kw: Any,
+    ):
         tables = [p for p in module.parameters() if getattr(p, "rows_over", None)]
         with frozen(tables):
             super().__init__(config=config, ddp_config=ddp_config, module=module, **kw)
@@ -82,31 +95,31 @@ class DataParallel(DistributedDataParallel):
             )
             self.row_tables.groups = groups
 
-    def zero_grad_buffer(self):
+    def zero_grad_buffer(self) -> None:
         """Zeroes the gradients of the chunk and of its row tables, before a step."""
         super().zero_grad_buffer()
         if self.row_tables is not None:
             self.row_tables.zero_grad_buffer()
 
-    def finish_grad_sync(self, *args, **kwargs):
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
         """Finishes summing the gradients of both over the ranks, after the last microbatch."""
         super().finish_grad_sync(*args, **kwargs)
         if self.row_tables is not None:
             self.row_tables.finish_grad_sync()
 
 
-def unwrapped(chunks: list[nn.Module]) -> list[nn.Module]:
+def unwrapped(chunks: Sequence[nn.Module]) -> list[nn.Module]:
     """Returns the model chunks without the wrappers that the training engine and bf16 add."""
     models = []
     for chunk in chunks:
         while hasattr(chunk, "module"):
-            chunk = chunk.module
+            chunk = chunk.get_submodule("module")
         models.append(chunk)
     return models
 
 
 @contextmanager
-def frozen(parameters: list[nn.Parameter]):
+def frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Excludes parameters from any DistributedDataParallel or optimizer built in this context, by
     turning their requires_grad off; it is on afterwards."""
     for parameter in parameters:
@@ -132,6 +145,7 @@ def _single_rank_group() -> dist.ProcessGroup:
     """Returns the process group that contains only this rank. It is created once per world, because
     all ranks must create a group together."""
     world = dist.group.WORLD
+    assert world is not None  # the processes have joined
     if world not in _single_rank_groups:
         groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
         _single_rank_groups.clear()

@@ -1,13 +1,17 @@
 """The experts of a mixture-of-experts layer, computed as two grouped matrix products."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from gengram_megatron.engine.model.initialize import split_weight
+from gengram_megatron.engine.model.initialize import InitMethod, mark, split_weight
 
 
 class GroupedExperts(MegatronModule):
@@ -18,7 +22,12 @@ class GroupedExperts(MegatronModule):
     linear_fc1.weight [e, 2, f, h] (gate and up), linear_fc2.weight [e, h, f].
     """
 
-    def __init__(self, num_local_experts: int, config, pg_collection=None):
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+    ):
         super().__init__(config=config)
         self.ep_group, self.etp_group = pg_collection.ep, pg_collection.expt_tp
         self.expert_dp_group = pg_collection.expt_dp
@@ -46,8 +55,8 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
     ) -> tuple[Tensor, None]:
-        """tokens [t, h] sorted by expert, tokens_per_expert [e], probs [t]. Returns [t, h], and
-        None for the bias.
+        """Takes tokens [t, h] sorted by expert, tokens_per_expert [e] and probs [t]. Returns
+        [t, h], and None for the bias.
 
         The router's probabilities multiply the activations before the second product, as in
         megatron-core's own experts.
@@ -64,7 +73,12 @@ class GroupedExperts(MegatronModule):
             checkpoint.discard_output_and_register_recompute(out)
         return out, None
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, ShardedTensor]:
         """Returns the sharded state. Experts are an axis of the global tensors, split over the
         expert-parallel group."""
         before = len(sharded_offsets)
@@ -87,11 +101,18 @@ class _Weight(nn.Module):
     calling the module: with overlap_param_gather, that is when megatron-core waits for its
     all-gather."""
 
-    def __init__(self, shape, partition_dim: int, init_method, config, expert_parallel: bool):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        partition_dim: int,
+        init_method: InitMethod,
+        config: TransformerConfig,
+        expert_parallel: bool,
+    ):
         super().__init__()
         self.weight = split_weight(shape, partition_dim, config, init_method)
         # allreduce = False: megatron-core reduces the gradient over the expert-data-parallel group.
-        self.weight.allreduce = not expert_parallel
+        mark(self.weight, allreduce=not expert_parallel)
 
     def forward(self) -> nn.Parameter:
         return self.weight

@@ -22,6 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -74,10 +75,10 @@ class RMSNorm(nn.Module):
     marked so that megatron-core sums its gradient over the tensor-parallel group.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = whole_weight(hidden_size, config, init_tag(InitialLaw(constant=1.0)))
+        self.weight = whole_weight((hidden_size,), config, init_tag(InitialLaw(constant=1.0)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]. Returns the same shape and dtype."""
@@ -94,7 +95,9 @@ class DecoderLayerSubmodules(TransformerLayerSubmodules):
 class DecoderLayer(TransformerLayer):
     """Computes x + memory(x, inputs), then attention and the MLP or experts as in megatron-core."""
 
-    def __init__(self, config, submodules: DecoderLayerSubmodules, **kwargs):
+    def __init__(
+        self, config: TransformerConfig, submodules: DecoderLayerSubmodules, **kwargs: Any
+    ):
         super().__init__(config=config, submodules=submodules, **kwargs)
         self.has_memory = submodules.memory is not IdentityOp
         if self.has_memory:
@@ -102,12 +105,15 @@ class DecoderLayer(TransformerLayer):
                 submodules.memory, config=config, pg_collection=self.pg_collection
             )
 
-    def forward(self, hidden_states: Tensor, *args, attention_bias: object | None = None, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, *args: Any, attention_bias: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [s_local, b, h]; attention_bias: the inputs of the memory, as returned by
-        Memory.inputs."""
+        Memory.inputs. Returns the hidden state, and the context of cross-attention, here None."""
         if self.has_memory:
             hidden_states = hidden_states + self.memory(hidden_states, attention_bias)
-        return super().forward(hidden_states, *args, **kwargs)
+        output: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
+        return output
 
 
 def with_memory(layer: ModuleSpec, memory: ModuleSpec | None) -> ModuleSpec:
@@ -144,10 +150,11 @@ class GengramGPT(GPTModel):
         """
         inputs = self.memory and self.memory.inputs(tokens, self.training)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return super().forward(
+        output: Tensor = super().forward(
             input_ids=select_local_tokens(tokens),
             position_ids=select_local_tokens(positions),
             attention_mask=None,  # the layers know that it is causal
             labels=None if labels is None else select_local_tokens(labels),
             extra_block_kwargs={"attention_bias": inputs},
         )
+        return output

@@ -13,26 +13,35 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+InitMethod = Callable[[nn.Parameter], Any]
+"""Gives a new parameter its initial values, or tags it with their law. The result is not used."""
 LARGEST_DRAW = 2**27  # numbers drawn at a time; 512 MiB in float32
 
 
-def whole_weight(shape, config, init_method: Callable) -> nn.Parameter:
+def whole_weight(
+    shape: tuple[int, ...], config: TransformerConfig, init_method: InitMethod
+) -> nn.Parameter:
     """Returns a weight that every tensor-parallel rank holds in full. Under sequence parallelism
     each rank applies it to its part of the sequence, and megatron-core sums its gradient over the
-    ranks. config: megatron-core's."""
+    ranks."""
     weight = _new_weight(shape, config, init_method)
-    weight.sequence_parallel = config.sequence_parallel
+    mark(weight, sequence_parallel=config.sequence_parallel)
     return weight
 
 
-def split_weight(shape, axis: int, config, init_method: Callable) -> nn.Parameter:
+def split_weight(
+    shape: tuple[int, ...], axis: int, config: TransformerConfig, init_method: InitMethod
+) -> nn.Parameter:
     """Returns this rank's part of a weight that is split over the tensor-parallel ranks along
     `axis`. shape: that of the part."""
     weight = _new_weight(shape, config, init_method)
@@ -40,7 +49,15 @@ def split_weight(shape, axis: int, config, init_method: Callable) -> nn.Paramete
     return weight
 
 
-def _new_weight(shape, config, init_method: Callable) -> nn.Parameter:
+def mark(parameter: nn.Parameter, **attributes: object) -> None:
+    """Sets attributes that megatron-core or the optimizer read from a parameter."""
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+
+
+def _new_weight(
+    shape: tuple[int, ...], config: TransformerConfig, init_method: InitMethod
+) -> nn.Parameter:
     device = torch.cuda.current_device()
     weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
     init_method(weight)
@@ -62,17 +79,19 @@ class InitialLaw:
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Returns values in float32, on the generator's device."""
         device = generator.device
-        if self.bound is None:
-            return torch.randn(shape, generator=generator, device=device) * self.std
-        return torch.rand(shape, generator=generator, device=device).mul_(2).sub_(1) * self.bound
+        if self.bound is not None:
+            uniform = torch.rand(shape, generator=generator, device=device)
+            return uniform.mul_(2).sub_(1) * self.bound
+        assert self.std is not None  # a constant is not drawn
+        return torch.randn(shape, generator=generator, device=device) * self.std
 
 
 def tag_init(parameter: nn.Parameter, law: InitialLaw) -> None:
     """Tags a parameter with the law of its initial values."""
-    parameter.initial_law = law
+    mark(parameter, initial_law=law)
 
 
-def init_tag(law: InitialLaw) -> Callable[[nn.Parameter], nn.Parameter]:
+def init_tag(law: InitialLaw) -> InitMethod:
     """Returns an init method for megatron-core's config that tags the parameter with `law` and
     draws nothing."""
 
@@ -90,13 +109,13 @@ def torch_default(fan_in: int) -> InitialLaw:
     return InitialLaw(bound=fan_in**-0.5)
 
 
-def retag(chunk: nn.Module, config) -> None:
+def retag(chunk: nn.Module, config: TransformerConfig) -> None:
     """Tags the parameters of a model chunk that have no tag.
 
     While it builds its layers, Transformer Engine replaces tagged parameters by new ones without
     tags on the same storage.
 
-    config: megatron-core's, whose init methods tag.
+    config: its init methods tag.
     """
     for name, parameter in chunk.named_parameters():
         if hasattr(parameter, "initial_law"):
@@ -110,7 +129,7 @@ def retag(chunk: nn.Module, config) -> None:
 
 
 @torch.no_grad()
-def initialize(chunks: list[nn.Module], seed: int) -> None:
+def initialize(chunks: list[MegatronModule], seed: int) -> None:
     """Draws the initial weights of a rank's model chunks, in place. Raises AssertionError for a
     parameter that has no tag."""
     for chunk in chunks:
@@ -124,7 +143,7 @@ def initialize(chunks: list[nn.Module], seed: int) -> None:
                 part.data.copy_(_draw_local_part(part, law, seed))
 
 
-def sharded_parameters(chunk: nn.Module) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:
+def sharded_parameters(chunk: MegatronModule) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:
     """Yields the parts of global tensors that a rank holds: the part, the parameter that contains
     it, and the index of its first element in that parameter. A parameter is one part, or two
     where SwiGLU's gate and up projections are split separately."""
@@ -162,7 +181,7 @@ def _draw_local_part(part: ShardedTensor, law: InitialLaw, seed: int) -> Tensor:
     return torch.cat(slices) if len(slices) > 1 else slices[0]
 
 
-def _generator(name: tuple) -> torch.Generator:
+def _generator(name: tuple[object, ...]) -> torch.Generator:
     """Returns a generator seeded with a hash of `name`, and with nothing else."""
     digest = hashlib.blake2b(repr(name).encode(), digest_size=7).digest()
     generator = torch.Generator(device=torch.cuda.current_device())

@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def chunks_in_sequence_order(gathered: Tensor, cp_size: int) -> Tensor:
 class Halo:
     """Fetches the `reach` rows to the left of each token range that a rank holds."""
 
-    def __init__(self, reach: int, sequence_parallel: bool, tp_group, cp_group):
+    def __init__(
+        self, reach: int, sequence_parallel: bool, tp_group: ProcessGroup, cp_group: ProcessGroup
+    ):
         self.reach = reach
         self.cp_size = cp_group.size()
         self.tp_size = tp_group.size() if sequence_parallel else 1
@@ -88,7 +91,7 @@ class Halo:
             self.group = parallel_state.get_tensor_and_context_parallel_group()
         else:
             self.group = cp_group
-        self._plans: dict = {}
+        self._plans: dict[tuple[tuple[TokenRange, ...], int], tuple[int, Tensor]] = {}
 
     def __call__(self, x: Tensor, ranges: list[TokenRange], seq_length: int) -> list[Tensor]:
         """x: [s_local, b, h], the rows of `ranges`. Returns the halo [reach, b, h] of each range,
@@ -103,7 +106,9 @@ class Halo:
         )
         return list(torch.cat([gathered, zeros[:1]])[index].split(self.reach))
 
-    def _plan(self, ranges: tuple[TokenRange, ...], seq_length: int, device) -> tuple[int, Tensor]:
+    def _plan(
+        self, ranges: tuple[TokenRange, ...], seq_length: int, device: torch.device
+    ) -> tuple[int, Tensor]:
         """Returns the largest number of ranges on a rank, and for each row of the halos its index
         in the gathered rows. Cached, because building the index on the host would stall a GPU."""
         if (ranges, seq_length) not in self._plans:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -28,21 +29,26 @@ from gengram_megatron.engine.model.gpt import Memory, RMSNorm, with_memory
 class TorchBackend(LocalSpecProvider):
     """megatron-core's torch modules, with ours where they do not cover all cases."""
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type[RMSNorm]:
+        """Returns the norm that supports sequence parallelism."""
         return RMSNorm
 
-    def core_attention(self) -> type:
+    def core_attention(self) -> type[CoreAttention]:
+        """Returns the attention that supports context parallelism."""
         return CoreAttention
 
-    def grouped_mlp_modules(self, moe_use_grouped_gemm, moe_use_legacy_grouped_gemm):
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type[GroupedExperts], None]:
+        """Returns the experts, and None for their submodules, of which they have none."""
         return GroupedExperts, None
 
 
 def block_spec(
-    model: Model, memory: Memory | None, config, vp_stage: int | None
+    model: Model, memory: Memory | None, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """Returns the specs of the layers that this pipeline stage builds, with `memory` in the layers
-    that have it. config: megatron-core's."""
+    that have it."""
     if model.implementation == "transformer_engine":
         layer, norm = transformer_engine.layer_spec(config), transformer_engine.NORM
     else:
@@ -58,7 +64,7 @@ def block_spec(
     )
 
 
-def _torch_layer(config) -> ModuleSpec:
+def _torch_layer(config: TransformerConfig) -> ModuleSpec:
     backend = TorchBackend()
     attention = _latent_attention if config.multi_latent_attention else _grouped_query_attention
     return ModuleSpec(

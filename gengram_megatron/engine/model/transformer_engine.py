@@ -3,6 +3,7 @@ have the same names and shapes as with torch layers."""
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -13,6 +14,7 @@ from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 NORM = TENorm
@@ -25,8 +27,8 @@ FUSED_NORMS = {
 """Prefixes of norms that are fused with the next linear layer, and their names in checkpoints."""
 
 
-def layer_spec(config) -> ModuleSpec:
-    """Returns the spec of a layer without memory. config: megatron-core's."""
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Returns the spec of a layer without memory."""
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
@@ -44,7 +46,12 @@ class TransformerEngineExperts(TEGroupedMLP):
     """Transformer Engine's grouped linear layers, which hold one weight per expert. Checkpoints
     have the names and shapes of GroupedExperts."""
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, ShardedObject | ShardedTensorFactory]:
         """Returns the sharded state. Transformer Engine's extra state, which is not a tensor, is
         taken from megatron-core's; the weights are described as in GroupedExperts."""
         megatron_state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -63,7 +70,14 @@ class TransformerEngineExperts(TEGroupedMLP):
         return state
 
     def _to_checkpoint(
-        self, expert: int, gated: bool, sharded_offsets: tuple, key: str, weight: Tensor, replica, _
+        self,
+        expert: int,
+        gated: bool,
+        sharded_offsets: tuple[tuple[int, int, int], ...],
+        key: str,
+        weight: Tensor,
+        replica: tuple[int, int, int],
+        _: slice | None,
     ) -> list[ShardedTensor]:
         """Describes one expert's weight as a slice of the tensor of all experts: [1, 2, f, h] for
         linear_fc1 (gate and up), [1, h, f] for linear_fc2."""

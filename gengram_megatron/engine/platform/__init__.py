@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def import_quietly(compiled: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     compiler = torch.compile
     if not compiled:
-        torch.compile = lambda function: function
+        torch.compile = lambda function: function  # type: ignore[assignment]  # a decorator
     try:
         importlib.import_module("megatron.core.models.gpt")
         importlib.import_module("megatron.core.optimizer")
@@ -46,12 +47,14 @@ def patch_missing_transformer_engine() -> None:
     GPUs."""
     core = "megatron.core."
     # The router tests `te_general_gemm is not None`, a name that its failed import left undefined.
-    importlib.import_module(core + "transformer.moe.moe_utils").te_general_gemm = None
+    router: Any = importlib.import_module(core + "transformer.moe.moe_utils")
+    router.te_general_gemm = None
     # Latent attention concludes that Transformer Engine is installed from the fact that it can
     # import megatron-core's wrappers for it.
-    importlib.import_module(core + "transformer.multi_latent_attention").HAVE_TE = False
+    attention: Any = importlib.import_module(core + "transformer.multi_latent_attention")
+    attention.HAVE_TE = False
     # The default fp8=False counts as on (`fp8 is not None`), which needs Transformer Engine.
-    random = importlib.import_module(core + "tensor_parallel.random")
+    random: Any = importlib.import_module(core + "tensor_parallel.random")
     random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 

@@ -10,9 +10,13 @@ to host, or use collectives that gloo lacks. Nothing in this module runs where C
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 CPU = torch.device("cpu")
 _FACTORIES = (
@@ -24,35 +28,35 @@ _FACTORIES = (
 class _Stream:
     """A stream on the CPU. Work is done when a call returns, so all streams are equal and idle."""
 
-    def __init__(self, *_, **__): ...
+    def __init__(self, *_: Any, **__: Any): ...
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Stream)
 
     __hash__ = object.__hash__
 
-    def synchronize(self): ...
+    def synchronize(self) -> None: ...
 
-    def wait_stream(self, stream): ...
+    def wait_stream(self, stream: "_Stream") -> None: ...
 
-    def wait_event(self, event): ...
+    def wait_event(self, event: "_Event") -> None: ...
 
-    def record_event(self, event=None):
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
         return event or _Event()
 
 
 class _Event:
     """An event that has always happened."""
 
-    def __init__(self, *_, **__): ...
+    def __init__(self, *_: Any, **__: Any): ...
 
-    def record(self, stream=None): ...
+    def record(self, stream: _Stream | None = None) -> None: ...
 
-    def wait(self, stream=None): ...
+    def wait(self, stream: _Stream | None = None) -> None: ...
 
-    def synchronize(self): ...
+    def synchronize(self) -> None: ...
 
-    def query(self):
+    def query(self) -> bool:
         return True
 
 
@@ -92,9 +96,9 @@ def stand_in_for_cuda() -> None:
 def _redirect_tensors() -> None:
     """Makes torch create tensors for "cuda" on the CPU, and name tensor types as on a GPU."""
 
-    def on_cpu(factory):
+    def on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(factory)
-        def create(*args, device=None, pin_memory=None, **kwargs):
+        def create(*args: Any, device: Any = None, pin_memory: Any = None, **kwargs: Any) -> Tensor:
             if device is not None:
                 kwargs["device"] = CPU if str(device).startswith("cuda") else device
             return factory(*args, **kwargs)
@@ -103,22 +107,24 @@ def _redirect_tensors() -> None:
 
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *_, **__: self
+    tensor_class: Any = Tensor
+    tensor_class.cuda = lambda self, *_, **__: self
 
-    type_of = torch.Tensor.type
+    type_of = Tensor.type
 
-    def cuda_type(self, dtype=None, **kwargs):
+    def cuda_type(self: Tensor, dtype: Any = None, **kwargs: Any) -> str | Tensor:
         """Returns the name of the CUDA type, by which DistributedOptimizer groups parameters."""
         if dtype is None and self.device == CPU:
             return type_of(self).replace("torch.", "torch.cuda.", 1)
-        return type_of(self, dtype, **kwargs)
+        converted: str | Tensor = type_of(self, dtype, **kwargs)
+        return converted
 
-    torch.Tensor.type = cuda_type
+    tensor_class.type = cuda_type
 
 
 def adapt_megatron() -> None:
     """Replaces the functions of megatron-core that only work on a GPU."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     # The tracker warns if the CPU's random state changes inside its context; here it has to.
@@ -126,10 +132,10 @@ def adapt_megatron() -> None:
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
-    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     move_to_cpu = dispatcher.maybe_move_tensor_to_cpu
 
-    def splits_as_numpy(tensor, as_numpy=False, record_stream=False):
+    def splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         """With as_numpy also converts CPU tensors, which the original returns unchanged: all_to_all
         needs numbers."""
         moved = move_to_cpu(tensor, as_numpy=as_numpy, record_stream=False)
@@ -137,7 +143,7 @@ def adapt_megatron() -> None:
 
     dispatcher.maybe_move_tensor_to_cpu = splits_as_numpy
 
-    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     mappings._gather_along_first_dim = _uneven_by_sum(
         mappings._gather_along_first_dim, _gather_uneven
     )
@@ -146,14 +152,21 @@ def adapt_megatron() -> None:
     )
 
 
-def _uneven_by_sum(even, uneven):
+def _uneven_by_sum(
+    even: Callable[..., Tensor], uneven: Callable[[Tensor, ProcessGroup, list[int]], Tensor]
+) -> Callable[..., Tensor]:
     """Returns a collective that calls `uneven` if parts differ in size, and else `even`.
 
     gloo gathers and scatters only parts of equal size, but experts that are split over tensor- and
     expert-parallel ranks need parts of any size.
     """
 
-    def collective(input_, group, split_sizes=None, use_global_buffer=False):
+    def collective(
+        input_: Tensor,
+        group: ProcessGroup,
+        split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> Tensor:
         if split_sizes is None or group.size() == 1:
             return even(input_, group, split_sizes, use_global_buffer)
         return uneven(input_, group, split_sizes)
@@ -161,14 +174,15 @@ def _uneven_by_sum(even, uneven):
     return collective
 
 
-def _gather_uneven(input_, group, split_sizes):
+def _gather_uneven(input_: Tensor, group: ProcessGroup, split_sizes: list[int]) -> Tensor:
     whole = input_.new_zeros((sum(split_sizes), *input_.shape[1:]))
     whole.split(split_sizes)[group.rank()].copy_(input_)
     torch.distributed.all_reduce(whole, group=group)
     return whole
 
 
-def _reduce_scatter_uneven(input_, group, split_sizes):
+def _reduce_scatter_uneven(input_: Tensor, group: ProcessGroup, split_sizes: list[int]) -> Tensor:
     whole = input_.clone()
     torch.distributed.all_reduce(whole, group=group)
-    return whole.split(split_sizes)[group.rank()].clone()
+    part: Tensor = whole.split(split_sizes)[group.rank()]
+    return part.clone()

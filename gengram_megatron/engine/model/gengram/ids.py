@@ -9,6 +9,7 @@ a k-mer and its reverse complement is used. Tables of large k hash the number to
 
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ class KmerIds:
     ids: tuple[Tensor, ...]
     tables: tuple[KmerTable, ...]
     documents: Tensor | None = None
-    plans: list = field(default_factory=list)
+    plans: list[Any] = field(default_factory=list)
     """For rows that other ranks hold: which rank sends which rows, filled in by tables.py."""
 
     @classmethod
@@ -136,7 +137,7 @@ def _shared_rows(k: int) -> Tensor:
     return (digits <= backward).cumsum(0) - 1
 
 
-def _shift(x: Tensor, positions: int, fill) -> Tensor:
+def _shift(x: Tensor, positions: int, fill: int) -> Tensor:
     """Shifts x [b, s] to the right along the sequence and fills the start with `fill`."""
     if positions == 0:
         return x

@@ -18,7 +18,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from gengram_megatron.engine.model.gengram.ids import KmerIds
@@ -35,7 +38,12 @@ from gengram_megatron.engine.model.sequence import Halo, TokenRange, context_ran
 class GengramMemory(MemoryModule):
     """Computes algorithm 1 of the paper, for this rank's part of the sequence and of the tables."""
 
-    def __init__(self, config, gengram: GengramShape, pg_collection):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        gengram: GengramShape,
+        pg_collection: ProcessGroupCollection,
+    ):
         super().__init__(config=config)
         self.shape = gengram
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
@@ -44,7 +52,7 @@ class GengramMemory(MemoryModule):
         self.projection = KeyValueProjection(config, gengram, self.tp_group, dp_group)
         self.gate = Gate(config, gengram.signed_sqrt)
         self.output = self._output()
-        self.projected = None
+        self.projected: ProjectedTables | None = None
         if gengram.project == "tables":
             self.projected = ProjectedTables(self.tables, self.projection, gengram)
 
@@ -63,14 +71,18 @@ class GengramMemory(MemoryModule):
         local_ranges = ranges
         if self.config.sequence_parallel:
             local_ranges = sequence_ranges(ranges, self.tp_group.size(), self.tp_group.rank())
+        added: Tensor
         if self.projected is not None:
             # Look-ups are so cheap that not even keys and values are kept for the backward pass.
-            return checkpoint(self._from_tables, hidden, local_ranges, kmers, use_reentrant=False)
-        key_value = self._from_features(kmers, ranges)
-        # What follows is cheap to recompute, and would otherwise keep a dozen tensors.
-        return checkpoint(
-            self._gate_and_output, hidden, key_value, local_ranges, kmers, use_reentrant=False
-        )
+            from_tables = partial(self._from_tables, self.projected)
+            added = checkpoint(from_tables, hidden, local_ranges, kmers, use_reentrant=False)
+        else:
+            key_value = self._from_features(kmers, ranges)
+            # What follows is cheap to recompute, and would otherwise keep a dozen tensors.
+            added = checkpoint(
+                self._gate_and_output, hidden, key_value, local_ranges, kmers, use_reentrant=False
+            )
+        return added
 
     def _from_features(self, kmers: KmerIds, ranges: list[TokenRange]) -> Tensor:
         """Looks up rows, pools and projects them. Returns key and value, [s_local, b, 2 h]."""
@@ -83,19 +95,25 @@ class GengramMemory(MemoryModule):
             ranges=ranges,
             documents=kmers.documents,
         )
-        return self.projection(pool, rows)
+        key_value: Tensor = self.projection(pool, rows)
+        return key_value
 
     def _from_tables(
-        self, hidden: Tensor, local_ranges: list[TokenRange], kmers: KmerIds
+        self,
+        projected: ProjectedTables,
+        hidden: Tensor,
+        local_ranges: list[TokenRange],
+        kmers: KmerIds,
     ) -> Tensor:
-        key_value = self.projected.key_value(kmers, local_ranges)
+        key_value = projected.key_value(kmers, local_ranges)
         return self._gate_and_output(hidden, key_value, local_ranges, kmers)
 
     def _gate_and_output(
         self, hidden: Tensor, key_value: Tensor, local_ranges: list[TokenRange], kmers: KmerIds
     ) -> Tensor:
         key, value = key_value.chunk(2, dim=-1)
-        return self.output(self.gate(hidden, key) * value, local_ranges, kmers)
+        output: Tensor = self.output(self.gate(hidden, key) * value, local_ranges, kmers)
+        return output
 
     def describe(self) -> str:
         """Returns in words whether features or tables are projected."""
@@ -111,7 +129,7 @@ class GengramMemory(MemoryModule):
 class Gate(nn.Module):
     """Computes the gate from the hidden state and the key."""
 
-    def __init__(self, config, signed_sqrt: bool):
+    def __init__(self, config: TransformerConfig, signed_sqrt: bool):
         super().__init__()
         self.signed_sqrt = signed_sqrt
         self.norm_hidden = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -143,7 +161,7 @@ class PlainOutput(nn.Module):
 class NormOutput(nn.Module):
     """Computes SiLU(RMSNorm(o))."""
 
-    def __init__(self, config):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
@@ -158,7 +176,13 @@ class ConvolutionOutput(nn.Module):
     weight: [kernel, h]; the last tap multiplies the current token.
     """
 
-    def __init__(self, config, gengram: GengramShape, tp_group, cp_group):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        gengram: GengramShape,
+        tp_group: ProcessGroup,
+        cp_group: ProcessGroup,
+    ):
         super().__init__()
         self.kernel, self.dilation = gengram.conv_kernel, max(gengram.kmer_sizes)
         reach = (self.kernel - 1) * self.dilation

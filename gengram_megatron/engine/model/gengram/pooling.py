@@ -9,7 +9,9 @@ A sum over a window of `span` positions is built from sums over 1, 2, 4, ... pos
 sequence, as that of a difference of prefix sums does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ class Windows:
             return sliding_sum(x, self.span, self.documents)
         total = torch.zeros_like(x)
         for back in range(min(self.span, len(x))):
-            total[back:] += x[: len(x) - back] * self._counts(back)
+            total[back:] += x[: len(x) - back] * self._counts(self.distinct, back)
         return total
 
     def spread(self, x: Tensor) -> Tensor:
@@ -50,17 +52,17 @@ class Windows:
             return sliding_sum(x, self.span, self.documents, ahead=True)
         total = torch.zeros_like(x)
         for back in range(min(self.span, len(x))):
-            total[: len(x) - back] += x[back:] * self._counts(back)
+            total[: len(x) - back] += x[back:] * self._counts(self.distinct, back)
         return total
 
-    def _counts(self, back: int) -> Tensor:
+    def _counts(self, distinct: Tensor, back: int) -> Tensor:
         """Returns whether the k-mer at each position counts in the window of the position `back`
         positions later, [s - back, b, 1]: it does if it is the last of its kind in that window and
         in the same document."""
-        length = len(self.distinct) - back
-        counts = torch.ones_like(self.distinct[:length], dtype=torch.bool)
+        length = len(distinct) - back
+        counts = torch.ones_like(distinct[:length], dtype=torch.bool)
         for ahead in range(1, back + 1):
-            counts &= self.distinct[:length] != self.distinct[ahead : length + ahead]
+            counts &= distinct[:length] != distinct[ahead : length + ahead]
         if self.documents is not None:
             counts &= self.documents[:length] == self.documents[back:]
         return counts.unsqueeze(-1)
@@ -95,6 +97,7 @@ def sliding_sum(
                 add_shifted(total, power, covered, out=total)
             covered += size
         if covered == span:
+            assert total is not None  # a span is at least 1
             return total
         edge = slice(max(len(power) - size, 0), None) if ahead else slice(0, size)
         doubled = torch.empty_like(power)
@@ -122,8 +125,8 @@ class Pooling:
 
 
 def pooled_features(
-    rows: list[Tensor],
-    ids: list[Tensor],
+    rows: Sequence[Tensor],
+    ids: Sequence[Tensor],
     tables: tuple[KmerTable, ...],
     pooling: Pooling,
     ranges: list[TokenRange],
@@ -162,12 +165,21 @@ def window_mean(
     table: [rows, d]; ids: [b, s] of whole sequences, `rows` for k-mers that are not valid;
     documents: [b, s], or None; windows end at document borders.
     """
-    return _WindowMean.apply(table, ids, documents, k, pooling, ranges)
+    means: Tensor = _WindowMean.apply(table, ids, documents, k, pooling, ranges)
+    return means
 
 
 class _WindowMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, ids, documents, k, pooling, ranges):
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        ids: Tensor,
+        documents: Tensor | None,
+        k: int,
+        pooling: Pooling,
+        ranges: list[TokenRange],
+    ) -> Tensor:
         ctx.save_for_backward(ids, documents)
         blocks = split_into_blocks(ranges, table.is_cuda)
         ctx.k, ctx.pooling, ctx.blocks = k, pooling, blocks
@@ -182,7 +194,7 @@ class _WindowMean(torch.autograd.Function):
         return torch.cat(out).to(table.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """The gradient of a row is the sum, over the windows that contain its k-mers, of the
         window's gradient divided by the window's number of valid k-mers."""
         ids, documents = ctx.saved_tensors
@@ -218,7 +230,7 @@ def split_into_blocks(ranges: list[TokenRange], on_gpu: bool) -> list[TokenRange
 
 
 def _block_windows(
-    ctx, ids: Tensor, documents: Tensor | None, block: TokenRange
+    ctx: Any, ids: Tensor, documents: Tensor | None, block: TokenRange
 ) -> tuple[Tensor, Windows]:
     """Returns the ids [s, b] of a block and of the span - 1 tokens to its left, and the windows
     over them."""

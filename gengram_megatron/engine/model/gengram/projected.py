@@ -24,7 +24,9 @@ The window is then the sum of L_K rows of Q_K and one row of E_{K-1}: 17 rows fo
 6, instead of 111. The term of a single k-mer is P_k[i] / L_k = Q_k[i] - Q_{k-1}[i mod 5^(k-1)].
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +56,7 @@ class FoldedRows:
 
     def first(self, k: int) -> int:
         """Returns the first row of Q_k, which comes after Q_1 .. Q_{k-1}."""
-        return (ALPHABET_SIZE**k - ALPHABET_SIZE) // (ALPHABET_SIZE - 1)
+        return int((ALPHABET_SIZE**k - ALPHABET_SIZE) // (ALPHABET_SIZE - 1))
 
     @property
     def edge(self) -> slice:
@@ -66,10 +68,15 @@ class FoldedRows:
     @property
     def total(self) -> int:
         """The total number of rows."""
-        return self.edge.stop
+        return int(self.edge.stop)
 
 
-def fold(rows: FoldedRows, tables: list[Tensor], weight: Tensor, reduce) -> Tensor:
+def fold(
+    rows: FoldedRows,
+    tables: Sequence[Tensor],
+    weight: Tensor,
+    reduce: Callable[[Tensor], None],
+) -> Tensor:
     """Projects and folds the tables. Returns Q_1 .. Q_K, E_{K-1}: [rows.total, 2 h], in float32 or
     the weight's dtype if that is wider.
 
@@ -100,7 +107,7 @@ def fold(rows: FoldedRows, tables: list[Tensor], weight: Tensor, reduce) -> Tens
 
 
 def unfold(
-    rows: FoldedRows, grad: Tensor, tables: list[Tensor], weight: Tensor
+    rows: FoldedRows, grad: Tensor, tables: Sequence[Tensor], weight: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """The adjoint of `fold`. Returns the gradients of the tables and of the weight.
 
@@ -112,7 +119,8 @@ def unfold(
             grad[rows.slice_of(k)] += edge
             edge = edge.unflatten(0, (-1, ALPHABET_SIZE)).sum(1)
     weight = weight.to(grad.dtype)
-    table_grads, weight_grad = [], torch.empty_like(weight)
+    table_grads: list[Tensor] = []
+    weight_grad = torch.empty_like(weight)
     for k in range(rows.longest, 0, -1):
         projected, scale = grad[rows.slice_of(k)], 1 / rows.pooling.span(k)
         if k > 1:
@@ -135,7 +143,8 @@ class ProjectedTables:
         self.projection = projection
         self.tables = [tables.weights[table.name] for table in shape.tables]
         self.rows = FoldedRows(max(shape.kmer_sizes), shape.pooling)
-        self.folded = self.grad = None
+        self.folded: Tensor | None = None
+        self.grad: Tensor | None = None
         self.versions: list[int] = []
 
     def key_value(self, kmers: KmerIds, local_ranges: list[TokenRange]) -> Tensor:
@@ -204,8 +213,16 @@ class _LookUp(torch.autograd.Function):
     backward pass; its gradient, like those of the tables, is computed once per step."""
 
     @staticmethod
-    def forward(ctx, weight, projected, ids, documents, ranges):
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        projected: ProjectedTables,
+        ids: Tensor,
+        documents: Tensor | None,
+        ranges: list[TokenRange],
+    ) -> Tensor:
         rows, folded = projected.rows, projected.folded
+        assert folded is not None  # key_value has refreshed it
         ctx.projected, ctx.ids, ctx.documents, ctx.ranges = projected, ids, documents, ranges
         out = []
         for block in split_into_blocks(ranges, folded.is_cuda):
@@ -219,7 +236,7 @@ class _LookUp(torch.autograd.Function):
         return torch.cat(out)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None, None]:
         projected, ids = ctx.projected, ctx.ids
         rows, folded = projected.rows, projected.folded
         if projected.grad is None:

@@ -9,7 +9,8 @@ The features are the widest tensor of the memory (6 d_m per token) and cheap to 
 not kept for the backward pass, which pools again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.initialize import (
@@ -37,7 +40,13 @@ class KeyValueProjection(nn.Module):
         one axis because megatron-core excludes parameters with one axis from weight decay.
     """
 
-    def __init__(self, config, gengram: GengramShape, tp_group, dp_group):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        gengram: GengramShape,
+        tp_group: ProcessGroup,
+        dp_group: ProcessGroup,
+    ):
         super().__init__()
         self.tp_group, self.dp_group = tp_group, dp_group
         self.sequence_parallel = config.sequence_parallel
@@ -51,7 +60,7 @@ class KeyValueProjection(nn.Module):
             bias_init = init_method if published else init_tag(InitialLaw(constant=0.0))
             self.bias = whole_weight((2 * config.hidden_size,), config, bias_init)
 
-    def forward(self, pool: Callable[[list[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
+    def forward(self, pool: Callable[[Sequence[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
         """pool: computes the features [s, b, number of k * d / tp] from the rows. Returns key and
         value concatenated, [s, b, 2 h], or [s / tp, b, 2 h] under sequence parallelism."""
         partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *rows)
@@ -66,7 +75,14 @@ class KeyValueProjection(nn.Module):
         tensor-parallel ranks, so that the bias is added only once. Returns the same shape."""
         return key_value if self.bias is None else key_value + self.bias
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, ShardedTensor]:
+        """Returns the sharded state: the weight, whose last axis is split over the tensor-parallel
+        ranks, and the bias, which each of them holds."""
         before = len(sharded_offsets)
         state = {
             f"{prefix}weight": ShardedTensor.from_rank_offsets(
@@ -93,13 +109,15 @@ class _LinearOfPooled(torch.autograd.Function):
     """Computes pool(rows) @ weight^T, and pools again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, pool, weight, *rows):
+    def forward(
+        ctx: Any, pool: Callable[[Sequence[Tensor]], Tensor], weight: Tensor, *rows: Tensor
+    ) -> Tensor:
         ctx.pool = pool
         ctx.save_for_backward(weight, *rows)
         return F.linear(pool(rows), weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *rows = ctx.saved_tensors
         rows = [x.detach().requires_grad_() for x in rows]
         with torch.enable_grad():

@@ -1,14 +1,13 @@
 """The settings of `model.gengram` that determine a memory module."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gengram_megatron.config.tables import KmerTable, Placement
 from gengram_megatron.engine.model.gengram.pooling import Pooling
-from gengram_megatron.engine.model.initialize import init_tag, torch_default
+from gengram_megatron.engine.model.initialize import InitMethod, init_tag, torch_default
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,14 @@ class GengramShape:
     project: Literal["features", "tables"] = "features"
     projection_bias: bool = False
 
-    def init_method(self, config, fan_in: int) -> Callable[[nn.Parameter], nn.Parameter]:
+    def init_method(self, config: TransformerConfig, fan_in: int) -> InitMethod:
         """Returns the init method of a weight other than tables and norms: torch's default if
         `init` is published, else that of megatron-core's config. fan_in: the inputs to each
         output."""
         if self.init == "published":
             return init_tag(torch_default(fan_in))
-        return config.init_method
+        init_method: InitMethod = config.init_method
+        return init_method
 
     @property
     def kmer_sizes(self) -> tuple[int, ...]:

@@ -11,17 +11,20 @@ Row ids depend only on the tokens, so the ranks exchange their requests once per
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from gengram_megatron.config.tables import Placement
 from gengram_megatron.engine.model.gengram.ids import KmerIds
 from gengram_megatron.engine.model.gengram.shape import GengramShape
-from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, split_weight
+from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, mark, split_weight
 from gengram_megatron.engine.model.sequence import TokenRange
 
 
@@ -47,7 +50,9 @@ class RowPlan:
     group: dist.ProcessGroup
 
     @classmethod
-    def negotiate(cls, needed: list[Tensor], rows: list[int], group) -> "RowPlan":
+    def negotiate(
+        cls, needed: list[Tensor], rows: list[int], group: dist.ProcessGroup
+    ) -> "RowPlan":
         """Exchanges requests with the group; all of its ranks must call this together.
 
         needed[t]: the distinct rows of table t that this rank needs, in ascending order.
@@ -58,15 +63,15 @@ class RowPlan:
             torch.tensor([first_row(n, r, size) for r in range(1, size)], device=indices.device)
             for n, indices in zip(rows, needed)
         ]
-        recv_counts = torch.stack(
+        receive = torch.stack(
             [
                 torch.bucketize(indices, bounds, right=True).bincount(minlength=size)
                 for indices, bounds in zip(needed, boundaries)
             ]
         )
-        send_counts = torch.empty_like(recv_counts.t().contiguous())
-        dist.all_to_all_single(send_counts, recv_counts.t().contiguous(), group=group)
-        recv_counts, send_counts = recv_counts.tolist(), send_counts.t().tolist()
+        send = torch.empty_like(receive.t().contiguous())
+        dist.all_to_all_single(send, receive.t().contiguous(), group=group)
+        recv_counts, send_counts = receive.tolist(), send.t().tolist()
         requested = exchange(needed, recv_counts, send_counts, group)
         local_rows = [indices - first_row(n, rank, size) for n, indices in zip(rows, requested)]
         return cls(recv_counts, send_counts, local_rows, group)
@@ -80,7 +85,10 @@ class FetchRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plan: RowPlan, columns: list[int] | None, *shards: Tensor):
+    def forward(
+        ctx: Any, plan: RowPlan, columns: list[int] | None, *shards: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Returns for each table the fetched rows, grouped by the rank that sent them."""
         ctx.plan, ctx.columns = plan, columns
         ctx.shapes = [shard.shape for shard in shards]
         outgoing = [shard[local_rows] for shard, local_rows in zip(shards, plan.local_rows)]
@@ -92,7 +100,8 @@ class FetchRows(torch.autograd.Function):
         return tuple(exchange(outgoing, plan.send_counts, plan.recv_counts, plan.group))
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns for each shard the sum of the gradients of the rows that it sent."""
         plan = ctx.plan
         received = exchange(list(grads), plan.recv_counts, plan.send_counts, plan.group)
         shards = []
@@ -109,7 +118,10 @@ class FetchRows(torch.autograd.Function):
 
 
 def exchange(
-    tensors: list[Tensor], send_counts: list[list[int]], recv_counts: list[list[int]], group
+    tensors: list[Tensor],
+    send_counts: list[list[int]],
+    recv_counts: list[list[int]],
+    group: dist.ProcessGroup,
 ) -> list[Tensor]:
     """Exchanges rows with all ranks of the group, in one collective for all tables.
 
@@ -160,13 +172,18 @@ class _Weights(nn.Module):
         return self[name]
 
     def __getitem__(self, name: str) -> nn.Parameter:
-        return getattr(self, name)
+        return self.get_parameter(name)
 
 
 class Tables(nn.Module):
     """A layer's tables; weights["k6"] is this rank's part of the table of 6-mers."""
 
-    def __init__(self, config, gengram: GengramShape, pg_collection):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        gengram: GengramShape,
+        pg_collection: ProcessGroupCollection,
+    ):
         super().__init__()
         self.shape, self.groups = gengram, pg_collection
         self.weights = _Weights(
@@ -213,7 +230,8 @@ class Tables(nn.Module):
             rows = [self.shape.placements[i].table.rows for i in remote]
             group = self._rows_group(self.shape.placements[remote[0]])
             kmers.plans.append((RowPlan.negotiate(needed, rows, group), indices))
-        return kmers.plans[0]
+        plan: tuple[RowPlan, list[Tensor]] = kmers.plans[0]
+        return plan
 
     def _columns(self, remote: list[int]) -> list[int] | None:
         """Returns the number of columns that each rank of a tensor-parallel group gets; None in
@@ -223,9 +241,13 @@ class Tables(nn.Module):
             return None
         return [placement.table.columns // self.groups.tp.size() for placement in placements]
 
-    def _rows_group(self, placement: Placement):
+    def _rows_group(self, placement: Placement) -> dist.ProcessGroup:
         """Returns the group that the rows of a table are split over."""
-        groups = {"tensor": self.groups.tp, "expert": self.groups.ep, "data": self.groups.dp_cp}
+        groups: dict[str | None, dist.ProcessGroup] = {
+            "tensor": self.groups.tp,
+            "expert": self.groups.ep,
+            "data": self.groups.dp_cp,
+        }
         return groups[placement.over]
 
     def _local(self, placement: Placement) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -240,17 +262,24 @@ class Tables(nn.Module):
         column = 0 if placement.over == "tensor" else tp.rank() * columns
         return (last - first, columns), (first, column)
 
-    def _parameter(self, config, placement: Placement) -> nn.Parameter:
+    def _parameter(self, config: TransformerConfig, placement: Placement) -> nn.Parameter:
         axis = 0 if placement.over == "tensor" else 1
         init_method = init_tag(InitialLaw(std=self.shape.init_std))
         table = split_weight(self._local(placement)[0], axis, config, init_method)
-        table.is_gengram_table = True  # may have its own learning rate and weight decay
+        # It may have its own learning rate and weight decay.
+        mark(table, is_gengram_table=True)
         # Ranks that hold different rows must not sum their gradients (model/data_parallel.py).
-        table.rows_over = placement.over if placement.over in ("expert", "data") else None
-        table.allreduce = table.rows_over is None
+        rows_over = placement.over if placement.over in ("expert", "data") else None
+        mark(table, rows_over=rows_over, allreduce=rows_over is None)
         return table
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, ShardedTensor]:
+        """Returns the sharded state: each table is one global tensor, however it is split."""
         state = {}
         for placement in self.shape.placements:
             name = placement.table.name
@@ -271,7 +300,8 @@ class Tables(nn.Module):
         """Returns the number of this rank among those that hold copies of the same part."""
         if placement.over == "data":
             return 0
-        return (self.groups.expt_dp if placement.over == "expert" else self.groups.dp_cp).rank()
+        copies = self.groups.expt_dp if placement.over == "expert" else self.groups.dp_cp
+        return int(copies.rank())
 
 
 def _distinct(ids: Tensor, rows: int, span: int, ranges: list[TokenRange]) -> tuple[Tensor, Tensor]:
