@@ -87,7 +87,7 @@ def all_reduce(rank: str, of: str, meeting: str) -> dict[str, Any]:
     backend, device = ("nccl", f"cuda:{index}") if gpus else ("gloo", "cpu")
     if gpus:
         torch.cuda.set_device(index)
-    store = dist.FileStore(meeting, size)  # type: ignore[attr-defined]  # documented, but not in __all__
+    store = dist.FileStore(meeting, size)
     dist.init_process_group(
         backend, store=store, rank=index, world_size=size, timeout=timedelta(seconds=60)
     )
