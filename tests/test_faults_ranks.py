@@ -1,8 +1,10 @@
 """A rank that computes nonsense, and one that hangs: the job ends, and says which one and where."""
 
 import json
+import sys
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -123,6 +125,14 @@ def test_who_is_named(tmp_path, marks, waits, named) -> None:
             (tmp_path / f"rank_{rank}.txt").write_text(json.dumps(asdict(report)) + "\nstack\n")
     watchdog = Watchdog(5, tmp_path, rank=0, ranks=3)
     assert named in watchdog.verdict(watchdog.reports())
+
+
+def test_watchdog_needs_no_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python sets both to None where it was closed, as by 2>&- in a shell."""
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "__stderr__", None)
+    with Watchdog(600, tmp_path, rank=0, ranks=1) as watchdog:
+        watchdog.mark(1, "computing")
 
 
 def test_watchdog_lets_a_run_be_that_goes_on(lab: Lab) -> None:

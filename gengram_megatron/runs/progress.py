@@ -79,7 +79,7 @@ class Progress:
         seconds: float,
         data_wait: float,
         model_flops_utilisation: float | None = None,
-        peak_memory_bytes: int | None = None,
+        peak_memory_bytes: float | None = None,
     ) -> None:
         """Shows one training step.
 

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from gengram_megatron.config.schema import Config
@@ -30,7 +33,7 @@ from gengram_megatron.engine.checkpoint.restore import (
     set_adam_steps,
     without_extra_states,
 )
-from gengram_megatron.engine.model.data_parallel import unwrapped
+from gengram_megatron.engine.model.data_parallel import DataParallel, unwrapped
 from gengram_megatron.engine.model.initialize import sharded_parameters
 
 WeightShards = list[tuple[ShardedTensor, int]]
@@ -38,9 +41,9 @@ WeightShards = list[tuple[ShardedTensor, int]]
 flattened weight."""
 
 
-def weight_shards(chunks: list[nn.Module]) -> dict[nn.Parameter, WeightShards]:
+def weight_shards(chunks: list[MegatronModule]) -> dict[nn.Parameter, WeightShards]:
     """Returns the shards of each weight of a rank's model chunks, without the data."""
-    shards = {}
+    shards: dict[nn.Parameter, WeightShards] = {}
     for chunk in chunks:
         for shard, weight, start in sharded_parameters(chunk):
             assert shard.data.is_contiguous(), f"{shard.key}: its elements are not one range"
@@ -110,11 +113,12 @@ STATE_PREFIXES = {"param": MASTER_PREFIXES[0], **MOMENT_PREFIXES}
 class MegatronContents:
     """What one rank writes to a checkpoint and loads from one."""
 
-    def __init__(self, config: Config, chunks: list, optimizer):
-        self.config, self.chunks, self.optimizer = config, chunks, optimizer
-        self.shards = weight_shards(unwrapped(chunks))
+    def __init__(self, config: Config, chunks: list[DataParallel], optimizer: ChainedOptimizer):
+        self.config, self.optimizer = config, optimizer
+        self.models: list[MegatronModule] = unwrapped(chunks)
+        self.shards = weight_shards(self.models)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """Returns weights and optimizer as sharded tensors: views; nothing is gathered."""
         model = self._model_state()
         if not self.config.optimizer.distributed:
@@ -166,8 +170,8 @@ class MegatronContents:
     def _load_weights(self, path: Path) -> None:
         state = without_extra_states(self._model_state())
         load_tensors(state, path)
-        for index, chunk in enumerate(unwrapped(self.chunks)):
-            chunk.load_state_dict(state[f"model{index}"])
+        for index, model in enumerate(self.models):
+            model.load_state_dict(state[f"model{index}"])
 
     def _load_plain_optimizer(self, path: Path, stored: set[str]) -> None:
         state = self.optimizer.sharded_state_dict(
@@ -177,14 +181,14 @@ class MegatronContents:
         load_tensors(state, path)
         self.optimizer.load_state_dict(state)
 
-    def _metadata(self) -> dict:
+    def _metadata(self) -> dict[str, Any]:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         return {**CONTENT_METADATA, "dp_cp_group": group}
 
-    def _model_state(self) -> dict:
+    def _model_state(self) -> dict[str, Any]:
         return {
-            f"model{index}": chunk.sharded_state_dict(metadata=self._metadata())
-            for index, chunk in enumerate(unwrapped(self.chunks))
+            f"model{index}": model.sharded_state_dict(metadata=self._metadata())
+            for index, model in enumerate(self.models)
         }
 
     def make_optimizer_states(self) -> None:

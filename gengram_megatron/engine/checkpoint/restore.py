@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import LARGEST_DIRECT
@@ -61,7 +62,7 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
     The error is CannotLoad if the cause is the checkpoint. Any other error is raised unchanged on
     the ranks where it occurred, and as a UserError on the others.
     """
-    result = error = None
+    error: BaseException | None = None
     try:
         result = action()
     except (Exception, CheckpointException) as caught:
@@ -70,7 +71,7 @@ def on_all_ranks(action: Callable[[], Result]) -> Result:
     failures: dict[int, tuple[bool, str]] = {}
     for rank_failures in gather({rank: _described(cause) for rank, cause in causes.items()}):
         failures |= rank_failures
-    if any(map(_unrelated_to_checkpoint, causes.values())):
+    if error is not None and any(map(_unrelated_to_checkpoint, causes.values())):
         raise error
     for unrelated, message in failures.values():
         if unrelated:
@@ -129,10 +130,9 @@ CHANGEABLE_IN_NEW_RUN = {"model.seq_length", "model.rotary_base"}
 """Further keys that may change in a run which starts from another run's weights."""
 
 
-def source_checkpoints(config: Config) -> list[Path]:
+def source_checkpoints(given: Path) -> list[Path]:
     """Returns the checkpoints that checkpoint.load refers to, in the order of their steps: the one
     that it names, or all in a run's folder."""
-    given = Path(config.checkpoint.load)
     if checkpoints := checkpoints_at(given):
         return checkpoints
     raise UserError(
@@ -142,7 +142,9 @@ def source_checkpoints(config: Config) -> list[Path]:
     )
 
 
-def check_same_model(checkpoint: Path, stored: dict, config: Config, new_run: bool) -> None:
+def check_same_model(
+    checkpoint: Path, stored: dict[str, Any], config: Config, new_run: bool
+) -> None:
     """Raise UserError if the checkpoint's `model` section describes a different model from the
     config's.
 
@@ -160,7 +162,7 @@ def check_same_model(checkpoint: Path, stored: dict, config: Config, new_run: bo
             )
 
 
-def _settings(model: dict) -> dict[str, object]:
+def _settings(model: dict[str, Any]) -> dict[str, object]:
     """Returns the keys of a `model` section that have an effect, dotted, with their values."""
     model = {**model, "gengram": {**model["gengram"]}}
     gengram = model["gengram"]
@@ -184,7 +186,7 @@ RANK_KEYS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_te
 """The keys of a layout that determine which part of the model a rank has."""
 
 
-def load_tensors(state: dict, path: Path) -> None:
+def load_tensors(state: dict[Any, Any], path: Path) -> None:
     """Replace the descriptions in a sharded state dict by what the checkpoint holds."""
     entries = [
         (container, key, value)
@@ -201,7 +203,7 @@ def load_tensors(state: dict, path: Path) -> None:
         container[key] = loaded[number] if number in sharded else value.unwrap()
 
 
-def without_extra_states(model: dict) -> dict:
+def without_extra_states(model: dict[str, Any]) -> dict[str, Any]:
     """Set Transformer Engine's extra states in a model's sharded state dict to None, and return the
     dict. They are empty except with FP8."""
     for container, key, value in list(nested_items_iter(model)):
@@ -221,7 +223,7 @@ def master_prefix(stored: set[str]) -> str:
     return next((m for m in MASTER_PREFIXES if any(name.startswith(m) for name in stored)), "")
 
 
-def rename_masters(state: dict, stored: set[str]) -> None:
+def rename_masters(state: dict[str, Any], stored: set[str]) -> None:
     """Rename the master weights in an optimizer's sharded state dict as they are named in the
     checkpoint."""
     stored_prefix = master_prefix(stored)
@@ -231,7 +233,7 @@ def rename_masters(state: dict, stored: set[str]) -> None:
                 container[key] = replace(value, key=stored_prefix + value.key.removeprefix(prefix))
 
 
-def adam_steps(stored: dict | list) -> int:
+def adam_steps(stored: dict[str, Any] | list[Any]) -> int:
     """Returns the number of steps that Adam has done, from the unsharded state of an optimizer of
     any kind."""
     return next(int(value) for _, key, value in nested_items_iter(stored) if key in STEP_KEYS)
@@ -248,7 +250,7 @@ def set_adam_steps(adam: torch.optim.Optimizer, steps: int) -> None:
             group["step"] = steps
 
 
-def same_ranks(layout: dict, other: dict) -> bool:
+def same_ranks(layout: dict[str, Any], other: dict[str, Any]) -> bool:
     """Returns whether each rank has the same part of the model in both layouts."""
     return all(layout[key] == other[key] for key in RANK_KEYS)
 
@@ -265,7 +267,7 @@ def random_states() -> ShardedObject:
     return ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def set_random_states(states: dict) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
     """Restore the states of all random number generators of this rank."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])

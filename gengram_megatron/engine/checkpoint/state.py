@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint import CheckpointException
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
@@ -17,6 +19,7 @@ from gengram_megatron.config.tables import kmer_tables
 from gengram_megatron.engine.checkpoint.contents import CONTENT_METADATA, MegatronContents
 from gengram_megatron.engine.checkpoint.restore import (
     CannotLoad,
+    Result,
     adam_steps,
     check_same_model,
     load_tensors,
@@ -47,11 +50,18 @@ from gengram_megatron.runs.store import (
 class TrainingState:
     """One rank's model, optimizer, schedule, random states and position in the data.
 
+    chunks, optimizer: those of the run's engine, which differ in their classes (training/engines).
     data: the data sets, in the form that Facts stores.
     """
 
     def __init__(
-        self, config: Config, layout: Layout, chunks: list, optimizer, schedule, data: list[dict]
+        self,
+        config: Config,
+        layout: Layout,
+        chunks: list[Any],
+        optimizer: Any,
+        schedule: OptimizerParamScheduler,
+        data: list[dict[str, str]],
     ):
         self.config, self.layout = config, layout
         self.schedule = schedule
@@ -77,7 +87,7 @@ class TrainingState:
         it is the second failure in a row.
         """
         began = time.perf_counter()
-        failure = self._finish_last() if self._save else None
+        failure = self._finish_last()
         try:
             partial = self._on_first_rank(
                 lambda: self.store.begin(step, estimated_size(self.config))
@@ -129,7 +139,7 @@ class TrainingState:
     def wait(self) -> str | None:
         """Finish an asynchronous save, however long it takes."""
         began = time.perf_counter()
-        failure = self._finish_last() if self._save else None
+        failure = self._finish_last()
         self._stall += time.perf_counter() - began
         return failure
 
@@ -139,8 +149,11 @@ class TrainingState:
         return stall
 
     def _finish_last(self) -> str | None:
-        """Finish the last save, whether it succeeded or not. Returns a sentence if it failed."""
+        """Finish the last save, if there is one left to finish, whether it succeeded or not. Returns
+        a sentence if it failed."""
         save, self._save = self._save, None
+        if save is None:
+            return None
         try:
             self._finish(save)
         except (CheckpointException, UserError) as error:
@@ -157,7 +170,7 @@ class TrainingState:
         if any(rank is not None for rank in died):
             ranks = ", ".join(str(rank) for rank in died if rank is not None)
             raise UserError(f"the process that writes for rank {ranks} died")
-        checksums = {}
+        checksums: dict[str, str] = {}
         for rank_checksums in gather(save.writer.finalize()):
             checksums |= rank_checksums
         self._on_first_rank(lambda: self._publish(save, checksums))
@@ -195,7 +208,7 @@ class TrainingState:
         Returns the checkpoint, or None if none is usable; its step; and what is wrong with each
         checkpoint that was skipped.
         """
-        unusable = {}
+        unusable: dict[Path, str] = {}
         for path in reversed(checkpoints):
             problems = self._problems(path)
             if not problems:
@@ -232,7 +245,8 @@ class TrainingState:
                 f"all checkpoints of {self.store.folder} are damaged: "
                 f"{', '.join(unusable.values())}; restore one, or start in another run.dir"
             )
-        return ResumePoint() if self.config.checkpoint.load is None else self._start_from_another()
+        load = self.config.checkpoint.load
+        return ResumePoint() if load is None else self._start_from_another(Path(load))
 
     def _resume(self, path: Path) -> int:
         """Load all of a checkpoint. Returns its step."""
@@ -243,7 +257,7 @@ class TrainingState:
         on_all_ranks(lambda: self._load(path, facts, common, stored))
         return facts.step
 
-    def _read_and_check(self, path: Path) -> tuple[Facts, dict, set[str]]:
+    def _read_and_check(self, path: Path) -> tuple[Facts, dict[str, Any], set[str]]:
         """Returns a checkpoint's facts, its unsharded state, and the names of its sharded entries.
         Raises UserError if it does not fit this run."""
         facts = read_facts(path)
@@ -253,7 +267,7 @@ class TrainingState:
         check_same_model(path, common["config"]["model"], self.config, new_run=facts.step == 0)
         return facts, common, stored
 
-    def _load(self, path: Path, facts: Facts, common: dict, stored: set[str]) -> None:
+    def _load(self, path: Path, facts: Facts, common: dict[str, Any], stored: set[str]) -> None:
         self.contents.load(path, stored, adam_steps(common["optimizer"]))
         self.schedule.load_state_dict(common["schedule"])
         current = random_states()
@@ -282,10 +296,10 @@ class TrainingState:
         on_all_ranks(lambda: self.contents.start_from_weights(path))
         return 0
 
-    def _start_from_another(self) -> "ResumePoint":
+    def _start_from_another(self, source: Path) -> "ResumePoint":
         """Start a new run from the weights of another run's checkpoint, instead of randomly
         initialized ones."""
-        candidates = self._on_first_rank(lambda: source_checkpoints(self.config))
+        candidates = self._on_first_rank(lambda: source_checkpoints(source))
         path, _, unusable = self._load_newest_usable(candidates, self._load_weights)
         warning = f"checkpoint.load: damaged, {', '.join(unusable.values())}" if unusable else None
         if path is None:
@@ -334,13 +348,13 @@ class TrainingState:
                     "model.gengram as they were, or start in another run.dir"
                 )
 
-    def _tables(self) -> dict[str, dict]:
+    def _tables(self) -> dict[str, dict[str, Any]]:
         gengram = self.config.model.gengram
         if not gengram.enabled:
             return {}
         return {table.name: asdict(table) for table in kmer_tables(gengram)}
 
-    def _state(self, step: int) -> dict:
+    def _state(self, step: int) -> dict[str, Any]:
         return {
             **self.contents.state(),
             "schedule": self.schedule.state_dict(),
@@ -349,9 +363,9 @@ class TrainingState:
             "step": step,
         }
 
-    def _on_first_rank(self, action: Callable):
+    def _on_first_rank(self, action: Callable[[], Result]) -> Result:
         """Run an action on rank 0. Returns its result, or raises its error, on every rank."""
-        answer = [None, None]
+        answer: list[Any] = [None, None]  # the result and the error
         if dist.get_rank() == 0:
             try:
                 answer[0] = action()
@@ -360,7 +374,8 @@ class TrainingState:
         dist.broadcast_object_list(answer)
         if answer[1] is not None:
             raise UserError(f"checkpoints of {self.store.folder}: {answer[1]}")
-        return answer[0]
+        result: Result = answer[0]
+        return result
 
 
 @dataclass(frozen=True)
@@ -388,7 +403,7 @@ class _Save:
     required: bool
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: CheckpointException | UserError) -> str:
     """Returns the cause of a failed save in one line. A CheckpointException has causes by rank."""
     if isinstance(error, CheckpointException):
         causes = [f"rank {rank} could not write ({why[0]})" for rank, why in error.failures.items()]
@@ -396,7 +411,7 @@ def _cause(error: Exception) -> str:
     return str(error)
 
 
-def _difference(was: list[dict], now: list[dict]) -> str:
+def _difference(was: list[dict[str, str]], now: list[dict[str, str]]) -> str:
     """Returns in words how the data sets of two runs differ."""
     if len(was) != len(now):
         return f"it had {len(was)} data sets, not {len(now)}"

@@ -12,17 +12,20 @@ of all experts to read one expert.
 import pickle
 from collections.abc import Iterable, Iterator
 from enum import Enum, EnumType
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
@@ -53,11 +56,12 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def read_common(checkpoint: Path) -> dict:
+def read_common(checkpoint: Path) -> dict[str, Any]:
     """Returns the state that is the same on all ranks: config, step, and if the run can be resumed,
     the schedule and the unsharded optimizer state."""
     try:
-        return torch.load(checkpoint / COMMON, weights_only=True)
+        common: dict[str, Any] = torch.load(checkpoint / COMMON, weights_only=True)
+        return common
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{checkpoint / COMMON} cannot be read: {str(error).splitlines()[0]}"
@@ -139,7 +143,7 @@ class StoredTensors:
             sizes=torch.Size([*[1] * leading, *shape[leading:]]),
         )
         tensor = torch.empty(part.sizes, dtype=self.dtype(name))
-        planner, metadata = _PartPlanner(part), self._reader.read_metadata()
+        planner, metadata = _PartPlanner(self._tensors[name], part), self._reader.read_metadata()
         try:
             # The steps of dcp.load, which itself warns in a process without a process group.
             planner.set_up_planner({name: tensor}, metadata, is_coordinator=True)
@@ -148,30 +152,31 @@ class StoredTensors:
             self._reader.read_data(plan, planner).wait()
         except Exception as error:  # damaged files can cause many different errors
             reason = getattr(error, "strerror", None) or "its file is damaged"
-            file = f" of {Path(error.filename).name}" if getattr(error, "filename", None) else ""
+            filename = getattr(error, "filename", None)
+            file = f" of {Path(filename).name}" if filename else ""
             raise UserError(
                 f"{self.folder}: {name} cannot be read: {reason}{file}; copy or download it again"
             ) from None
         return tensor.reshape(shape[leading:])
 
 
-class _PartPlanner(dcp.DefaultLoadPlanner):
+class _PartPlanner(DefaultLoadPlanner):
     """Reads one part of one tensor from the stored chunks that contain it."""
 
-    def __init__(self, part: ChunkStorageMetadata):
+    def __init__(self, stored: TensorStorageMetadata, part: ChunkStorageMetadata):
         super().__init__()
-        self._part = part
+        self._stored, self._part = stored, part
 
     def create_local_plan(self) -> LoadPlan:
         (name,) = self.state_dict
-        stored = self.metadata.state_dict_metadata[name]
-        return LoadPlan(create_read_items_for_chunk_list(name, stored, [self._part]))
+        return LoadPlan(create_read_items_for_chunk_list(name, self._stored, [self._part]))
 
-    def lookup_tensor(self, index) -> Tensor:
-        return self.state_dict[index.fqn]
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        tensor: Tensor = self.state_dict[index.fqn]
+        return tensor
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """torch's reader of a checkpoint's folder, which here reads the metadata once, without running
     code from it, and has only one block of a stored chunk in RAM."""
 
@@ -180,13 +185,14 @@ class _Reader(dcp.FileSystemReader):
         path = folder / METADATA
         try:
             with path.open("rb") as file:
-                self._metadata = _MetadataUnpickler(file).load()
+                metadata = _MetadataUnpickler(file).load()
         except Exception as error:  # damaged pickles can cause many different errors
             raise UserError(f"{path} cannot be read: {error}") from None
-        if not isinstance(self._metadata, Metadata):
+        if not isinstance(metadata, Metadata):
             raise UserError(f"{path} does not describe the tensors of a checkpoint")
+        self._metadata = metadata
 
-    def read_metadata(self, *args, **kwargs) -> Metadata:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
 
     def described_bytes(self) -> dict[str, int]:
@@ -208,7 +214,8 @@ class _Reader(dcp.FileSystemReader):
                 stored = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
                 target = planner.resolve_tensor(item).detach()
                 record.seek(0)
-                data_offset = torch.PyTorchFileReader(record).get_record_offset("data/0")
+                # torch's type stub lacks the method.
+                data_offset = torch.PyTorchFileReader(record).get_record_offset("data/0")  # type: ignore[attr-defined]
                 file.seek(location.offset + data_offset)
                 _read(file, target, stored, in_blocks=chunk.is_contiguous())
                 planner.commit_tensor(item, target)
@@ -217,7 +224,7 @@ class _Reader(dcp.FileSystemReader):
         return done
 
 
-def _read(file: IO[bytes], target: Tensor, stored: Tensor, in_blocks: bool) -> None:
+def _read(file: BufferedReader, target: Tensor, stored: Tensor, in_blocks: bool) -> None:
     """Fills `target` with the values of `stored`, a meta tensor of the same shape whose storage begins
     at the file's current position.
 
@@ -229,8 +236,8 @@ def _read(file: IO[bytes], target: Tensor, stored: Tensor, in_blocks: bool) -> N
         if not stored_block.numel():
             continue
         buffer = torch.empty(_span(stored_block), dtype=stored_block.dtype)
-        file.seek(start + stored_block.storage_offset() * size)
-        if file.readinto(buffer.view(torch.uint8).numpy()) < buffer.nbytes:
+        file.seek(start + int(stored_block.storage_offset()) * size)
+        if file.readinto(buffer.view(torch.uint8).numpy().data) < buffer.nbytes:
             raise EOFError
         target_block.copy_(buffer.as_strided(stored_block.shape, stored_block.stride()))
 
@@ -298,7 +305,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     )
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if stand_in := _STAND_INS.get((module, name)):
             return stand_in
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

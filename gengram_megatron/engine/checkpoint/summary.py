@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -27,7 +28,7 @@ _MODULES = {
 _TABLES = ".memory.tables.weights."
 
 
-def summary(checkpoint: Path) -> dict:
+def summary(checkpoint: Path) -> dict[str, Any]:
     """Returns a checkpoint's step, tokens, layout, parameters, tables, sizes in bytes and config."""
     facts, common, stored = (
         read_facts(checkpoint),
@@ -65,7 +66,9 @@ def _module(name: str) -> str:
     return next((module for key, module in _MODULES.items() if key in name), "others")
 
 
-def _tables(stored: StoredTensors, weights: list[str], known: dict[str, dict]) -> list[dict]:
+def _tables(
+    stored: StoredTensors, weights: list[str], known: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Returns one entry per table of each layer; layers count from 1, as in the config."""
     tables = []
     for name in weights:
@@ -80,7 +83,7 @@ def _tables(stored: StoredTensors, weights: list[str], known: dict[str, dict]) -
     return sorted(tables, key=lambda table: (table["layer"], table["name"]))
 
 
-def show(summary: dict) -> None:
+def show(summary: dict[str, Any]) -> None:
     """Print a summary as tables."""
     facts = Table(title=summary["path"], show_header=False)
     facts.add_column("what")
@@ -100,15 +103,15 @@ def show(summary: dict) -> None:
         print_table(_table_of_tables(summary["tables"]))
 
 
-def _can_be_resumed(summary: dict) -> str:
+def _can_be_resumed(summary: dict[str, Any]) -> str:
     if missing := summary["missing_files"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return f"no, {missing[0]}{more}"
     return "yes" if summary["has_optimizer"] else "no, weights only"
 
 
-def _table_of_tables(tables: list[dict]) -> Table:
-    layers: dict[tuple, list[str]] = {}
+def _table_of_tables(tables: list[dict[str, Any]]) -> Table:
+    layers: dict[tuple[str, int, int], list[str]] = {}
     for table in tables:
         shape = (table["name"], table["rows"], table["columns"])
         layers.setdefault(shape, []).append(str(table["layer"]))

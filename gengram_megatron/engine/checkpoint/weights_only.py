@@ -8,10 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import StorageWriter
 
 from gengram_megatron.engine.checkpoint.stored import (
     COMMON,
@@ -57,7 +61,7 @@ def strip(checkpoint: Path, out: Path) -> Path:
     return write(CheckpointStore(out), source, kept, read_facts(checkpoint))
 
 
-def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) -> Path:
+def write(store: CheckpointStore, source: Source, common: dict[str, Any], facts: Facts) -> Path:
     """Write a checkpoint of weights, with only one of them in RAM at a time. Returns its path."""
     final = store.path(facts.step)
     if final.exists():
@@ -67,7 +71,7 @@ def write(store: CheckpointStore, source: Source, common: dict, facts: Facts) ->
         name: torch.empty(shape, dtype=source.dtypes[name], device="meta")
         for name, shape in source.shapes.items()
     }
-    writer = dcp.FileSystemWriter(partial)
+    writer = FileSystemWriter(partial)
     try:
         _save(described, writer, _OneTensorAtATime(source.read))
         torch.save(common, partial / COMMON)
@@ -91,7 +95,7 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def _save(
-    described: dict[str, Tensor], writer: dcp.StorageWriter, planner: "_OneTensorAtATime"
+    described: dict[str, Tensor], writer: StorageWriter, planner: "_OneTensorAtATime"
 ) -> None:
     """Do the steps of dcp.save as if each tensor were on a separate rank: the writer would otherwise
     keep a tensor in RAM until it has read the next one of the same rank. dcp.save itself warns in a
@@ -110,12 +114,12 @@ def _save(
     writer.finish(metadata, written)
 
 
-class _OneTensorAtATime(dcp.DefaultSavePlanner):
+class _OneTensorAtATime(DefaultSavePlanner):
     """Reads a tensor only when it is to be written."""
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__(flatten_state_dict=False)
         self._read = read
 
-    def lookup_object(self, index) -> Tensor:
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self._read(index.fqn)

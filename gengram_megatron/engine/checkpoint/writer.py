@@ -11,8 +11,11 @@ import pickle
 import queue
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -31,15 +34,16 @@ class MemfdQueue:
     takes seconds to start and outlives a trainer that is killed.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("answers"), "w+b")
         self._read_offset = 0
 
     def put(self, result: object) -> None:
+        """Adds a result. Called by the writer."""
         pickle.dump(result, self._file)
         self._file.flush()
 
-    def get_nowait(self):
+    def get_nowait(self) -> Any:
         """Returns the next result. Called when the writer has ended."""
         self._file.seek(self._read_offset)
         try:
@@ -56,14 +60,14 @@ class Writer:
     Created before megatron-core plans the save; start() is called with the plan.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._results = MemfdQueue()
         filesystem_async._results_queue = self._results  # megatron-core reads it while planning
-        self._process = None
+        self._process: BaseProcess | None = None
 
     def start(self, request: AsyncRequest) -> None:
         """Copy the tensors to the host and start writing them. Returns after the copy."""
-        self._finalize = request.finalize_fns
+        self._finalize: list[Callable[[], None]] = request.finalize_fns
         if request.async_fn is None:  # this rank has nothing to write
             return
         rank, buckets, results = request.async_fn_args
@@ -83,6 +87,7 @@ class Writer:
 
     @property
     def running(self) -> bool:
+        """Whether the process is still writing."""
         return self._process is not None and self._process.is_alive()
 
     @property
@@ -91,6 +96,7 @@ class Writer:
         return self._process is not None and self._process.exitcode not in (None, 0)
 
     def join(self) -> None:
+        """Waits until the process has ended."""
         if self._process is not None:
             self._process.join()
 
@@ -102,7 +108,8 @@ class Writer:
         """
         for finalize in self._finalize:
             finalize()
-        return {} if self._process is None else self._results.get_nowait()
+        checksums: dict[str, str] = {} if self._process is None else self._results.get_nowait()
+        return checksums
 
     def abandon(self) -> None:
         """Kill the process, whatever it has written so far."""
@@ -111,7 +118,9 @@ class Writer:
             self._process.join()
 
 
-def _write(write: partial, files: list[Path], results: MemfdQueue, trainer: int) -> None:
+def _write(
+    write: Callable[[], object], files: list[Path], results: MemfdQueue, trainer: int
+) -> None:
     """Runs in the forked process: writes the files, then reads them back for the checksums."""
     gc.disable()
     ignore_stop_signals()  # the trainer handles them, and waits for this process
@@ -121,23 +130,25 @@ def _write(write: partial, files: list[Path], results: MemfdQueue, trainer: int)
     results.put({path.name: checksum(path) for path in files if path.exists()})
 
 
-def _track_started_processes() -> list[multiprocessing.process.BaseProcess]:
+def _track_started_processes() -> list[BaseProcess]:
     """Returns a list to which every process is added that this process starts from now on.
 
     multiprocessing.active_children() would miss one that was killed right after its start: it
     forgets processes that have ended.
     """
-    started, start = [], multiprocessing.process.BaseProcess.start
+    started: list[BaseProcess] = []
+    start = BaseProcess.start
 
-    def start_and_record(process) -> None:
+    def start_and_record(process: BaseProcess) -> None:
         start(process)
         started.append(process)
 
-    multiprocessing.process.BaseProcess.start = start_and_record
+    # Replacing the method of all processes is the purpose.
+    BaseProcess.start = start_and_record  # type: ignore[assignment, method-assign]
     return started
 
 
-def _exit_with_trainer_or_helper(trainer: int, helpers: list) -> None:
+def _exit_with_trainer_or_helper(trainer: int, helpers: list[BaseProcess]) -> None:
     """Exit this process when the trainer is gone, or when one of the helper processes with which
     megatron-core writes the files was killed: this process would wait for it forever."""
     while os.getppid() == trainer:

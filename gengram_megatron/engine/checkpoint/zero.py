@@ -8,10 +8,12 @@ ranks that hold copies of the model take turns writing them, one rank for each w
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, nn
 
 from gengram_megatron.config.schema import Config
@@ -28,10 +30,22 @@ MAX_ELEMENTS = 2**28
 """Number of tensor elements that are read at once; more if a single weight has more."""
 
 
+class Chunk(Protocol):
+    """What is needed of the engine's model chunk (training/engines/deepspeed.py)."""
+
+    shards: list[tuple[ShardedTensor, nn.Parameter, int]]
+
+
+class Adam(Protocol):
+    """What is needed of the engine's optimizer: the number of steps that it has done."""
+
+    steps: int
+
+
 class ZeroContents:
     """What one rank writes to a checkpoint and loads from one."""
 
-    def __init__(self, config: Config, chunks: list, optimizer):
+    def __init__(self, config: Config, chunks: list[Chunk], optimizer: Adam):
         (chunk,) = chunks
         self.bf16 = config.train.dtype == "bf16"
         self.optimizer = optimizer
@@ -40,9 +54,9 @@ class ZeroContents:
             self.weights.setdefault(weight, []).append((shard, start))
         self.deepspeed = importlib.import_module("deepspeed")
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """Returns weights and optimizer as sharded tensors. Called by all ranks."""
-        sharded = []
+        sharded: list[ShardedTensor] = []
         for number, (weight, shards) in enumerate(self.weights.items()):
             copies = _copies(weight)
             is_writer = number % copies.size() == copies.rank()
@@ -111,7 +125,8 @@ class ZeroContents:
 
         tensors: the number of tensors to read for each weight.
         """
-        batch, elements = [], 0
+        batch: list[nn.Parameter] = []
+        elements = 0
         for weight in self.weights:
             size = tensors * _shape(weight).numel()
             if batch and elements + size > MAX_ELEMENTS:
@@ -124,9 +139,12 @@ class ZeroContents:
 
 def _copies(weight: nn.Parameter) -> dist.ProcessGroup:
     """Returns the group of ranks that hold copies of a weight."""
-    if getattr(weight, "allreduce", True):
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return parallel_state.get_expert_data_parallel_group()
+    group: dist.ProcessGroup = (
+        parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if getattr(weight, "allreduce", True)
+        else parallel_state.get_expert_data_parallel_group()
+    )
+    return group
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:

@@ -175,11 +175,7 @@ def check_content(files: list[DataFile], signals: StopSignals) -> None:
     keys = list(map(identity, files))
     reader_of = readers(gather(keys))
     check_of_this_rank = _IncrementalCheck(
-        [
-            file
-            for file, key in zip(files, keys)
-            if reader_of.get(key, dist.get_rank()) == dist.get_rank()
-        ]
+        [file for file, key in zip(files, keys) if key is None or reader_of[key] == dist.get_rank()]
     )
     began, reported = time.monotonic(), None
     while True:
@@ -195,14 +191,14 @@ def check_content(files: list[DataFile], signals: StopSignals) -> None:
             print(_report(ranks, now - began), flush=True)
 
 
-def readers(ranks: list[list[tuple | None]]) -> dict[tuple, int]:
+def readers(ranks: list[list[tuple[int, ...] | None]]) -> dict[tuple[int, ...], int]:
     """Returns the rank that reads each file: one of the ranks that have the file, in turn, so that
     the files are spread over the ranks.
 
     ranks: the identities of the files that each rank has, in the order of the ranks. None stands
     for a file without an identity, which every rank that has it reads.
     """
-    holders: dict[tuple, list[int]] = {}
+    holders: dict[tuple[int, ...], list[int]] = {}
     for rank, keys in enumerate(ranks):
         for key in keys:
             if key is not None:

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
@@ -90,7 +91,11 @@ def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
     return optimizer
 
 
-def _row_table_optimizer(optimizer_config, row_tables: list, overrides: dict) -> MegatronOptimizer:
+def _row_table_optimizer(
+    optimizer_config: OptimizerConfig,
+    row_tables: list[DistributedDataParallel],
+    overrides: dict[ParamKey, ParamGroupOverride],
+) -> MegatronOptimizer:
     """Build an optimizer for tables whose rows are split over data- or expert-parallel ranks."""
     chained = get_megatron_optimizer(
         optimizer_config,
@@ -131,7 +136,7 @@ def _connect(config: Config, chunks: list[DataParallel], optimizer: MegatronOpti
         transformer.param_sync_func = [c.start_param_sync for c in chunks]
 
 
-def _finish_gradients(chunks: list[DataParallel], *args, **kwargs) -> None:
+def _finish_gradients(chunks: list[DataParallel], *args: Any, **kwargs: Any) -> None:
     """megatron-core's finalize_model_grads, after the memories have added the gradients that they
     accumulate themselves."""
     for chunk in chunks:

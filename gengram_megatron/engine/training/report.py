@@ -1,27 +1,35 @@
 """What a run reports: which implementation computes each part, read from the built model, and its
 use of the GPUs, as model FLOP utilisation and peak GPU memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.data_parallel import fused_by
 from gengram_megatron.engine.model.gpt import MemoryModule
+from gengram_megatron.engine.training.engines.deepspeed import ZeroOptimizer
 from gengram_megatron.plan.time import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
 
 OFF = "off"
 
 
-def implementations(chunks: list, optimizer) -> str:
+def implementations(
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | ZeroOptimizer
+) -> str:
     """Returns one line for the user, without the parts that this rank does not have."""
     described = {**parts(chunks, optimizer), "device": _device()}
     return "using " + ", ".join(f"{part}: {text}" for part, text in described.items() if text)
 
 
-def parts(chunks: list, optimizer) -> dict[str, str | None]:
+def parts(
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | ZeroOptimizer
+) -> dict[str, str | None]:
     """Returns the implementation of each part, in words, read from the built model and optimizer.
     None: this rank does not have the part, as it has no layer.
 
@@ -68,7 +76,7 @@ def _first(names: set[str], *candidates: str) -> str | None:
     return next((_WORDS[name] for name in candidates if name in names), None)
 
 
-def _fp8(settings) -> str:
+def _fp8(settings: TransformerConfig) -> str:
     """Returns the fp8 recipe and format. settings: megatron-core's config of the model."""
     return f"{settings.fp8_recipe}, {settings.fp8}" if settings.fp8 else OFF
 
@@ -77,8 +85,8 @@ def _memory(modules: list[nn.Module]) -> str | None:
     return next((module.describe() for module in modules if isinstance(module, MemoryModule)), None)
 
 
-def _optimizer(optimizer) -> str:
-    if hasattr(optimizer, "describe"):  # not megatron-core's
+def _optimizer(optimizer: MegatronOptimizer | ZeroOptimizer) -> str:
+    if isinstance(optimizer, ZeroOptimizer):
         return optimizer.describe()
     inner = (
         optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
@@ -127,7 +135,7 @@ class GpuUse:
         device = torch.cuda.current_device()
         peak = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        numbers = {"peak_memory_bytes": int(peak)}
+        numbers: dict[str, float] = {"peak_memory_bytes": int(peak)}
         if (utilisation := self.utilisation(tokens_per_second)) is not None:
             numbers["model_flops_utilisation"] = utilisation
         return numbers
@@ -145,7 +153,7 @@ class GpuUse:
 
         tokens_per_second: over all ranks, within a step, without validations and checkpoints.
         """
-        peak = PEAK_BF16_FLOPS.get(self.device)
-        if peak is None:
+        if self.device not in PEAK_BF16_FLOPS:
             return None
+        peak = PEAK_BF16_FLOPS[self.device]
         return model_flops_utilisation(tokens_per_second, self.flops_per_token, self.devices * peak)

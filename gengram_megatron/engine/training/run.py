@@ -20,6 +20,7 @@ from gengram_megatron.engine.checkpoint.stored import read_common
 from gengram_megatron.engine.data.batches import BatchStream, reporting_dead_workers
 from gengram_megatron.engine.data.run_data import RunData
 from gengram_megatron.engine.model.build import build_model
+from gengram_megatron.engine.model.gpt import GengramGPT
 from gengram_megatron.engine.model.initialize import sharded_parameters
 from gengram_megatron.engine.processes import (
     check_gpu,
@@ -110,6 +111,9 @@ class _Run:
         self.implementations = implementations(self.chunks, self.optimizer)
         self.gpu_use = GpuUse.of_run(config, layout.world_size)
         self.first_rank = dist.get_rank() == 0
+        # Both are opened by run(), on the first rank only.
+        self.log: RunLog | None = None
+        self.progress: Progress | None = None
         self.folder = Path(config.run.dir)
         self.skipped_in_a_row = 0
         self.uniform = UniformCheck(config, layout.samples)
@@ -119,7 +123,6 @@ class _Run:
         resume_point = self.state.load_newest()
         start, self.trained = resume_point.step, resume_point.step > 0
         with ExitStack() as stack:
-            self.log = self.progress = None
             if self.first_rank:
                 self._open_outputs(stack, start)
             self.watchdog = stack.enter_context(self._watchdog())
@@ -136,10 +139,10 @@ class _Run:
             consumed = start * self.config.train.global_batch_size
             batches = self.data.training(self.layout, self.data_rank, consumed)
             code = self._train_from(start, stack.enter_context(closing(batches)))
-            if self.first_rank:
+            if self.progress is not None:
                 self.progress.end()
                 self._warn(self.uniform.at_end() if code == 0 else None)
-        if self.first_rank and self.log.written:
+        if self.log is not None and self.log.written:
             self._plot()
         return code
 
@@ -162,7 +165,7 @@ class _Run:
         """Returns whether the previous job was asked to stop before the validation that was due
         after its last step."""
         due = start > 0 and _due(start, self.config.train.validation_interval, self._last_step())
-        pending = [due and self.first_rank and not self.log.has_validation(start)]
+        pending = [due and self.log is not None and not self.log.has_validation(start)]
         dist.broadcast_object_list(pending)
         return pending[0]
 
@@ -174,7 +177,7 @@ class _Run:
             began = time.perf_counter()
             result = self._step(step, batches)
             seconds = time.perf_counter() - began
-            if self.first_rank and step == start + 1:
+            if self.log is not None and step == start + 1:
                 self.log.open()
                 write_config(self.folder, self.config, start, self.earlier_config)
             waited = slowest_rank(batches.pop_seconds_waited())
@@ -241,6 +244,7 @@ class _Run:
         microbatches = next(batches)
         report = self._compute(step, microbatches)
         lr = self._lr()
+        status: StepStatus  # set by `accept`, which step_if calls once
 
         def accept(grad_norm: float) -> bool:
             nonlocal status
@@ -252,7 +256,6 @@ class _Run:
             )
             return status.finite
 
-        status = None
         grad_norm = self.optimizer.step_if(accept)
         if status.finite:
             # A skipped batch does not advance the schedule, as in Megatron-LM.
@@ -306,7 +309,7 @@ class _Run:
             reports = []
             for _ in range(validation.steps):
                 self.watchdog.mark(step, "validating")
-                if self.first_rank:
+                if self.progress is not None:
                     self.progress.validating(step=step, done=done, total=self.data.validation_steps)
                 done += 1
                 reports.append(
@@ -320,35 +323,38 @@ class _Run:
                 )
                 if any_rank(self.signals.received):
                     return False
-            report = None if reports[0] is None else torch.stack(reports).sum(0)
+            scored = [report for report in reports if report is not None]
+            report = torch.stack(scored).sum(0) if scored else None
             losses[validation.name] = reduce_step_status(report).loss
-        if self.first_rank:
+        if self.log is not None and self.progress is not None:
             loss, set_losses = self.data.in_all(losses), losses if len(losses) > 1 else {}
             named = {f"loss/{name}": nats for name, nats in set_losses.items()}
-            self.log.validation(step=step, loss=loss, **named, **self._data_position(step))
+            samples, tokens = self._data_position(step)
+            self.log.validation(step=step, samples=samples, tokens=tokens, loss=loss, **named)
             self.progress.validation(step=step, loss=loss, of_sets=set_losses)
         return True
 
     def _report(self, step: int, result: _Step, seconds: float, data_wait: float) -> None:
-        tokens = self.config.train.global_batch_size * self.config.model.seq_length
-        gpu_use = self.gpu_use.of_step(tokens / seconds)
-        if not self.first_rank:
+        _, tokens_per_step = self._data_position(1)
+        tokens_per_second = tokens_per_step / seconds
+        gpu_use = self.gpu_use.of_step(tokens_per_second)
+        if self.log is None or self.progress is None:
             return
         shown = {
-            "step": step,
             "loss": result.status.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": tokens_per_second,
             "seconds": seconds,
             "data_wait": data_wait,
             **gpu_use,
         }
-        self.progress.step(**shown)
+        self.progress.step(step=step, **shown)
         extra_metrics = dict(result.extra_metrics)
         if stall := self.state.pop_stall_seconds():
             extra_metrics["save_stall"] = stall
-        self.log.train(**shown, **self._data_position(step), **extra_metrics)
+        samples, tokens = self._data_position(step)
+        self.log.train(step=step, samples=samples, tokens=tokens, **shown, **extra_metrics)
         self._warn(self.uniform.after_step(step, result.status.loss))
 
     def _open_outputs(self, stack: ExitStack, start: int) -> None:
@@ -376,9 +382,10 @@ class _Run:
         until = f"until step {last} of {steps}" if last < steps else f"{steps} steps"
         return f"{self.folder}: {begin}, {until}, {self.parameters:,} parameters"
 
-    def _data_position(self, step: int) -> dict[str, int]:
+    def _data_position(self, step: int) -> tuple[int, int]:
+        """Returns the numbers of samples and of tokens that the run has trained on after a step."""
         samples = step * self.config.train.global_batch_size
-        return {"samples": samples, "tokens": samples * self.config.model.seq_length}
+        return samples, samples * self.config.model.seq_length
 
     def _lr(self) -> float:
         return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
@@ -414,7 +421,7 @@ class _Run:
             self._say(f"warning: {line}")
 
     def _say(self, line: str) -> None:
-        if self.first_rank:
+        if self.progress is not None:
             self.progress.say(line)
 
 
@@ -422,7 +429,7 @@ def _due(step: int, interval: int | None, last: int | None) -> bool:
     return step == last or (interval is not None and step % interval == 0)
 
 
-def _count_parameters(models: list) -> int:
+def _count_parameters(models: list[GengramGPT]) -> int:
     """Returns the number of parameters of the whole model: those of each rank, without copies,
     summed over all ranks."""
     local = sum(

@@ -3,7 +3,7 @@ all-reduce of what all ranks must agree on after it.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -98,7 +98,7 @@ def balance_losses(num_layers: int, num_microbatches: int) -> dict[str, float]:
 
 
 def forward_backward(
-    chunks: list,
+    chunks: Sequence[Module],
     microbatches: Iterable[Tensor],
     config: Config,
     layout: Layout,
@@ -125,7 +125,9 @@ def forward_backward(
     return torch.stack([r["loss"] for r in reports]).sum(0) if reports else None
 
 
-def forward_step(batches: Iterator[Tensor], model: Module):
+def forward_step(
+    batches: Iterator[Tensor], model: Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
     """megatron-core's forward_step_func: returns the output, on the last pipeline stage the loss of
     each token, and the function that reduces it to a scalar loss."""
     tokens = next(batches).to(torch.cuda.current_device(), non_blocking=True)
@@ -149,7 +151,9 @@ def loss(token_losses: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, di
     return total / scored.clamp(min=1), {"loss": report}
 
 
-def _iterators(microbatches: Iterable[Tensor], layout: Layout) -> Iterator | list[Iterator]:
+def _iterators(
+    microbatches: Iterable[Tensor], layout: Layout
+) -> Iterator[Tensor] | list[Iterator[Tensor]]:
     """Returns what megatron-core's schedules expect: one iterator, or one per virtual pipeline
     stage."""
     if layout.virtual_pipeline is None:

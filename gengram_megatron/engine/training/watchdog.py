@@ -59,7 +59,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._seconds is not None:
-            threading.Thread(target=self._watch, daemon=True).start()
+            threading.Thread(target=self._watch, args=(self._seconds,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,14 +71,14 @@ class Watchdog:
         self._step, self._doing = step, doing
         self._marks += 1
         self._since = time.monotonic()
-        if self._seconds is not None:
+        if self._seconds is not None and sys.__stderr__ is not None:  # None: it was closed (2>&-)
             # For native code that hangs without releasing the GIL: _watch cannot run then.
             timeout = self._seconds + 2 * GRACE_SECONDS
             faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
 
-    def _watch(self) -> None:
-        while not self._exited.wait(min(self._seconds / 10, 1)):
-            if time.monotonic() - self._since > self._seconds:
+    def _watch(self, seconds: float) -> None:
+        while not self._exited.wait(min(seconds / 10, 1)):
+            if time.monotonic() - self._since > seconds:
                 faulthandler.cancel_dump_traceback_later()
                 self._write()
                 time.sleep(GRACE_SECONDS)
@@ -93,7 +93,9 @@ class Watchdog:
 
     def _write(self) -> None:
         """Write this rank's file: its report, then the stacks of all threads."""
-        frame = sys._current_frames()[threading.main_thread().ident]
+        main = threading.main_thread().ident
+        assert main is not None  # it has started
+        frame = sys._current_frames()[main]
         waits = any(part in frame.f_code.co_filename for part in _WAITING)
         report = Report(self._rank, self._step, self._doing, self._marks, waits)
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,16 @@ checkpoint stores for each engine is in checkpoint/contents.py and checkpoint/ze
 from gengram_megatron.config.layout import Layout
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.model.build import wrap_for_data_parallelism
+from gengram_megatron.engine.model.data_parallel import DataParallel
+from gengram_megatron.engine.model.gpt import GengramGPT
 from gengram_megatron.engine.training.engines import deepspeed
-from gengram_megatron.engine.training.optimizer import build_optimizer
+from gengram_megatron.engine.training.engines.deepspeed import ZeroChunk, ZeroOptimizer
+from gengram_megatron.engine.training.optimizer import Optimizer, build_optimizer
 
 
-def build_engine(config: Config, layout: Layout, models: list) -> tuple[list, object]:
+def build_engine(
+    config: Config, layout: Layout, models: list[GengramGPT]
+) -> tuple[list[DataParallel] | list[ZeroChunk], Optimizer | ZeroOptimizer]:
     """Returns the wrapped chunks and the optimizer of the engine that train.engine names.
 
     models: what build_model returned.

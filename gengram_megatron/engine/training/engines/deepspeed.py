@@ -17,23 +17,27 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import _get_param_groups
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.engine.checkpoint.restore import MOMENTS
+from gengram_megatron.engine.model.gpt import GengramGPT
 from gengram_megatron.engine.model.initialize import sharded_parameters
 from gengram_megatron.engine.training.engines.zero import KINDS
 from gengram_megatron.engine.training.optimizer import adam_settings
 from gengram_megatron.errors import UserError
 
 
-def mark_experts(module: nn.Module, groups: list[dict]) -> None:
+def mark_experts(module: nn.Module, groups: list[dict[str, Any]]) -> None:
     """Mark the experts for DeepSpeed, if they are distributed over the ranks differently from the
     rest of the model. groups: megatron-core's parameter groups; each holds only such experts, or
     none of them."""
@@ -51,13 +55,14 @@ def mark_experts(module: nn.Module, groups: list[dict]) -> None:
 def _marker(name: str) -> nn.Module:
     """Returns a module without weights that is never run. DeepSpeed looks for a module of this class
     to find out that there are experts, and calls it to set up their process groups under a name."""
+    base: Any = importlib.import_module("deepspeed.moe.layer").MoE
 
-    class Marker(importlib.import_module("deepspeed.moe.layer").MoE):
-        def __init__(self):
+    class Marker(base):
+        def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = None  # DeepSpeed's own checkpoint code reads it
 
-        def set_deepspeed_parallelism(self, *_) -> None:
+        def set_deepspeed_parallelism(self, *_: Any) -> None:
             groups = importlib.import_module("deepspeed.utils.groups")
             same_experts = parallel_state.get_expert_data_parallel_group()
             # Squared gradients are summed over this group, so it must cover all parts of the experts.
@@ -68,7 +73,7 @@ def _marker(name: str) -> nn.Module:
     return Marker()
 
 
-def build(config: Config, models: list) -> tuple[list["ZeroChunk"], "ZeroOptimizer"]:
+def build(config: Config, models: list[GengramGPT]) -> tuple[list["ZeroChunk"], "ZeroOptimizer"]:
     """Build the engine of one rank. models: one model chunk, as there are no pipeline stages."""
     (model,) = models
     # Before ZeRO rearranges the weights.
@@ -104,12 +109,13 @@ class ZeroChunk(nn.Module):
     it, without data. With ZeRO 3 the model cannot tell later, as its weights are empty between uses.
     """
 
-    def __init__(self, engine, shards: list):
+    def __init__(self, engine: Any, shards: list[tuple[ShardedTensor, nn.Parameter, int]]):
         super().__init__()
         self.module, self.config, self.shards = engine.module, engine.module.config, shards
-        self._forward = engine.forward
+        self._forward: Callable[..., Tensor] = engine.forward
 
-    def forward(self, *args, **kwargs) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the forward pass through DeepSpeed's engine."""
         return self._forward(*args, **kwargs)
 
     def zero_grad_buffer(self) -> None:
@@ -122,9 +128,9 @@ class ZeroOptimizer:
     engine: DeepSpeed's engine.
     """
 
-    def __init__(self, engine):
+    def __init__(self, engine: Any):
         self.engine, self.zero = engine, KINDS[type(engine.optimizer).__name__](engine.optimizer)
-        self.adam = engine.optimizer.optimizer
+        self.adam: torch.optim.Optimizer = engine.optimizer.optimizer
         # The states that torch's Adam creates in its first step.
         for tensor in self.zero.flat:
             moments = {name: torch.zeros_like(tensor, requires_grad=False) for name in MOMENTS}
@@ -142,11 +148,12 @@ class ZeroOptimizer:
             self.adam.state[tensor]["step"].fill_(steps)
 
     @property
-    def param_groups(self) -> list[dict]:
+    def param_groups(self) -> list[dict[str, Any]]:
         """Adam's parameter groups; the schedule sets their learning rates and weight decays."""
         return self.adam.param_groups
 
     def zero_grad(self) -> None:
+        """Clears the gradients of all weights."""
         self.engine.optimizer.zero_grad()
 
     def step_if(self, accept: Callable[[float], bool]) -> float:
@@ -156,7 +163,7 @@ class ZeroOptimizer:
 
         def rejected() -> bool:
             nonlocal norm
-            computed = float(self.zero.norm())
+            computed = self.zero.norm()
             norm = computed if computed >= 0 else math.nan
             return not accept(norm)
 
@@ -187,7 +194,9 @@ class _Groups:
 
     @staticmethod
     def get_data_parallel_group() -> dist.ProcessGroup:
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group: dist.ProcessGroup
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return group
 
     @staticmethod
     def get_data_parallel_world_size() -> int:
@@ -204,7 +213,7 @@ class _Groups:
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
 
 
-def _settings(config: Config) -> dict:
+def _settings(config: Config) -> dict[str, Any]:
     """Returns DeepSpeed's config: train.deepspeed.extra, overridden by what our own keys decide."""
     train, zero = config.train, config.train.deepspeed
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -228,7 +237,7 @@ def _settings(config: Config) -> dict:
     return _merged(zero.extra, ours)
 
 
-def _merged(base: dict, overrides: dict) -> dict:
+def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Merges two nested dicts; where both have a value for a key, `overrides` wins."""
     merged = {**base, **overrides}
     for key in base.keys() & overrides.keys():
@@ -266,7 +275,7 @@ def _sum_over_tensor_parallel_ranks(model: nn.Module) -> None:
             parameter.register_hook(all_reduced)
 
 
-def import_deepspeed():
+def import_deepspeed() -> ModuleType:
     """Import DeepSpeed, set up for this machine's accelerator, and drop process groups that an
     earlier run of this process left behind. Returns the module."""
     os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
