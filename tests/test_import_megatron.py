@@ -240,6 +240,35 @@ def test_chunks_of_a_rank_are_in_the_order_of_their_numbers(tmp_path) -> None:
     assert read == list(range(12))
 
 
+def test_content_of_a_rank_that_is_not_named_by_words_is_left_aside(tmp_path) -> None:
+    (tmp_path / "mp_rank_00").mkdir()
+    content = {"model": {"a": torch.ones(2)}, 3: "of whoever wrote it"}
+    torch.save(content, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
+    assert open_megatron(tmp_path).names == {"a"}
+
+
+def test_distributed_checkpoint_may_hold_what_is_no_weight_under_any_name(
+    published, tmp_path
+) -> None:
+    iteration = tmp_path / "there"
+    shutil.copytree(published["folder"] / "dense_distributed" / "iter_0000100", iteration)
+    expected, file = open_megatron(iteration).names, iteration / ".metadata"
+    described = pickle.loads(file.read_bytes())
+    tensors = described.state_dict_metadata
+    tensors["model.optimizer.state"] = tensors["decoder.final_layernorm.weight"]
+    file.write_bytes(pickle.dumps(described))
+    assert open_megatron(iteration).names == expected
+
+
+def test_distributed_checkpoint_whose_common_state_is_no_dictionary_has_no_arguments(
+    published, tmp_path
+) -> None:
+    iteration = tmp_path / "there"
+    shutil.copytree(published["folder"] / "dense_distributed" / "iter_0000100", iteration)
+    torch.save(["args"], iteration / "common.pt")
+    assert open_megatron(iteration).arguments == {}
+
+
 def test_folder_of_something_else_is_refused(tmp_path) -> None:
     refused(tmp_path, tmp_path, "neither a transformers model")
 

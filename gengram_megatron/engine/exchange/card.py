@@ -205,7 +205,7 @@ def _data(facts: Facts, config: Config) -> str:
     if facts.step == 0:
         return f"Data: {NOT_KNOWN}."
     data = config.data
-    names = [part.label for part in data.blend] if data.blend else [Path(data.path).name]
+    names = [Path(data.path).name] if data.path else [part.label for part in data.blend or ()]
     data_facts = facts.data if len(facts.data) == len(names) else [{}] * len(names)
     rows = [
         (

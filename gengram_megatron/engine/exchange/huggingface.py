@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gengram_megatron.config.schema import Config, Model
 from gengram_megatron.config.tables import kmer_tables
@@ -43,7 +44,7 @@ def check_expressible(model: Model) -> None:
         )
 
 
-def model_config(config: Config) -> dict:
+def model_config(config: Config) -> dict[str, Any]:
     """Returns the content of config.json."""
     model = config.model
     experts = model.num_experts is not None
@@ -94,7 +95,7 @@ def _class_name(model: Model, suffix: str) -> str:
     return "".join(part.capitalize() for part in _model_type(model).split("_")) + suffix
 
 
-def _auto_map(model: Model) -> dict:
+def _auto_map(model: Model) -> dict[str, str]:
     return {
         "AutoConfig": f"configuration_gengram.{_class_name(model, 'Config')}",
         "AutoModel": f"modeling_gengram.{_class_name(model, 'Model')}",
@@ -102,7 +103,7 @@ def _auto_map(model: Model) -> dict:
     }
 
 
-def _gengram(model: Model) -> dict:
+def _gengram(model: Model) -> dict[str, Any]:
     gengram = model.gengram
     copied = ("layers", "dim", "window", "token_ids", "deduplicate", "signed_sqrt", "output")
     return {
@@ -114,7 +115,7 @@ def _gengram(model: Model) -> dict:
     }
 
 
-def generation_config(model: Model) -> dict:
+def generation_config(model: Model) -> dict[str, Any]:
     """Returns the content of generation_config.json, the default settings of `generate`."""
     # EOD is not suppressed, because otherwise generated text could not end. Training here masks EOD
     # as a label, so our models give it almost no probability; imported ones may have learned it.
@@ -132,7 +133,7 @@ def write_description(folder: Path, config: Config) -> None:
     _write_json(folder / "config.json", model_config(config))
     _write_json(folder / "generation_config.json", generation_config(config.model))
     # The tokenizer's own save method raises errors, as for a full disk, that are not OSErrors.
-    (folder / "tokenizer.json").write_text(tokenizer().to_str(pretty=True))
+    (folder / "tokenizer.json").write_text(_tokenizer_json())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.model.seq_length,
@@ -154,12 +155,12 @@ def write_description(folder: Path, config: Config) -> None:
             shutil.copyfile(CODE / name, folder / name)
 
 
-def _write_json(file: Path, content: dict) -> None:
+def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def tokenizer():
-    """Returns a tokenizer with one token per letter and our ids.
+def _tokenizer_json() -> str:
+    """Returns the content of tokenizer.json, for a tokenizer with one token per letter and our ids.
 
     Case is folded, and IUPAC's ambiguity codes become N. Any other character becomes [UNK], where
     our own tokenizer refuses it.
@@ -177,4 +178,5 @@ def tokenizer():
     fast.decoder = decoders.Fuse()
     special = [name for name in NAMES if len(name) > 1]
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    return fast
+    text: str = fast.to_str(pretty=True)
+    return text

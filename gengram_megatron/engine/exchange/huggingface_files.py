@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def _is_positive_int(value: object) -> bool:
 
 
 def _is_positive_number(value: object) -> bool:
-    return type(value) in (int, float) and value > 0
+    return _is_positive_int(value) or (type(value) is float and value > 0)
 
 
 def _is_object(value: object) -> bool:
@@ -69,7 +70,7 @@ _GENGRAM_CHECKS: dict[str, _Check] = {
 }
 
 
-def check_values(hf_config: dict) -> None:
+def check_values(hf_config: dict[str, Any]) -> None:
     """Raises UserError if a value of the parsed config.json is of the wrong type.
 
     Null is left to the code that reads the keys; for many of them it means the default.
@@ -78,7 +79,7 @@ def check_values(hf_config: dict) -> None:
         raise UserError(problem)
 
 
-def _problems(hf_config: dict) -> Iterator[str]:
+def _problems(hf_config: dict[str, Any]) -> Iterator[str]:
     """Yields a sentence for each value that is of the wrong type or missing."""
     yield from _wrong_values(hf_config, _CHECKS, "")
     for name in ("rope_parameters", "rope_scaling"):
@@ -92,7 +93,7 @@ def _problems(hf_config: dict) -> Iterator[str]:
                 yield f"config.json lacks gengram.{name}, which defines what Gengram computes"
 
 
-def _wrong_values(group: dict, checks: dict[str, _Check], prefix: str) -> Iterator[str]:
+def _wrong_values(group: dict[str, Any], checks: dict[str, _Check], prefix: str) -> Iterator[str]:
     for name, (is_valid, description) in checks.items():
         if (value := group.get(name)) is not None and not is_valid(value):
             yield f"config.json has {prefix}{name} {value!r}; it must be {description}"
@@ -132,12 +133,13 @@ def open_files(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
 
     def read(name: str) -> Tensor:
         with _open_safetensors(tensor_files[name]) as tensors:
-            return tensors.get_tensor(name)
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
 
     return set(tensor_files), read
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; raises UserError if it is anything else."""
     try:
         content = json.loads(file.read_text())
@@ -188,7 +190,7 @@ def _files_by_content(files: list[Path]) -> dict[str, Path]:
 
 
 @contextmanager
-def _open_safetensors(file: Path) -> Iterator:
+def _open_safetensors(file: Path) -> Iterator[Any]:
     """Opens a safetensors file for reading; raises UserError if that fails."""
     from safetensors import SafetensorError, safe_open
 

@@ -6,8 +6,9 @@ and Mixtral. Files of transformers 4 have `rope_theta` and `rope_scaling`, files
 `rope_parameters`, and our exports both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 from gengram_megatron.config.schema import Config, Gengram, Hashing
 from gengram_megatron.config.tables import LARGEST_DIRECT, kmer_tables
@@ -19,7 +20,7 @@ from gengram_megatron.tokenizer import EOD
 
 MODEL_TYPES = {"llama": False, "mixtral": True, "gengram_llama": False, "gengram_mixtral": True}
 """Each model_type that can be imported, and whether it is a mixture of experts."""
-_DEFAULTS = {
+_DEFAULTS: dict[bool, dict[str, Any]] = {
     False: {  # LlamaConfig
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None,
@@ -71,7 +72,7 @@ _MAX_SEEDS = 1000
 """The number of seeds that are tried to find the one of the hashed tables."""
 
 
-def differences(hf_config: dict, config: Config) -> list[Difference]:
+def differences(hf_config: dict[str, Any], config: Config) -> list[Difference]:
     """Returns all differences between a parsed config.json and our config that affect the logits.
 
     Raises UserError if the model is of an unknown type or contradicts itself.
@@ -90,9 +91,9 @@ def differences(hf_config: dict, config: Config) -> list[Difference]:
             result.append(
                 Difference(setting.name, setting.foreign_value, f"model.{setting.key}", our_value)
             )
-    if _gengram(hf_config) and model.gengram.enabled:
+    if (gengram := _gengram(hf_config)) and model.gengram.enabled:
         tables = [asdict(table) for table in kmer_tables(model.gengram)]
-        if (foreign_tables := _gengram(hf_config).get("tables")) != tables:
+        if (foreign_tables := gengram.get("tables")) != tables:
             result.append(
                 Difference(
                     "gengram.tables",
@@ -108,7 +109,7 @@ def differences(hf_config: dict, config: Config) -> list[Difference]:
     return result
 
 
-def model_keys(hf_config: dict) -> dict[str, object]:
+def model_keys(hf_config: dict[str, Any]) -> dict[str, object]:
     """Returns the dotted keys below `model.`, with values, for the model in a config.json.
 
     Raises UserError if the model is of an unknown type or contradicts itself.
@@ -121,12 +122,12 @@ def model_keys(hf_config: dict) -> dict[str, object]:
     keys["init_std"] = get("initializer_range")
     if keys["num_experts"] is not None:
         keys["moe_aux_loss_coeff"] = get("router_aux_loss_coef")
-    if _gengram(hf_config):
-        keys |= {f"gengram.{key}": value for key, value in _table_keys(hf_config).items()}
+    if gengram := _gengram(hf_config):
+        keys |= {f"gengram.{key}": value for key, value in _table_keys(gengram).items()}
     return keys
 
 
-def notes(hf_config: dict) -> Iterator[str]:
+def notes(hf_config: dict[str, Any]) -> Iterator[str]:
     """Yields a warning for each setting that is reported but not compared."""
     ids = {name: hf_config.get(name) for name in _SPECIAL_IDS}
     if other := {n: i for n, i in ids.items() if i is not None and i != _SPECIAL_IDS[n]}:
@@ -145,12 +146,12 @@ def notes(hf_config: dict) -> Iterator[str]:
         yield (f"config.json has unknown keys, which are not compared: {', '.join(unknown)}")
 
 
-def has_tied_embeddings(hf_config: dict) -> bool:
+def has_tied_embeddings(hf_config: dict[str, Any]) -> bool:
     """Whether the output layer shares its weight with the input embedding."""
     return bool(hf_config.get("tie_word_embeddings"))
 
 
-def _mapped_settings(hf_config: dict) -> Iterator[MappedSetting]:
+def _mapped_settings(hf_config: dict[str, Any]) -> Iterator[MappedSetting]:
     """Yields all settings for which there is a key."""
     get, model_type = _getter(hf_config), hf_config["model_type"]
     check_values(hf_config)
@@ -183,7 +184,7 @@ def _mapped_settings(hf_config: dict) -> Iterator[MappedSetting]:
         yield MappedSetting("gengram.eod", eod, "gengram.reset_at_document", eod is not None)
 
 
-def _without_key(hf_config: dict) -> Iterator[tuple[str, object, object]]:
+def _without_key(hf_config: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
     """Yields (name, foreign value, our value) of settings that differ and are fixed here."""
     get = _getter(hf_config)
     width = get("hidden_size") // get("num_attention_heads")
@@ -211,7 +212,7 @@ def _without_key(hf_config: dict) -> Iterator[tuple[str, object, object]]:
         yield f"gengram.{name}", gengram[name], "not known"
 
 
-def _getter(hf_config: dict):
+def _getter(hf_config: dict[str, Any]) -> Callable[[str], Any]:
     """Returns a function that reads a key, with the default of the model's type."""
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
@@ -221,14 +222,14 @@ def _getter(hf_config: dict):
         )
     defaults = _DEFAULTS[MODEL_TYPES[model_type]]
 
-    def get(name: str):
+    def get(name: str) -> Any:
         value = hf_config.get(name)
         return defaults[name] if value is None else value
 
     return get
 
 
-def _rope(hf_config: dict) -> dict:
+def _rope(hf_config: dict[str, Any]) -> dict[str, Any]:
     """Returns rope_theta, rope_type and partial_rotary_factor, from whichever keys hold them.
 
     Raises UserError if two keys hold different values.
@@ -256,19 +257,20 @@ def _rope(hf_config: dict) -> dict:
     }
 
 
-def _gengram(hf_config: dict) -> dict | None:
+def _gengram(hf_config: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the group `gengram` of one of our exports; None for a model without Gengram."""
     if not str(hf_config.get("model_type")).startswith("gengram_"):
         return None
-    if not isinstance(hf_config.get("gengram"), dict):
+    gengram = hf_config.get("gengram")
+    if not isinstance(gengram, dict):
         raise UserError(
             f"config.json has model_type {hf_config['model_type']!r} and lacks the group gengram, "
             "which defines what Gengram computes"
         )
-    return hf_config["gengram"]
+    return gengram
 
 
-def _format_tables(tables: object) -> object:
+def _format_tables(tables: Any) -> object:
     """Returns tables as text for a message, or as they are if they are malformed."""
     try:
         return ", ".join(
@@ -278,12 +280,12 @@ def _format_tables(tables: object) -> object:
         return tables
 
 
-def _table_keys(hf_config: dict) -> dict[str, object]:
-    """Returns the keys below model.gengram that lead to the tables of an export.
+def _table_keys(gengram: dict[str, Any]) -> dict[str, object]:
+    """Returns the keys below model.gengram that lead to the tables in the group of an export.
 
     hashing.seed is absent if none of the seeds tried gives the hashes of the tables.
     """
-    tables = _gengram(hf_config).get("tables") or []
+    tables = gengram.get("tables") or []
     keys: dict[str, object] = {
         "kmer_sizes": sorted({table["k"] for table in tables}),
         "share_reverse_complements": any(table.get("shared") for table in tables),
@@ -298,7 +300,7 @@ def _table_keys(hf_config: dict) -> dict[str, object]:
     keys |= {f"hashing.{key}": value for key, value in hashing.items()}
     for seed in range(_MAX_SEEDS):
         candidate = Gengram(
-            dim=_gengram(hf_config)["dim"],
+            dim=gengram["dim"],
             kmer_sizes=keys["kmer_sizes"],
             share_reverse_complements=keys["share_reverse_complements"],
             hashing=Hashing(**hashing, seed=seed),

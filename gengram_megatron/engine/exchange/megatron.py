@@ -92,7 +92,8 @@ def _open_distributed(folder: Path) -> MegatronTensors:
     for key in stored.names:
         if name := plain_name(key):
             for single, index in _unstacked(name, stored.shape(key)):
-                locations[plain_name(single)] = key, index
+                if plain := plain_name(single):
+                    locations[plain] = key, index
 
     for gate in [name for name in locations if name.endswith(_GATE)]:
         if gate.replace(_GATE, _UP) not in locations:
@@ -109,7 +110,8 @@ def _open_distributed(folder: Path) -> MegatronTensors:
 
     names = {name.replace(_GATE, _FC1).replace(_UP, _FC1) for name in locations}
     common = folder / COMMON
-    arguments = read_untrusted(common).get("args") if common.is_file() else None
+    content = read_untrusted(common) if common.is_file() else None
+    arguments = content.get("args") if isinstance(content, dict) else None
     return _without_skipped(names, read, arguments)
 
 

@@ -7,6 +7,7 @@ exception is `gengram_window_size`: if a run with Gengram lacks it, its code had
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.config.tables import LARGEST_DIRECT
@@ -17,7 +18,8 @@ from gengram_megatron.engine.exchange.settings import (
     value_of,
 )
 
-Arguments = dict[str, object]
+Arguments = dict[str, Any]
+"""The arguments of a run by name: numbers, strings, booleans, None, and lists and tuples of them."""
 
 
 _SAME = {
@@ -236,9 +238,9 @@ def _gengram(arguments: Arguments) -> Iterator[MappedSetting]:
     if "gengram_layer_ids" in arguments:
         layers = arguments["gengram_layer_ids"]  # from 1, like ours
         count = arguments.get("num_layers")
-        if layers or isinstance(count, int):  # without ids, all layers have Gengram
-            value = sorted(set(layers or range(1, count + 1)))
-            yield MappedSetting("gengram_layer_ids", layers, "gengram.layers", value)
+        all_layers = range(1, count + 1) if isinstance(count, int) else None
+        if (used := layers or all_layers) is not None:  # without ids, all layers have Gengram
+            yield MappedSetting("gengram_layer_ids", layers, "gengram.layers", sorted(set(used)))
     yield from _same_values(arguments, _SAME_OF_GENGRAM)
     window = arguments.get("gengram_window_size") or None
     yield MappedSetting("gengram_window_size", window, "gengram.window", window)
@@ -272,8 +274,8 @@ def _agrees(setting: MappedSetting, config: Config, arguments: Arguments) -> boo
         if "mla" in (our_value, setting.value):
             return False
         heads = arguments.get("num_attention_heads", model.num_attention_heads)
-        foreign_groups = {"mha": heads, "gqa": arguments.get("num_query_groups", groups)}
-        return groups == foreign_groups[setting.value]
+        foreign_groups: object = arguments.get("num_query_groups", groups)
+        return groups == (heads if setting.value == "mha" else foreign_groups)
     if setting.key == "gengram.layers":
         return sorted(model.gengram.layers) == setting.value
     return our_value == setting.value

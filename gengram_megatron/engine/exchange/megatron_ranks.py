@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def plain_name(name: str) -> str | None:
     """Returns the name as in megatron-core's local modules; None if it is not a model weight."""
     if _NOT_A_WEIGHT.match(name) or "._extra_state" in name:
         return None
-    name = name[_WRAPPED.match(name).end() :]
+    name = _WRAPPED.sub("", name, count=1)
     for pattern, plain in _RENAMES:
         name = re.sub(pattern, plain, name)
     return name
@@ -110,6 +111,8 @@ _RANK = re.compile(r"mp_rank_(\d{2,})((?:_\d{3,}){0,2})")
 
 Rank = tuple[int, int, int]
 """The tensor-, pipeline- and expert-parallel ranks, each from 0."""
+RankFile = tuple[str, dict[str, Any]]
+"""The name of a rank's folder, and the content of its file."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class RankFiles:
         self._folder = folder
         contents = {file.parent.name: _read(file) for file in folder.glob(f"mp_rank_*/{RANK_FILE}")}
         _check_same_iteration(folder, contents)
-        self.arguments = contents[min(contents)].get("args")
+        self.arguments: object = contents[min(contents)].get("args")
         files = _by_rank(folder, contents, self.arguments)
         self._sizes = sizes = _parallel_sizes(files, self.arguments)
         _check_complete(folder, files, sizes)
@@ -150,6 +153,7 @@ class RankFiles:
 
     @property
     def names(self) -> set[str]:
+        """Returns the plain names of all weights."""
         return set(self._copies)
 
     def read(self, name: str) -> Tensor:
@@ -185,18 +189,17 @@ class RankFiles:
         return weight
 
 
-def _read(file: Path) -> dict:
+def _read(file: Path) -> dict[str, Any]:
     """Returns the content of a rank's file, which must hold a model."""
-    content = read_untrusted(file)
-    if not isinstance(content, dict):
-        content = {}
-    models = [value for key, value in content.items() if _CHUNK.fullmatch(str(key))]
+    stored = read_untrusted(file)
+    content = {str(k): value for k, value in stored.items()} if isinstance(stored, dict) else {}
+    models = [value for key, value in content.items() if _CHUNK.fullmatch(key)]
     if not models or not all(isinstance(model, dict) for model in models):
         raise UserError(f"{file} holds no model: give a folder that was saved by Megatron-LM")
     return content
 
 
-def _check_same_iteration(folder: Path, contents: dict[str, dict]) -> None:
+def _check_same_iteration(folder: Path, contents: dict[str, dict[str, Any]]) -> None:
     """Raises UserError if the files are of different iterations."""
     first = min(contents)
     for name, content in sorted(contents.items()):
@@ -207,12 +210,14 @@ def _check_same_iteration(folder: Path, contents: dict[str, dict]) -> None:
             )
 
 
-def _by_rank(folder: Path, contents: dict[str, dict], arguments) -> dict[Rank, tuple[str, dict]]:
+def _by_rank(
+    folder: Path, contents: dict[str, dict[str, Any]], arguments: object
+) -> dict[Rank, RankFile]:
     """Returns the folder's name and its file's content for each rank."""
     pipeline, expert = (
         _size(arguments, f"{kind}_model_parallel") for kind in ("pipeline", "expert")
     )
-    files: dict[Rank, tuple[str, dict]] = {}
+    files: dict[Rank, RankFile] = {}
     for name, content in sorted(contents.items()):
         rank = _RANK.fullmatch(name)
         if not rank:
@@ -233,13 +238,13 @@ def _by_rank(folder: Path, contents: dict[str, dict], arguments) -> dict[Rank, t
     return files
 
 
-def _size(arguments, kind: str) -> int | None:
+def _size(arguments: object, kind: str) -> int | None:
     """Returns the parallel size of a kind; None if the arguments do not give it."""
     size = values_of(arguments).get(f"{kind}_size")
     return size if isinstance(size, int) and size > 0 else None
 
 
-def _parallel_sizes(files: dict[Rank, tuple[str, dict]], arguments) -> ParallelSizes:
+def _parallel_sizes(files: dict[Rank, RankFile], arguments: object) -> ParallelSizes:
     """Returns the sizes from the run's arguments, or else from the ranks in the folder."""
     tensor, pipeline, expert = (
         _size(arguments, f"{kind}_model_parallel") or 1 + max(rank[axis] for rank in files)
@@ -255,9 +260,7 @@ def _parallel_sizes(files: dict[Rank, tuple[str, dict]], arguments) -> ParallelS
     return ParallelSizes(tensor, pipeline, expert, expert_tensor)
 
 
-def _check_complete(
-    folder: Path, files: dict[Rank, tuple[str, dict]], sizes: ParallelSizes
-) -> None:
+def _check_complete(folder: Path, files: dict[Rank, RankFile], sizes: ParallelSizes) -> None:
     """Raises UserError if a rank's file is missing, or if a file belongs to no rank of the run."""
     # Consecutive processes are tensor-parallel ranks, and each group of `expert_tensor` of them is
     # one expert-parallel rank. If expert_tensor < tensor, not every pair of ranks occurs.
@@ -280,9 +283,7 @@ def _check_complete(
         )
 
 
-def _weights(
-    stages: list[tuple[str, dict]], expert: int, ranks: int
-) -> Iterator[tuple[str, str, Tensor]]:
+def _weights(stages: list[RankFile], expert: int, ranks: int) -> Iterator[tuple[str, str, Tensor]]:
     """Yields name, folder and tensor of each weight in the files of all pipeline stages.
 
     Layers are numbered over all stages, and experts over all expert-parallel ranks.
@@ -303,7 +304,7 @@ def _weights(
 
 
 def _chunk_weights(
-    folder_name: str, model: dict, expert: int, ranks: int
+    folder_name: str, model: dict[str, Any], expert: int, ranks: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the weights of one model chunk in a file, experts numbered over all ranks."""
     weights = {

@@ -49,9 +49,9 @@ def _huggingface_layer(model: Model, layer: int, fused: bool) -> Iterator[Weight
     if model.num_experts is None:
         yield from _dense(model, f"{ours}mlp.", f"{foreign}mlp.")
     elif fused:
-        yield from _fused_experts(model, f"{ours}mlp.", f"{foreign}mlp.")
+        yield from _fused_experts(model, model.num_experts, f"{ours}mlp.", f"{foreign}mlp.")
     else:
-        yield from _experts(model, f"{ours}mlp.", f"{foreign}block_sparse_moe.")
+        yield from _experts(model, model.num_experts, f"{ours}mlp.", f"{foreign}block_sparse_moe.")
 
 
 def megatron_weights(model: Model) -> list[Weight]:
@@ -164,9 +164,9 @@ def _dense(model: Model, ours: str, foreign: str) -> Iterator[Weight]:
     yield same_tensor(f"{ours}linear_fc2.weight", f"{foreign}down_proj.weight", hidden, width)
 
 
-def _experts(model: Model, ours: str, foreign: str) -> Iterator[Weight]:
+def _experts(model: Model, experts: int, ours: str, foreign: str) -> Iterator[Weight]:
     """Yields router and experts as in the files of Mixtral: a tensor for each expert."""
-    hidden, width, experts = model.hidden_size, model.ffn_hidden_size, model.num_experts
+    hidden, width = model.hidden_size, model.ffn_hidden_size
     yield same_tensor(f"{ours}router.weight", f"{foreign}gate.weight", experts, hidden)
     yield Weight(
         f"{ours}experts.linear_fc1.weight",
@@ -187,10 +187,10 @@ def _experts(model: Model, ours: str, foreign: str) -> Iterator[Weight]:
     )
 
 
-def _fused_experts(model: Model, ours: str, foreign: str) -> Iterator[Weight]:
+def _fused_experts(model: Model, experts: int, ours: str, foreign: str) -> Iterator[Weight]:
     """Yields router and experts as transformers holds them once loaded, which is also how it saves
     models with custom code: one tensor for all experts of a layer."""
-    hidden, width, experts = model.hidden_size, model.ffn_hidden_size, model.num_experts
+    hidden, width = model.hidden_size, model.ffn_hidden_size
     yield same_tensor(f"{ours}router.weight", f"{foreign}gate.weight", experts, hidden)
     yield Weight(
         f"{ours}experts.linear_fc1.weight",

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gengram_megatron.config.layout import check_model
 from gengram_megatron.config.load import check_tree, tree_at, with_overrides
@@ -64,7 +65,7 @@ def new_config(path: Path, foreign: ForeignModel, overrides: list[str]) -> tuple
 
 def _keys(path: Path, foreign: ForeignModel) -> dict[str, object]:
     """Returns dotted keys and their values, in the order of the file."""
-    keys = {"run.dir": f"runs/{path.resolve().name}"}
+    keys: dict[str, object] = {"run.dir": f"runs/{path.resolve().name}"}
     keys |= {f"model.{key}": value for key, value in foreign.model.items()}
     keys |= {"data.path": _DATA, "train.global_batch_size": 1}
     keys |= {f"train.{key}": value for key, value in foreign.train.items()}
@@ -100,7 +101,7 @@ def _tree(keys: dict[str, object], source: str) -> Tree:
     return tree
 
 
-def _lines(group: dict, prefix: str = "") -> Iterator[str]:
+def _lines(group: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yields the lines of a group of keys as YAML, with comments on keys that a user may change."""
     indent = "  " * prefix.count(".")
     for name, value in group.items():

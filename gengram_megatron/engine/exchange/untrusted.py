@@ -22,9 +22,9 @@ _REPLACED = (
 class StandIn:
     """Accepts whatever the original class was built from; its plain attributes can be read."""
 
-    def __init__(self, *_, **__): ...
+    def __init__(self, *_: object, **__: object) -> None: ...
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: object) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)
 
@@ -39,10 +39,10 @@ def values_of(arguments: object) -> dict[str, object]:
     return {str(name): value for name, value in values.items()}
 
 
-def read_untrusted(path: Path) -> dict:
+def read_untrusted(path: Path) -> object:
     """Returns the content of a file written by torch.save; its tensors stay on disk until used.
 
-    Raises UserError if the file would run code or cannot be read.
+    The content may be of any type. Raises UserError if the file would run code or cannot be read.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

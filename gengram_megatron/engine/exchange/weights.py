@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]):
         self.path = path
-        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
         end = 0
         # Wider dtypes come first, so that each tensor starts at a multiple of its element size.
         for name in sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name)):
@@ -54,7 +55,7 @@ class SafetensorsFile:
         assert tensor.nbytes == end - start, f"{name} does not have the size that the header states"
         with self.path.open("r+b") as file:
             file.seek(self._data_start + start)
-            file.write(tensor.flatten().view(torch.uint8).numpy())
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +73,7 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
-    index: tuple = ()
+    index: tuple[int | slice, ...] = ()
     transposed: bool = False
 
 
@@ -133,7 +134,7 @@ def same_tensor(key: str, name: str, *shape: int) -> Weight:
     return Weight(key, shape, (Part(name, shape),))
 
 
-def _describe(shape, dtype: torch.dtype) -> str:
+def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """Returns a shape and a dtype as text, such as "32 x 16 in bfloat16"."""
     size = " x ".join(map(str, shape)) or str(math.prod(shape))
     return f"{size} in {str(dtype).removeprefix('torch.')}"

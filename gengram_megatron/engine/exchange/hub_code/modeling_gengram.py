@@ -6,10 +6,13 @@ earlier inputs of the convolution. They are kept in additional layers of transfo
 those of the attention.
 """
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -21,6 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralForCausalLM,
     MixtralModel,
 )
+from transformers.utils import ModelOutput
 
 from .configuration_gengram import GengramLlamaConfig, GengramMixtralConfig
 
@@ -38,7 +42,7 @@ class Kmers:
     padding: [b, s], whether each of the s tokens is padding.
     """
 
-    def __init__(self, tokens, length: int, gengram: dict):
+    def __init__(self, tokens: Tensor, length: int, gengram: dict[str, Any]):
         """tokens: [b, n], n >= length; the last `length` are new. Masked tokens are PADDING."""
         self.padding = tokens[:, -length:] == PADDING
         largest = max(table["k"] for table in gengram["tables"])
@@ -55,7 +59,7 @@ class Kmers:
         eod = gengram["eod"]
         self.documents = None if eod is None else (tokens == eod).cumsum(1)
 
-    def _rows(self, digits, table: dict):
+    def _rows(self, digits: Tensor, table: dict[str, Any]) -> Tensor:
         """Returns [b, reach + s], the row of the k-mer that ends at each token."""
         k, length = table["k"], digits.shape[1]
         complements = torch.tensor(COMPLEMENT, device=digits.device)
@@ -75,11 +79,11 @@ class Kmers:
             number = rows_of_pairs(k, number.device)[number]
         return number.masked_fill(~valid, table["rows"])
 
-    def at(self, x, back: int):
+    def at(self, x: Tensor, back: int) -> Tensor:
         """Returns [b, s], the values of x [b, reach + s] `back` tokens before each of the s."""
         return x[:, self.reach - back : x.shape[1] - back]
 
-    def same_document(self, back: int):
+    def same_document(self, back: int) -> Tensor | None:
         """Returns [b, s], whether each token is in the same document as the one `back` before it.
 
         Returns None if Gengram may look across documents.
@@ -89,7 +93,7 @@ class Kmers:
         return self.at(self.documents, back) == self.at(self.documents, 0)
 
 
-def mixed(number, seed: int):
+def mixed(number: Tensor, seed: int) -> Tensor:
     """Returns a 63-bit hash of int64 numbers, by the finalizer of SplitMix64."""
     x = number ^ seed
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -97,7 +101,7 @@ def mixed(number, seed: int):
     return (x ^ ((x >> 31) & ((1 << 33) - 1))) & ((1 << 63) - 1)
 
 
-def rows_of_pairs(k: int, device):
+def rows_of_pairs(k: int, device: torch.device) -> Tensor:
     """Returns [5^k], the row of two reverse complements, by the smaller of their numbers."""
     number = torch.arange(5**k, device=device)
     left, backward = number.clone(), torch.zeros_like(number)
@@ -114,7 +118,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(hidden, hidden, kernel, groups=hidden, dilation=dilation, bias=False)
 
-    def forward(self, x, kmers: Kmers):
+    def forward(self, x: Tensor, kmers: Kmers) -> Tensor:
         """x: [b, earlier + s, h], the gated values of the s new tokens and of all before them."""
         taps = self.conv.weight[:, 0].t()
         length = kmers.ids[0].shape[1] - kmers.reach
@@ -131,7 +135,7 @@ class ShortConvolution(nn.Module):
 class GengramMemory(nn.Module):
     """The Gengram of one layer: tables, key and value projections, gate and output."""
 
-    def __init__(self, config, place: int):
+    def __init__(self, config: GengramLlamaConfig | GengramMixtralConfig, place: int):
         """place: the index of this layer among those with Gengram, from 0."""
         super().__init__()
         gengram, hidden = config.gengram, config.hidden_size
@@ -153,30 +157,33 @@ class GengramMemory(nn.Module):
         elif self.output == "norm":
             self.norm_o = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
 
-    def forward(self, hidden, kmers: Kmers, cache):
+    def forward(self, hidden: Tensor, kmers: Kmers, cache: "MemoryCache | None") -> Tensor:
         """hidden: [b, s, h]; returns [b, s, h], to be added to it."""
         features = self._features(kmers)
-        gated = self._gate(hidden, self.key_proj(features)) * self.value_proj(features)
+        gated: Tensor = self._gate(hidden, self.key_proj(features)) * self.value_proj(features)
         if self.output == "norm":
             return F.silu(self.norm_o(gated))
         if self.output == "plain":
             return gated
         # Padding must not reach the convolution, whatever its hidden state is.
         gated = gated.masked_fill(kmers.padding[..., None], 0)
-        return gated + self.short_conv(remember(cache, gated, self.place), kmers)
+        convolved: Tensor = self.short_conv(remember(cache, gated, self.place), kmers)
+        return gated + convolved
 
-    def _features(self, kmers: Kmers):
+    def _features(self, kmers: Kmers) -> Tensor:
         """Returns [b, s, number of ks * d], one k after the other, the heads of a k interleaved."""
-        means: dict[int, list] = {}
+        means: dict[int, list[Tensor]] = {}
         for table, embedding, ids in zip(self.tables, self.embeddings, kmers.ids):
-            mean = self._mean(embedding.weight, ids, table, kmers)
+            # For type checkers, the attributes of a module in a list may also be modules.
+            mean = self._mean(cast(Tensor, embedding.weight), ids, table, kmers)
             means.setdefault(table["k"], []).append(mean)
         return torch.cat([torch.stack(heads, dim=-1).flatten(-2) for heads in means.values()], -1)
 
-    def _mean(self, rows, ids, table: dict, kmers: Kmers):
+    def _mean(self, rows: Tensor, ids: Tensor, table: dict[str, Any], kmers: Kmers) -> Tensor:
         """Returns [b, s, d], the mean over the valid k-mers entirely inside each token's window."""
         span = 1 if kmers.window is None else kmers.window - table["k"] + 1
-        total, count = 0, 0
+        total = ids.new_zeros((), dtype=torch.float32)
+        count = ids.new_zeros((), dtype=torch.int32)
         for back in range(span):
             here = kmers.at(ids, back)
             counts = here < table["rows"]
@@ -191,7 +198,7 @@ class GengramMemory(nn.Module):
             count = count + counts.int()
         return (total / count.clamp(min=1)[..., None]).to(rows.dtype)
 
-    def _gate(self, hidden, key):
+    def _gate(self, hidden: Tensor, key: Tensor) -> Tensor:
         """Returns the gate [b, s, 1] from the hidden state and the key, both [b, s, h]."""
         product = self.norm_q(hidden) * self.norm_k(key)
         agreement = product.sum(-1, keepdim=True, dtype=torch.float32) / hidden.shape[-1] ** 0.5
@@ -207,10 +214,10 @@ class MemoryCache:
     layers: the number of the model's layers, whose cache comes first.
     """
 
-    def __init__(self, cache, layers: int):
+    def __init__(self, cache: DynamicCache, layers: int):
         self.cache, self.first = cache, layers
 
-    def append(self, x, place: int):
+    def append(self, x: Tensor, place: int) -> Tensor:
         """Appends x [b, s, n] to a cache layer, and returns all that is in it, [b, earlier + s, n].
 
         place: the index of the layer among the additional ones.
@@ -219,42 +226,61 @@ class MemoryCache:
         while len(layers) <= place:
             layers.append(DynamicLayer())
         x = x.unsqueeze(1)
-        return layers[place].update(x, x[..., :0])[0].squeeze(1)
+        everything: Tensor = layers[place].update(x, x[..., :0])[0]
+        return everything.squeeze(1)
 
 
-def remember(cache: MemoryCache | None, x, place: int):
+def remember(cache: MemoryCache | None, x: Tensor, place: int) -> Tensor:
     """Returns all values of the Gengram layer of index `place` so far, the last of which are x."""
     return x if cache is None else cache.append(x, place + 1)
 
 
-class LayerWithMemory:
+class LayerWithMemory(nn.Module):
     """Mixin that runs Gengram before a decoder layer."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: GengramLlamaConfig | GengramMixtralConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         layers = config.gengram["layers"]
-        self.gengram = None
+        self.gengram: GengramMemory | None = None
         if layer_idx + 1 in layers:
             self.gengram = GengramMemory(config, sorted(layers).index(layer_idx + 1))
 
-    def forward(self, hidden_states, *args, kmers=None, memory_cache=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        kmers: Kmers | None = None,
+        memory_cache: MemoryCache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Adds Gengram's output to hidden_states [b, s, h] before the layer's own computation."""
         if self.gengram is not None:
             hidden_states = hidden_states + self.gengram(hidden_states, kmers, memory_cache)
-        return super().forward(hidden_states, *args, **kwargs)
+        output: Tensor = super().forward(hidden_states, *args, **kwargs)
+        return output
 
 
-class ModelWithMemory:
+class ModelWithMemory(nn.Module):
     """Mixin that computes the k-mers of the tokens and passes them to the decoder's layers."""
+
+    # Of the model that this is mixed into.
+    config: GengramLlamaConfig | GengramMixtralConfig
+    gradient_checkpointing: bool
+    post_init: Callable[[], None]
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        use_cache=None,
-        **kwargs,
-    ):
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Computes the k-mers, keeps what later tokens need in the cache, and runs the layers.
+
+        Raises ValueError without token ids, or for a cache that is not a DynamicCache.
+        """
         if input_ids is None:
             raise ValueError("memory is looked up by token ids: give input_ids, not inputs_embeds")
         # Layers that are recomputed for gradient checkpointing would append to a cache twice.
@@ -284,7 +310,7 @@ class ModelWithMemory:
         )
 
 
-def visible(input_ids, attention_mask):
+def visible(input_ids: Tensor, attention_mask: Any) -> Tensor:
     """Returns input_ids [b, s] with PADDING for masked tokens.
 
     attention_mask: [b, earlier + s], 0 or False for padding. A mask of any other shape says which
@@ -305,7 +331,7 @@ class GengramLlamaModel(ModelWithMemory, LlamaModel):
     config_class = GengramLlamaConfig
     _no_split_modules = ("GengramLlamaLayer",)
 
-    def __init__(self, config):
+    def __init__(self, config: GengramLlamaConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(
             GengramLlamaLayer(config, n) for n in range(config.num_hidden_layers)
@@ -319,7 +345,7 @@ class GengramLlamaForCausalLM(LlamaForCausalLM):
     config_class = GengramLlamaConfig
     _no_split_modules = ("GengramLlamaLayer",)
 
-    def __init__(self, config):
+    def __init__(self, config: GengramLlamaConfig):
         super().__init__(config)
         self.model = GengramLlamaModel(config)
         self.post_init()
@@ -335,7 +361,7 @@ class GengramMixtralModel(ModelWithMemory, MixtralModel):
     config_class = GengramMixtralConfig
     _no_split_modules = ("GengramMixtralLayer",)
 
-    def __init__(self, config):
+    def __init__(self, config: GengramMixtralConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(
             GengramMixtralLayer(config, n) for n in range(config.num_hidden_layers)
@@ -349,7 +375,7 @@ class GengramMixtralForCausalLM(MixtralForCausalLM):
     config_class = GengramMixtralConfig
     _no_split_modules = ("GengramMixtralLayer",)
 
-    def __init__(self, config):
+    def __init__(self, config: GengramMixtralConfig):
         super().__init__(config)
         self.model = GengramMixtralModel(config)
         self.post_init()
