@@ -16,6 +16,7 @@ fi
 say "style and types"
 ruff format --check .
 ruff check .
+mypy
 
 say "tests"
 # Many small processes on few cores: threads of their own would only be in each other's way.
