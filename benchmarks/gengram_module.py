@@ -39,7 +39,7 @@ from gengram_megatron.engine.model.gengram.ids import KmerIds
 from gengram_megatron.engine.model.gengram.memory import GengramMemory
 from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled_features
 from gengram_megatron.engine.model.gengram.shape import GengramShape
-from gengram_megatron.engine.model.initialize import InitialLaw, init_tag
+from gengram_megatron.engine.model.initialize import InitDistribution, init_tag
 from gengram_megatron.engine.model.sequence import TokenRange
 from gengram_megatron.engine.processes import end_processes, start_processes
 from gengram_megatron.tokenizer import BASE_IDS
@@ -105,7 +105,7 @@ def our_module(hidden: int, dtype: torch.dtype, project: str) -> GengramMemory:
         num_attention_heads=1,
         layernorm_epsilon=EPSILON,
         params_dtype=dtype,
-        init_method=init_tag(InitialLaw(std=0.02)),
+        init_method=init_tag(InitDistribution(std=0.02)),
     )
     shape = GengramShape(
         PLACEMENTS, DIM, WINDOW, KERNEL, init="scaled", init_std=0.02, project=project
@@ -220,7 +220,7 @@ def compare(
             ours = our_module(hidden, DTYPES[name], project)
             copy_weights(ours, weights)
             modules[f"ours, {project} {name}"] = ours
-    ids = KmerIds.of(read_tokens(length).to(device), TABLES, list(BASE_IDS))
+    ids = KmerIds.from_tokens(read_tokens(length).to(device), TABLES, list(BASE_IDS))
     x = torch.randn(length, 1, hidden, device=device)
     runs = {name: [] for name in modules}
     for repeat in range(repeats + 1):

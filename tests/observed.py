@@ -50,7 +50,7 @@ def observe(config: Config) -> dict:
     by name; the loss; the line of implementations' parts; and how often each layer was in fp8."""
     from megatron.core.utils import unwrap_model
 
-    from gengram_megatron.engine.training.report import parts as parts_of
+    from gengram_megatron.engine.training.report import part_implementations
 
     layout = check_layout(config, 1)
     chunks, optimizer, _ = build(config, layout)
@@ -70,7 +70,7 @@ def observe(config: Config) -> dict:
         "loss": loss,
         "weights": weights,
         "gradients": gradients,
-        "parts": parts_of(chunks, optimizer),
+        "parts": part_implementations(chunks, optimizer),
         "passes_in_fp8": counted,
     }
 

@@ -78,13 +78,13 @@ def test_large_tables_are_shared_as_all_weights_are(config, installed):
     (large,) = placements(config(*words, "train.engine=megatron"), 2)
     assert large.split == "rows"
     (large,) = placements(config(*words), 2)
-    assert (large.split, large.over) == ("columns", None)
+    assert (large.split, large.rows_over) == ("columns", None)
 
 
 def test_features_are_projected(config, installed):
     words = ["model.gengram.kmer_sizes=[1, 2]"]  # so small that tables would be
     megatron = config(*words, "train.engine=megatron")
-    assert check_layout(megatron, 2).projection(on_gpu=False).of == "tables"
+    assert check_layout(megatron, 2).projection(on_gpu=False).input == "tables"
     deepspeed = config(*words)
     assert check_layout(deepspeed, 2).projection(on_gpu=False) == (
         "features",

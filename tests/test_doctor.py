@@ -231,11 +231,11 @@ def parts_of_the_run(file: Path, words: list[str], one_process) -> dict[str, str
     """What the run's own model says, all layers of it."""
     from gengram_megatron.engine.model.build import build_model, wrap_for_data_parallelism
     from gengram_megatron.engine.training.optimizer import build_optimizer
-    from gengram_megatron.engine.training.report import parts
+    from gengram_megatron.engine.training.report import part_implementations
 
     config = load_config(file, words, Config)
     layout = check_layout(config, 1)
     chunks = wrap_for_data_parallelism(
         build_model(config, with_gengram(layout, config)), config, layout
     )
-    return parts(chunks, build_optimizer(config, chunks))
+    return part_implementations(chunks, build_optimizer(config, chunks))

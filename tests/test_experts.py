@@ -28,7 +28,7 @@ def make_experts(dtype: torch.dtype, recompute: bool):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from gengram_megatron.engine.model.experts import GroupedExperts
-    from gengram_megatron.engine.model.initialize import InitialLaw, init_tag
+    from gengram_megatron.engine.model.initialize import InitDistribution, init_tag
 
     config = TransformerConfig(
         num_layers=1,
@@ -39,8 +39,8 @@ def make_experts(dtype: torch.dtype, recompute: bool):
         moe_grouped_gemm=True,
         add_bias_linear=False,
         params_dtype=dtype,
-        init_method=init_tag(InitialLaw(std=1.0)),
-        output_layer_init_method=init_tag(InitialLaw(std=1.0)),
+        init_method=init_tag(InitDistribution(std=1.0)),
+        output_layer_init_method=init_tag(InitDistribution(std=1.0)),
         recompute_granularity="selective" if recompute else None,
         recompute_modules=["moe_act"] if recompute else None,
     )

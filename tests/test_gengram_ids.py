@@ -21,7 +21,9 @@ def rows(sequence: str, tables) -> list[list[int]]:
     from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     ids = [EOD if letter == "." else BASE_IDS[LETTERS.index(letter)] for letter in sequence]
-    return [x[0].tolist() for x in KmerIds.of(torch.tensor([ids]), tables, list(BASE_IDS)).ids]
+    return [
+        x[0].tolist() for x in KmerIds.from_tokens(torch.tensor([ids]), tables, list(BASE_IDS)).ids
+    ]
 
 
 def reverse_complement(sequence: str) -> str:

@@ -63,7 +63,7 @@ def make_memory(
     from gengram_megatron.config.tables import Placement, direct_table
     from gengram_megatron.engine.model.gengram.memory import GengramMemory
     from gengram_megatron.engine.model.gengram.shape import GengramShape
-    from gengram_megatron.engine.model.initialize import InitialLaw, init_tag
+    from gengram_megatron.engine.model.initialize import InitDistribution, init_tag
 
     config = TransformerConfig(
         num_layers=1,
@@ -71,7 +71,7 @@ def make_memory(
         num_attention_heads=1,
         layernorm_epsilon=1e-5,
         params_dtype=dtype,
-        init_method=init_tag(InitialLaw(std=1.0)),
+        init_method=init_tag(InitDistribution(std=1.0)),
     )
     shape = GengramShape(
         tuple(Placement(direct_table(k, DIM), None, "") for k in kmer_sizes),
@@ -105,7 +105,7 @@ def add_to(memory, hidden, text, eod=None):
     from gengram_megatron.engine.model.gengram.ids import KmerIds
 
     tokens = torch.tensor(text, dtype=torch.uint8)
-    return memory(hidden, KmerIds.of(tokens, memory.shape.tables, ALPHABET, eod))
+    return memory(hidden, KmerIds.from_tokens(tokens, memory.shape.tables, ALPHABET, eod))
 
 
 def output_weight(memory) -> torch.Tensor | None:
@@ -373,7 +373,7 @@ def features_of(tables, weights: list[torch.Tensor], text) -> torch.Tensor:
     from gengram_megatron.engine.model.gengram.pooling import Pooling, pooled_features
     from gengram_megatron.engine.model.sequence import TokenRange
 
-    kmers = KmerIds.of(torch.tensor(text), tables, ALPHABET)
+    kmers = KmerIds.from_tokens(torch.tensor(text), tables, ALPHABET)
     return pooled_features(
         weights, list(kmers.ids), tables, Pooling(21), [TokenRange(0, len(text[0]))], None
     )
@@ -395,7 +395,10 @@ def test_shared_rows_are_those_of_a_direct_table_with_equal_rows(one_process):
     shared, plain = ((direct_table(k, DIM, s),) for s in (True, False) for k in (4,))
     (weight,) = random_tables(shared)
     expanded = torch.zeros(5**4, DIM, dtype=torch.float64)
-    kmers = [KmerIds.of(torch.tensor(text), tables, ALPHABET).ids[0] for tables in (shared, plain)]
+    kmers = [
+        KmerIds.from_tokens(torch.tensor(text), tables, ALPHABET).ids[0]
+        for tables in (shared, plain)
+    ]
     for pair, row in zip(*(ids.flatten().tolist() for ids in kmers)):
         if row < 5**4:
             expanded[row] = weight[pair]
@@ -413,7 +416,7 @@ def test_heads_of_a_hashed_size_are_interleaved_window_means(one_process):
     tables = kmer_tables(Gengram(kmer_sizes=[9], dim=DIM, hashing={"rows": 100, "heads": 2}))
     weights = random_tables(tables)
     ours = features_of(tables, weights, text)
-    ids = KmerIds.of(torch.tensor(text), tables, ALPHABET).ids
+    ids = KmerIds.from_tokens(torch.tensor(text), tables, ALPHABET).ids
     for head, (table, weight) in enumerate(zip(tables, weights)):
         for b, position in ((b, p) for b in range(2) for p in range(len(text[0]))):
             window = ids[head][b, max(position - 21 + 9, 0) : position + 1]

@@ -45,7 +45,7 @@ def real_dna(length: int) -> Tensor:
 def kmer_ids(tokens: Tensor) -> tuple[Tensor, ...]:
     from gengram_megatron.engine.model.gengram.ids import KmerIds
 
-    return KmerIds.of(tokens, tuple(direct_table(k, 1) for k in SIZES), list(BASE_IDS)).ids
+    return KmerIds.from_tokens(tokens, tuple(direct_table(k, 1) for k in SIZES), list(BASE_IDS)).ids
 
 
 def make_table(k: int, dtype: torch.dtype, dim: int = DIM) -> Tensor:

@@ -116,7 +116,9 @@ def test_memory_against_float64_on_the_cpu(one_process, precision, tolerance):
 
     tokens, shape = random_dna(2048), (2048, 1, 256)
     tables = tuple(direct_table(k, 1) for k in SIZES)
-    kmers, on_cpu = (KmerIds.of(t, tables, list(BASE_IDS)) for t in (tokens.cuda(), tokens))
+    kmers, on_cpu = (
+        KmerIds.from_tokens(t, tables, list(BASE_IDS)) for t in (tokens.cuda(), tokens)
+    )
     memory = make_memory(one_process, precision)
     dtype = memory.projection.weight.dtype
     upstream, keys = noise(shape, 2).to(dtype), []

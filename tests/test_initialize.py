@@ -1,4 +1,4 @@
-"""Initial weights: decided by the seed alone, each kind by its own law."""
+"""Initial weights: decided by the seed alone, each kind from its own distribution."""
 
 import math
 
@@ -56,7 +56,7 @@ def build(config, layout) -> dict[str, torch.Tensor]:
 
 
 def law_of(name: str) -> float | None:
-    """Standard deviation of a parameter's law by its name; None: a norm's weight, all ones."""
+    """Standard deviation of a parameter's distribution by its name; None: a norm's weight, all ones."""
     if "norm" in name:
         return None
     if ".tables." in name:
@@ -157,7 +157,7 @@ def test_what_the_memory_adds_at_the_start(one_process, init, measured):
     bases = torch.tensor([8, 5, 6, 7])[torch.randint(4, (1, 512), generator=generator)]
     hidden = 0.010 * torch.randn(512, 1, 1024, generator=generator)
     with torch.no_grad():
-        added = memory(hidden, KmerIds.of(bases, memory.shape.tables, [8, 5, 6, 7, 9]))
+        added = memory(hidden, KmerIds.from_tokens(bases, memory.shape.tables, [8, 5, 6, 7, 9]))
     assert added.square().mean().sqrt().item() == pytest.approx(measured, rel=0.1)
 
 
@@ -196,7 +196,7 @@ def test_every_parameter_is_marked_and_drawn(one_process, attention, experts):
     )
     with torch.no_grad():
         for weight in chunks[0].parameters():
-            assert hasattr(weight, "initial_law")
+            assert hasattr(weight, "init_distribution")
             weight.fill_(float("nan"))
     initialize(chunks, seed=7)
     for name, weight in chunks[0].named_parameters():
@@ -208,7 +208,7 @@ def test_a_parameter_without_a_law_is_an_error(one_process):
     from gengram_megatron.engine.model.initialize import initialize
 
     chunks = build_model(make_config(), with_gengram(one_process, make_config()))
-    del chunks[0].decoder.final_layernorm.weight.initial_law
+    del chunks[0].decoder.final_layernorm.weight.init_distribution
     with pytest.raises(AssertionError, match="final_layernorm"):
         initialize(chunks, seed=7)
 
@@ -263,9 +263,9 @@ def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks, kind):
     """Here for tables and experts cut into equal parts; whole models are in the layout tests."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from gengram_megatron.engine.model.initialize import InitialLaw, _draw_local_part
+    from gengram_megatron.engine.model.initialize import InitDistribution, _draw_local_part
 
-    law = InitialLaw(**{kind: 1.0})
+    distribution = InitDistribution(**{kind: 1.0})
     shape = [8, 12]
     shape[axis] //= ranks
 
@@ -275,13 +275,13 @@ def test_ranks_draw_their_parts_of_one_tensor(one_process, axis, ranks, kind):
         sharded = ShardedTensor.from_rank_offsets(
             "name", data, (0, expert, 4), cut, prepend_axis_num=1
         )
-        return _draw_local_part(sharded, law, seed=7)
+        return _draw_local_part(sharded, distribution, seed=7)
 
     def whole(expert: int) -> torch.Tensor:
         sharded = ShardedTensor.from_rank_offsets(
             "name", torch.empty(8, 12), (0, expert, 4), prepend_axis_num=1
         )
-        return _draw_local_part(sharded, law, seed=7)
+        return _draw_local_part(sharded, distribution, seed=7)
 
     for expert in range(4):
         together = torch.cat([part(rank, expert) for rank in range(ranks)], axis)
@@ -304,7 +304,7 @@ def test_large_tensors_are_drawn_in_blocks_that_ranks_agree_on(one_process, monk
             global_offset=(first, 0),
             axis_fragmentations=None,
         )
-        return initialize._draw_local_part(part, initialize.InitialLaw(std=STD), seed=1)
+        return initialize._draw_local_part(part, initialize.InitDistribution(std=STD), seed=1)
 
     monkeypatch.setattr(initialize, "LARGEST_DRAW", 24)  # eight rows
     whole = draw(0, 50)

@@ -83,7 +83,7 @@ def test_every_rank_holds_what_the_plan_says(case):
         held = split.rank_parameters(stage)
         assert {counts["experts"] for counts in ranks} == {held.experts}
         most = max(sum(counts.values()) for counts in ranks)
-        uneven = sum(place.over is not None for place in split.layout.placements)
+        uneven = sum(place.rows_over is not None for place in split.layout.placements)
         slack = len(split.layers(stage)) * uneven * config.model.gengram.dim
         assert most <= held.total <= most + slack
         if not uneven:

@@ -45,9 +45,9 @@ example for the steps of sbatch's script and of salloc's shell."""
 
 
 class Projection(NamedTuple):
-    """How key and value are computed: `of` says what is projected, "features" or "tables"."""
+    """How key and value are computed: `input` says what is projected, "features" or "tables"."""
 
-    of: Literal["features", "tables"]
+    input: Literal["features", "tables"]
     reason: str
 
 
@@ -84,7 +84,7 @@ class Layout:
     def rows_shared_over(self) -> str | None:
         """The group that tables are split over by rows, if it is the data- or expert-parallel one,
         otherwise None."""
-        groups = (placement.over for placement in self.placements)
+        groups = (placement.rows_over for placement in self.placements)
         return next((group for group in groups if group in ("data", "expert")), None)
 
     def sizes(self) -> dict[str, Any]:

@@ -114,16 +114,16 @@ def _with_input_path(tree: Tree, parts: list[str], folder: Path | None) -> Tree:
             name: _with_input_path(child, parts[1:], folder) if parts[0] in ("*", name) else child
             for name, child in tree.value.items()
         }
-        return Tree(children, tree.place)
+        return Tree(children, tree.location)
     if parts or not isinstance(tree.value, str) or not tree.value or "://" in tree.value:
         return tree
-    from_file = tree.place != COMMAND_LINE
-    named_in = Path(tree.place.rpartition(":")[0]).parent if from_file else Path()
+    from_file = tree.location != COMMAND_LINE
+    named_in = Path(tree.location.rpartition(":")[0]).parent if from_file else Path()
     if folder is None:
-        return Tree(os.path.abspath(named_in / tree.value), tree.place)
+        return Tree(os.path.abspath(named_in / tree.value), tree.location)
     if named_in == folder or os.path.isabs(tree.value):
         return tree
-    return Tree(os.path.relpath(named_in / tree.value, folder), tree.place)
+    return Tree(os.path.relpath(named_in / tree.value, folder), tree.location)
 
 
 def dump_config(config: Section) -> str:
@@ -149,9 +149,9 @@ def _override(word: str) -> Tree:
 
 def tree_at(parts: list[str], value: Tree) -> Tree:
     """Returns a tree that holds only this value, under the key with these parts. All its groups get
-    the value's place."""
+    the value's location."""
     for part in reversed(parts):
-        value = Tree({part: value}, value.place)
+        value = Tree({part: value}, value.location)
     return value
 
 
@@ -170,18 +170,18 @@ def _sentence(error: ErrorDetails, tree: Tree, keys: Keys, path: Path) -> str:
     if where and where[-1] == "[key]":
         pattern = keys.allowed_name(where[:-2])
         return (
-            f"{nearest.place}: {dotted(where[:-2])} has an entry {where[-2]!r}; "
+            f"{nearest.location}: {dotted(where[:-2])} has an entry {where[-2]!r}; "
             f"such names must match the pattern {pattern}"
         )
     if error["type"] == "extra_forbidden":
-        return f"{nearest.place}: there is no key {name}; {keys.suggestion(where)}"
+        return f"{nearest.location}: there is no key {name}; {keys.suggestion(where)}"
     if error["type"] == "missing":
-        place = path if nearest is tree or nearest.place == COMMAND_LINE else nearest.place
+        location = path if nearest is tree or nearest.location == COMMAND_LINE else nearest.location
         meaning = f" ({text})" if (text := keys.description(where).rstrip(".")) else ""
-        return f"{place}: the key {name} is missing; it must be {keys.allowed(where)}{meaning}"
+        return f"{location}: the key {name} is missing; it must be {keys.allowed(where)}{meaning}"
     if error["type"] == "value_error":
-        place = f"{nearest.place}: {name}" if where else str(path)
+        location = f"{nearest.location}: {name}" if where else str(path)
         value = "" if isinstance(nearest.value, dict) else f" is {describe(nearest.plain())}"
-        return f"{place}{value}: {error['ctx']['error']}"
+        return f"{location}{value}: {error['ctx']['error']}"
     allowed = keys.allowed(where) or error["msg"].lower()
-    return f"{nearest.place}: {name} is {describe(nearest.plain())}; it must be {allowed}"
+    return f"{nearest.location}: {name} is {describe(nearest.plain())}; it must be {allowed}"

@@ -112,23 +112,23 @@ class Placement:
     """How a table is split over the ranks.
 
     Attributes:
-        over: the process group that the rows are split over; None if split by columns.
+        rows_over: the process group that the rows are split over; None if split by columns.
         reason: why, for reports.
     """
 
     table: KmerTable
-    over: Literal["tensor", "expert", "data"] | None
+    rows_over: Literal["tensor", "expert", "data"] | None
     reason: str
 
     @property
     def split(self) -> str:
         """The value of `gengram.split` that this corresponds to."""
-        return "columns" if self.over is None else "rows"
+        return "columns" if self.rows_over is None else "rows"
 
     def columns_held(self, tensor: int) -> int:
         """Returns the number of columns that each of `tensor` tensor-parallel ranks holds: all of
         them if the rows are split over these ranks."""
-        return self.table.columns if self.over == "tensor" else self.table.columns // tensor
+        return self.table.columns if self.rows_over == "tensor" else self.table.columns // tensor
 
 
 def placements(config: Config, world_size: int) -> tuple[Placement, ...]:

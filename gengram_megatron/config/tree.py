@@ -21,7 +21,7 @@ class Tree:
     given, such as FILE:LINE."""
 
     value: Any
-    place: str
+    location: str
 
     def plain(self) -> Any:
         """Returns the value without places, as plain Python objects."""
@@ -50,7 +50,7 @@ class Tree:
         merged = dict(self.value)
         for key, child in later.value.items():
             merged[key] = merged[key].merged_with(child) if key in merged else child
-        return Tree(merged, later.place)
+        return Tree(merged, later.location)
 
 
 RESOLVERS = [
@@ -112,13 +112,13 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Tree:
     Raises UserError for syntax errors, repeated keys and keys that are not text.
     """
 
-    def place(mark: yaml.Mark | None) -> str:
+    def location(mark: yaml.Mark | None) -> str:
         return f"{source}:{mark.line + 1}" if numbered and mark else source
 
     problems: list[str] = []
 
     def to_tree(node: yaml.Node) -> Tree:
-        here = place(node.start_mark)
+        here = location(node.start_mark)
         if isinstance(node, yaml.ScalarNode):
             return Tree(loader.construct_object(node), here)
         if node.tag not in GROUP_TAGS:
@@ -127,12 +127,12 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Tree:
             return Tree([to_tree(child) for child in node.value], here)
         children: dict[str, Tree] = {}
         for key_node, child in node.value:
-            key, where = key_node.value, place(key_node.start_mark)
+            key, where = key_node.value, location(key_node.start_mark)
             if key_node.tag != "tag:yaml.org,2002:str":
                 problems.append(f"{where}: a key must be a word, not {_shown(key_node)}")
             elif key in children:
                 problems.append(
-                    f"{where}: the key {key} is given twice, first at {children[key].place}; "
+                    f"{where}: the key {key} is given twice, first at {children[key].location}; "
                     "keep one of them"
                 )
             else:
@@ -146,7 +146,7 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Tree:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(str(error.problem or error.context).split())
-        raise UserError(f"{place(mark)}: this is not valid YAML: {what}") from None
+        raise UserError(f"{location(mark)}: this is not valid YAML: {what}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         where = f"{source}:{line}" if numbered else source
@@ -188,10 +188,10 @@ def read_tree(path: Path, chain: tuple[Path, ...] = ()) -> Tree:
     for name in _base_names(base):
         file = Path(os.path.normpath(path.parent / name))
         if not file.is_file():
-            raise UserError(f"{base.place}: base names {name}, but there is no file {file}")
+            raise UserError(f"{base.location}: base names {name}, but there is no file {file}")
         if any(file.samefile(above) for above in chain):
             cycle = " -> ".join(map(str, [*chain, file]))
-            raise UserError(f"{base.place}: base goes round in a circle: {cycle}")
+            raise UserError(f"{base.location}: base goes round in a circle: {cycle}")
         merged = merged.merged_with(read_tree(file, chain))
     return merged.merged_with(tree)
 
@@ -200,7 +200,7 @@ def _base_names(base: Tree) -> list[str]:
     names = base.plain() if isinstance(base.value, list) else [base.value]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(
-            f"{base.place}: base is {describe(base.plain())}; "
+            f"{base.location}: base is {describe(base.plain())}; "
             "it must be the name of a file or a list of such names"
         )
     return names

@@ -53,10 +53,15 @@ def plan(
         "hours": seconds / 3600,
         "gpu_hours": seconds / 3600 * layout.world_size,
         "memory_layers": config.model.gengram.layers if config.model.gengram.enabled else [],
-        "projection": sharded.projection and sharded.projection._asdict(),
+        "projection": _projection(sharded),
         "tables": [_table(placement, sharded) for placement in layout.placements],
         "warnings": list(warnings(sharded, memory, gigabytes)),
     }
+
+
+def _projection(sharded: ShardedModel) -> dict[str, str] | None:
+    projection = sharded.projection
+    return projection and {"of": projection.input, "reason": projection.reason}
 
 
 def _table(placement: Placement, sharded: ShardedModel) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def _table(placement: Placement, sharded: ShardedModel) -> dict[str, Any]:
         "rows": table.rows,
         "columns": table.columns,
         "split": placement.split,
-        "over": placement.over or "tensor",
+        "over": placement.rows_over or "tensor",
         "rows_per_rank": sharded.table_rows_held(placement),
         "columns_per_rank": placement.columns_held(sharded.layout.tensor),
         "reason": placement.reason,

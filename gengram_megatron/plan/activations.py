@@ -128,7 +128,7 @@ class Activations:
         fetched from other ranks."""
         fetched = 0
         for placement in self.sharded.layout.placements:
-            if placement.over is not None:
+            if placement.rows_over is not None:
                 rows = min(placement.table.rows, self.tokens.part)
                 fetched += rows * placement.table.columns // self.tensor
         return 3 * self.stream + fetched * self.size

@@ -151,8 +151,10 @@ class _Microbatch:
         the table."""
         sent = 0
         for placement in self.sharded.layout.placements:
-            if placement.over is not None:
-                ranks = group_sizes(self.sharded.config, self.layout.world_size)[placement.over]
+            if placement.rows_over is not None:
+                ranks = group_sizes(self.sharded.config, self.layout.world_size)[
+                    placement.rows_over
+                ]
                 rows = min(placement.table.rows, self.tokens.part)
                 row = placement.table.columns // self.layout.tensor * self.size
                 sent += (self.forwards + 1) * _ring(rows * row, ranks)

@@ -115,7 +115,7 @@ def _states(sharded: ShardedModel, stage: int) -> int:
 
 
 def _projected(sharded: ShardedModel, stage: int) -> int:
-    if sharded.projection is None or sharded.projection.of == "features":
+    if sharded.projection is None or sharded.projection.input == "features":
         return 0
     return sum(map(sharded.has_gengram, sharded.layers(stage))) * projected_table_bytes(
         sharded.config

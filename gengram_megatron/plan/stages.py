@@ -98,7 +98,7 @@ class ShardedModel:
     def table_rows_held(self, placement: Placement) -> int:
         """Returns the number of a table's rows on the rank that holds most."""
         sizes = group_sizes(self.config, self.layout.world_size)
-        ranks = sizes[placement.over] if placement.over else 1
+        ranks = sizes[placement.rows_over] if placement.rows_over else 1
         return -(-placement.table.rows // ranks)
 
     def rank_parameters(self, stage: int) -> RankParameters:
@@ -136,7 +136,7 @@ class ShardedModel:
         for placement in self.layout.placements:
             columns = placement.columns_held(self.layout.tensor)
             on_rank = self.table_rows_held(placement) * columns
-            if placement.over in ("data", "expert"):
+            if placement.rows_over in ("data", "expert"):
                 rows += on_rank
             else:
                 copied += on_rank

@@ -92,8 +92,8 @@ def read_sweep(path: Path, overrides: list[str]) -> Runs:
             f"{path}: this is the config of a single run: use `gengram train {path}`, or give it a "
             "section sweep that says what varies"
         )
-    shared = Tree({k: v for k, v in tree.value.items() if k != "sweep"}, tree.place)
-    varied = Tree({k: v for k, v in tree.value.items() if k == "sweep"}, tree.place)
+    shared = Tree({k: v for k, v in tree.value.items() if k != "sweep"}, tree.location)
+    varied = Tree({k: v for k, v in tree.value.items() if k == "sweep"}, tree.location)
     sweep = check_tree(varied, path, SweepFile, problems).sweep
     members = [*_of_the_grid(varied), *_of_names(varied)]
     if not members:
@@ -178,13 +178,13 @@ def _run(member: _Member, shared: Tree, path: Path) -> SweepRun:
         parts = key.split(".")
         if not all(parts) or key in ("run", "run.dir", "sweep", "base"):
             raise UserError(
-                f"{value.place}: {key!r} is not a key that a sweep can vary; "
+                f"{value.location}: {key!r} is not a key that a sweep can vary; "
                 "keys are written with dots, as in model.gengram.window"
             )
         tree = tree.merged_with(tree_at(parts, value))
     folder = shared.nearest(("run", "dir"))
     if isinstance(folder.value, str):  # otherwise check_tree below reports it
-        below = Tree(str(Path(folder.value) / member.name), folder.place)
+        below = Tree(str(Path(folder.value) / member.name), folder.location)
         tree = tree.merged_with(tree_at(["run", "dir"], below))
     config = check_tree(tree, path, Config)
     settings = {key: value.plain() for key, value in member.settings.items()}

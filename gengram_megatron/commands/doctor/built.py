@@ -30,7 +30,7 @@ def parts(config: Config) -> dict[str, str | None]:
     batch = bases[None, : config.model.seq_length + 1]
     forward_backward(chunks, [batch], config, layout, forward_only=False)
     optimizer.step_if(lambda norm: True)
-    implementations = report.parts(chunks, optimizer)
+    implementations = report.part_implementations(chunks, optimizer)
     end_processes()
     return implementations
 

@@ -210,7 +210,7 @@ def _gengram(gengram: Gengram, projection: Projection | None) -> Gengram:
             "hashing": Hashing(),
             "window": gengram.window and min(gengram.window, LENGTH),
             "dim": HIDDEN,
-            "project": projection.of,
+            "project": projection.input,
             "split": "columns",
             "rows_over": None,
         }

@@ -33,7 +33,7 @@ from gengram_megatron.engine.checkpoint.restore import (
     set_adam_steps,
     without_extra_states,
 )
-from gengram_megatron.engine.model.data_parallel import DataParallel, unwrapped
+from gengram_megatron.engine.model.data_parallel import DataParallel, unwrap
 from gengram_megatron.engine.model.initialize import sharded_parameters
 
 WeightShards = list[tuple[ShardedTensor, int]]
@@ -115,7 +115,7 @@ class MegatronContents:
 
     def __init__(self, config: Config, chunks: list[DataParallel], optimizer: ChainedOptimizer):
         self.config, self.optimizer = config, optimizer
-        self.models: list[MegatronModule] = unwrapped(chunks)
+        self.models: list[MegatronModule] = unwrap(chunks)
         self.shards = weight_shards(self.models)
 
     def state(self) -> dict[str, Any]:

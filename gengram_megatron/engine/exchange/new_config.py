@@ -86,9 +86,11 @@ def _without_overridden_choices(tree: Tree, source: str) -> Tree:
             kept[name] = {
                 key: value
                 for key, value in group.items()
-                if key not in exclusive or value.place != source
+                if key not in exclusive or value.location != source
             }
-    return Tree({name: Tree(value, tree.value[name].place) for name, value in kept.items()}, source)
+    return Tree(
+        {name: Tree(value, tree.value[name].location) for name, value in kept.items()}, source
+    )
 
 
 def _tree(keys: dict[str, object], source: str) -> Tree:

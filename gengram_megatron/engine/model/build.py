@@ -21,7 +21,7 @@ from gengram_megatron.engine.model.gengram.ids import GengramInputs
 from gengram_megatron.engine.model.gengram.memory import GengramMemory
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.gpt import GengramGPT, Memory
-from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, initialize, retag
+from gengram_megatron.engine.model.initialize import InitDistribution, init_tag, initialize, retag
 from gengram_megatron.engine.model.specs import block_spec
 from gengram_megatron.tokenizer import EOD
 
@@ -115,7 +115,7 @@ def gengram_shape(config: Config, layout: Layout) -> GengramShape | None:
         deduplicate=gengram.deduplicate,
         signed_sqrt=gengram.signed_sqrt,
         output=gengram.output,
-        project=projection.of,
+        project=projection.input,
         projection_bias=gengram.projection_bias,
     )
 
@@ -138,8 +138,8 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method": init_tag(InitialLaw(std=model.init_std)),
-        "output_layer_init_method": init_tag(InitialLaw(std=output_std)),
+        "init_method": init_tag(InitDistribution(std=model.init_std)),
+        "output_layer_init_method": init_tag(InitDistribution(std=output_std)),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": bf16,

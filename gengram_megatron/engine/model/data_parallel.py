@@ -49,7 +49,7 @@ def fuse_accumulation(chunk: nn.Module, apex: bool) -> None:
             setattr(module, TRANSFORMER_ENGINE_SWITCH, True)
 
 
-def fused_by(modules: list[nn.Module]) -> str | None:
+def gradient_fusion(modules: list[nn.Module]) -> str | None:
     """Returns the libraries whose layers in `modules` fuse gradient accumulation; None: there are
     no such layers."""
     libraries = {
@@ -108,7 +108,7 @@ class DataParallel(DistributedDataParallel):
             self.row_tables.finish_grad_sync()
 
 
-def unwrapped(chunks: Sequence[nn.Module]) -> list[nn.Module]:
+def unwrap(chunks: Sequence[nn.Module]) -> list[nn.Module]:
     """Returns the model chunks without the wrappers that the training engine and bf16 add."""
     models = []
     for chunk in chunks:

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, whole_weight
+from gengram_megatron.engine.model.initialize import InitDistribution, init_tag, whole_weight
 from gengram_megatron.engine.model.sequence import select_local_tokens
 
 
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = whole_weight((hidden_size,), config, init_tag(InitialLaw(constant=1.0)))
+        self.weight = whole_weight((hidden_size,), config, init_tag(InitDistribution(constant=1.0)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]. Returns the same shape and dtype."""

@@ -1,11 +1,10 @@
 """Initial weights that do not depend on the layout.
 
-When a parameter is built, it is tagged with the distribution of its initial values (its "law").
-After that, every rank draws the full tensor of each parameter of which it holds a part, from a
-generator seeded with the run's seed and the parameter's global name, and keeps its own part. The
-sharded state dict, from which checkpoints are also written, says where each part lies in the full
-tensor. So a model starts from the same weights under any tensor, pipeline, expert or data
-parallelism.
+When a parameter is built, it is tagged with the distribution of its initial values. After that,
+every rank draws the full tensor of each parameter of which it holds a part, from a generator seeded
+with the run's seed and the parameter's global name, and keeps its own part. The sharded state dict,
+from which checkpoints are also written, says where each part lies in the full tensor. So a model
+starts from the same weights under any tensor, pipeline, expert or data parallelism.
 """
 
 import hashlib
@@ -24,7 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 InitMethod = Callable[[nn.Parameter], Any]
-"""Gives a new parameter its initial values, or tags it with their law. The result is not used."""
+"""Gives a new parameter its initial values, or tags it with their distribution. The result is not
+used."""
 LARGEST_DRAW = 2**27  # numbers drawn at a time; 512 MiB in float32
 
 
@@ -65,7 +65,7 @@ def _new_weight(
 
 
 @dataclass(frozen=True)
-class InitialLaw:
+class InitDistribution:
     """The distribution of a parameter's initial values; exactly one of the three fields is given.
 
     std: normal with mean 0 and this standard deviation. bound: uniform between -bound and bound.
@@ -86,27 +86,27 @@ class InitialLaw:
         return torch.randn(shape, generator=generator, device=device) * self.std
 
 
-def tag_init(parameter: nn.Parameter, law: InitialLaw) -> None:
-    """Tags a parameter with the law of its initial values."""
-    mark(parameter, initial_law=law)
+def tag_init(parameter: nn.Parameter, distribution: InitDistribution) -> None:
+    """Tags a parameter with the distribution of its initial values."""
+    mark(parameter, init_distribution=distribution)
 
 
-def init_tag(law: InitialLaw) -> InitMethod:
-    """Returns an init method for megatron-core's config that tags the parameter with `law` and
-    draws nothing."""
+def init_tag(distribution: InitDistribution) -> InitMethod:
+    """Returns an init method for megatron-core's config that tags the parameter with
+    `distribution` and draws nothing."""
 
     def init_method(parameter: nn.Parameter) -> nn.Parameter:
-        tag_init(parameter, law)
+        tag_init(parameter, distribution)
         return parameter
 
     return init_method
 
 
-def torch_default(fan_in: int) -> InitialLaw:
-    """Returns torch's default law for the weight and bias of nn.Linear and nn.Conv1d: uniform
-    between -1 / sqrt(fan_in) and 1 / sqrt(fan_in), where fan_in is the number of inputs to each
+def torch_default(fan_in: int) -> InitDistribution:
+    """Returns torch's default distribution for the weight and bias of nn.Linear and nn.Conv1d:
+    uniform between -1 / sqrt(fan_in) and 1 / sqrt(fan_in), where fan_in is the number of inputs to each
     output."""
-    return InitialLaw(bound=fan_in**-0.5)
+    return InitDistribution(bound=fan_in**-0.5)
 
 
 def retag(chunk: nn.Module, config: TransformerConfig) -> None:
@@ -118,10 +118,10 @@ def retag(chunk: nn.Module, config: TransformerConfig) -> None:
     config: its init methods tag.
     """
     for name, parameter in chunk.named_parameters():
-        if hasattr(parameter, "initial_law"):
+        if hasattr(parameter, "init_distribution"):
             continue
         if parameter.dim() == 1:  # the weight of a norm
-            tag_init(parameter, InitialLaw(constant=1.0))
+            tag_init(parameter, InitDistribution(constant=1.0))
         elif ".linear_proj." in name or ".linear_fc2." in name:
             config.output_layer_init_method(parameter)
         else:
@@ -134,13 +134,13 @@ def initialize(chunks: list[MegatronModule], seed: int) -> None:
     parameter that has no tag."""
     for chunk in chunks:
         for part, parameter, _ in sharded_parameters(chunk):
-            if not hasattr(parameter, "initial_law"):
-                raise AssertionError(f"{part.key} was built without a tag for its initial law")
-            law = parameter.initial_law
-            if law.constant is not None:
-                part.data.fill_(law.constant)
+            if not hasattr(parameter, "init_distribution"):
+                raise AssertionError(f"{part.key} was built without a tag for its initial values")
+            distribution = parameter.init_distribution
+            if distribution.constant is not None:
+                part.data.fill_(distribution.constant)
             else:
-                part.data.copy_(_draw_local_part(part, law, seed))
+                part.data.copy_(_draw_local_part(part, distribution, seed))
 
 
 def sharded_parameters(chunk: MegatronModule) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:
@@ -159,7 +159,7 @@ def sharded_parameters(chunk: MegatronModule) -> Iterator[tuple[ShardedTensor, n
                 yield part, parameter, offset // parameter.element_size()
 
 
-def _draw_local_part(part: ShardedTensor, law: InitialLaw, seed: int) -> Tensor:
+def _draw_local_part(part: ShardedTensor, distribution: InitDistribution, seed: int) -> Tensor:
     """Returns this rank's slice [local shape] of the full tensor [global shape], drawn in float32.
 
     Leading axes that megatron-core prepends (such as experts) are drawn one index at a time, and
@@ -175,7 +175,7 @@ def _draw_local_part(part: ShardedTensor, law: InitialLaw, seed: int) -> Tensor:
         stop = min(start + block_rows, rows)
         # The first block's name is that of the tensor, so small tensors are drawn as a whole.
         name = (seed, part.key, part.global_offset[:prepended], *((start,) if start else ()))
-        block = law.draw((stop - start, *row_shape), _generator(name))
+        block = distribution.draw((stop - start, *row_shape), _generator(name))
         needed = slice(max(local[0].start - start, 0), min(local[0].stop, stop) - start)
         slices.append(block[(needed, *local[1:])])
     return torch.cat(slices) if len(slices) > 1 else slices[0]

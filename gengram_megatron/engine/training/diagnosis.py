@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerLayer
 from torch import Tensor, nn
 
-from gengram_megatron.engine.model.data_parallel import unwrapped
+from gengram_megatron.engine.model.data_parallel import unwrap
 from gengram_megatron.engine.processes import gather
 
 
@@ -45,7 +45,7 @@ def diagnose(chunks: Sequence[nn.Module], compute: Callable[[], object]) -> str:
     """
     search = _Search()
     with ExitStack() as stack:
-        for chunk in unwrapped(chunks):
+        for chunk in unwrap(chunks):
             search.watch(stack, chunk)
         compute()
     ranks: list[Finding | None] = gather(min(search.findings, default=None))

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.model.data_parallel import fused_by
+from gengram_megatron.engine.model.data_parallel import gradient_fusion
 from gengram_megatron.engine.model.gpt import MemoryModule
 from gengram_megatron.engine.training.engines.deepspeed import ZeroOptimizer
 from gengram_megatron.plan.time import PEAK_BF16_FLOPS, model_flops_utilisation, training_flops
@@ -23,11 +23,11 @@ def implementations(
     chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | ZeroOptimizer
 ) -> str:
     """Returns one line for the user, without the parts that this rank does not have."""
-    described = {**parts(chunks, optimizer), "device": _device()}
+    described = {**part_implementations(chunks, optimizer), "device": _device()}
     return "using " + ", ".join(f"{part}: {text}" for part, text in described.items() if text)
 
 
-def parts(
+def part_implementations(
     chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | ZeroOptimizer
 ) -> dict[str, str | None]:
     """Returns the implementation of each part, in words, read from the built model and optimizer.
@@ -45,7 +45,7 @@ def parts(
         "memory": _memory(modules),
         "experts": _first(names, "TransformerEngineExperts", "GroupedExperts"),
         "optimizer": _optimizer(optimizer),
-        "gradient accumulation fusion": fused_by(modules) or OFF,
+        "gradient accumulation fusion": gradient_fusion(modules) or OFF,
         "fp8": _fp8(chunks[0].config),
     }
 

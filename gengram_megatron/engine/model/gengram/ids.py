@@ -38,7 +38,7 @@ class KmerIds:
     """For rows that other ranks hold: which rank sends which rows, filled in by tables.py."""
 
     @classmethod
-    def of(
+    def from_tokens(
         cls,
         tokens: Tensor,
         tables: tuple[KmerTable, ...],
@@ -161,7 +161,7 @@ class GengramInputs:
 
     def __call__(self, tokens: Tensor, training: bool) -> KmerIds:
         """tokens: [b, s]. Look-ups are counted only if training."""
-        kmers = KmerIds.of(tokens, self._tables, self._token_ids, self._eod)
+        kmers = KmerIds.from_tokens(tokens, self._tables, self._token_ids, self._eod)
         if training:
             for flags, ids in zip(self._flags(), kmers.ids):
                 flags[ids.flatten()] = 1

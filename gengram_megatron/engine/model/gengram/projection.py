@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from gengram_megatron.engine.model.gengram.shape import GengramShape
 from gengram_megatron.engine.model.initialize import (
-    InitialLaw,
+    InitDistribution,
     init_tag,
     split_weight,
     whole_weight,
@@ -57,7 +57,7 @@ class KeyValueProjection(nn.Module):
         self.bias = None
         if gengram.projection_bias:
             published = gengram.init == "published"
-            bias_init = init_method if published else init_tag(InitialLaw(constant=0.0))
+            bias_init = init_method if published else init_tag(InitDistribution(constant=0.0))
             self.bias = whole_weight((2 * config.hidden_size,), config, bias_init)
 
     def forward(self, pool: Callable[[Sequence[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gengram_megatron.config.tables import Placement
 from gengram_megatron.engine.model.gengram.ids import KmerIds
 from gengram_megatron.engine.model.gengram.shape import GengramShape
-from gengram_megatron.engine.model.initialize import InitialLaw, init_tag, mark, split_weight
+from gengram_megatron.engine.model.initialize import InitDistribution, init_tag, mark, split_weight
 from gengram_megatron.engine.model.sequence import TokenRange
 
 
@@ -201,7 +201,7 @@ class Tables(nn.Module):
         rows = [self.weights(placement.table.name) for placement in self.shape.placements]
         ids = list(kmers.ids)
         # The tables of which other ranks hold rows.
-        remote = [i for i, placement in enumerate(self.shape.placements) if placement.over]
+        remote = [i for i, placement in enumerate(self.shape.placements) if placement.rows_over]
         if remote:
             plan, indices = self._plan(kmers, ranges, remote)
             fetched = FetchRows.apply(plan, self._columns(remote), *[rows[i] for i in remote])
@@ -237,7 +237,7 @@ class Tables(nn.Module):
         """Returns the number of columns that each rank of a tensor-parallel group gets; None in
         other groups, whose ranks get all columns of the shards."""
         placements = [self.shape.placements[i] for i in remote]
-        if placements[0].over != "tensor":
+        if placements[0].rows_over != "tensor":
             return None
         return [placement.table.columns // self.groups.tp.size() for placement in placements]
 
@@ -248,28 +248,28 @@ class Tables(nn.Module):
             "expert": self.groups.ep,
             "data": self.groups.dp_cp,
         }
-        return groups[placement.over]
+        return groups[placement.rows_over]
 
     def _local(self, placement: Placement) -> tuple[tuple[int, int], tuple[int, int]]:
         """Returns the shape of this rank's part of a table, and its first row and column."""
         table, tp = placement.table, self.groups.tp
         first, last, columns = 0, table.rows, placement.columns_held(tp.size())
-        if placement.over is not None:
+        if placement.rows_over is not None:
             group = self._rows_group(placement)
             first, last = (
                 first_row(table.rows, r, group.size()) for r in (group.rank(), group.rank() + 1)
             )
-        column = 0 if placement.over == "tensor" else tp.rank() * columns
+        column = 0 if placement.rows_over == "tensor" else tp.rank() * columns
         return (last - first, columns), (first, column)
 
     def _parameter(self, config: TransformerConfig, placement: Placement) -> nn.Parameter:
-        axis = 0 if placement.over == "tensor" else 1
-        init_method = init_tag(InitialLaw(std=self.shape.init_std))
+        axis = 0 if placement.rows_over == "tensor" else 1
+        init_method = init_tag(InitDistribution(std=self.shape.init_std))
         table = split_weight(self._local(placement)[0], axis, config, init_method)
         # It may have its own learning rate and weight decay.
         mark(table, is_gengram_table=True)
         # Ranks that hold different rows must not sum their gradients (model/data_parallel.py).
-        rows_over = placement.over if placement.over in ("expert", "data") else None
+        rows_over = placement.rows_over if placement.rows_over in ("expert", "data") else None
         mark(table, rows_over=rows_over, allreduce=rows_over is None)
         return table
 
@@ -298,9 +298,9 @@ class Tables(nn.Module):
 
     def _replica(self, placement: Placement) -> int:
         """Returns the number of this rank among those that hold copies of the same part."""
-        if placement.over == "data":
+        if placement.rows_over == "data":
             return 0
-        copies = self.groups.expt_dp if placement.over == "expert" else self.groups.dp_cp
+        copies = self.groups.expt_dp if placement.rows_over == "expert" else self.groups.dp_cp
         return int(copies.rank())
 
 
