@@ -11,6 +11,7 @@ import pytest
 
 from gengram_megatron.commands.doctor import examine
 from gengram_megatron.commands.doctor.ask import NoAnswer, ask
+from gengram_megatron.commands.doctor.command import show
 from gengram_megatron.commands.doctor.fit import memory_problems, room_problems, sample
 from gengram_megatron.config.layout import Projection, check_layout, with_gengram
 from gengram_megatron.config.load import load_config
@@ -42,7 +43,7 @@ def tiny(tmp_path):
     return write_config(tmp_path / "tiny.yaml", tmp_path / "data")
 
 
-def test_a_healthy_config(tiny, tmp_path, one_process):
+def test_a_healthy_config(tiny, tmp_path, one_process, capsys):
     run = tmp_path / "runs" / "new"
     words = [f"run.dir={run}", "optimizer.lr=1e-3"]
     done = doctor(tiny, *words, "--json")
@@ -66,6 +67,10 @@ def test_a_healthy_config(tiny, tmp_path, one_process):
     ]
     assert len(figures) == 6
     assert all(isfinite(figure) and figure > 0 for figure in figures)
+    show(found)
+    shown = capsys.readouterr().out
+    for line in ("matrix product in bf16", "all-reduce of 2 processes", "memory", "MB written"):
+        assert line in shown
 
 
 def test_packages_that_fail(tiny, tmp_path, one_process):

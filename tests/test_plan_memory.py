@@ -92,3 +92,19 @@ def test_peak(case, as_on_a_gpu):
         most = meter.most
     print(f"{case}: {planned.total / most - 1:+.1%} of {most:,}")  # pytest -s shows it
     assert planned.total == pytest.approx(most, rel=0.06)
+
+
+def test_a_plain_optimizer_keeps_all_states_on_every_rank() -> None:
+    plain, split = (
+        of_stage(ShardedModel(config, layout), 0)
+        for config, layout in map(_dp4, ({"distributed": False}, {}))
+    )
+    assert plain.optimizer == pytest.approx(4 * split.optimizer, rel=0.01)
+    assert plain.weights == split.weights and plain.gradients == split.gradients
+
+
+def _dp4(optimizer: dict):
+    config, layout = config_of(*CASES["dp4"])
+    return config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update=optimizer)}
+    ), layout

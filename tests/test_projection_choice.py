@@ -29,7 +29,7 @@ def config_of(gengram: dict, samples: int = 8, **optimizer) -> Config:
 
 
 def chosen(config: Config, processes: int = 1, on_gpu: bool = False) -> str:
-    return check_layout(config, processes).projection(on_gpu).of
+    return check_layout(config, processes).projection(on_gpu).input
 
 
 def test_auto_takes_tables_where_a_rank_has_more_tokens_than_a_table_has_rows() -> None:

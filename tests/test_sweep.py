@@ -10,13 +10,14 @@ from pathlib import Path
 import matplotlib
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from gengram_megatron.commands.cli import app
 from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
-from gengram_megatron.sweep.plot import plot_results, series
+from gengram_megatron.sweep.plot import _draw_line, plot_results, series
 from gengram_megatron.sweep.runs import read_sweep
 from tests.layouts.launch import ROOT
 from tests.plan.configs import SWEEPS
@@ -181,6 +182,14 @@ def test_lines_of_the_figure() -> None:
         {"baseline": [1.4]},
     )
     assert series(found[-1:], None) == ({"": {"baseline": [1.4]}}, {})
+
+
+def test_seeds_are_dots_around_their_mean() -> None:
+    axes = Figure().subplots()
+    _draw_line(axes, "C0", "a", {"6": [1.0, 1.2], "8": [1.4, 1.5]}, ["6", "8"])
+    means, dots = (line.get_xydata().tolist() for line in axes.lines)
+    assert means == [[0, pytest.approx(1.1)], [1, pytest.approx(1.45)]]
+    assert dots == [[0, 1.0], [0, 1.2], [1, 1.4], [1, 1.5]]
 
 
 @pytest.mark.parametrize("name, slanted", [("run", False), ("a_run_with_a_long_name", True)])
