@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.checkpoint.stored import StoredTensors, find_checkpoint
+from gengram_megatron.engine.checkpoint.stored import StoredTensors
 from gengram_megatron.engine.exchange.export import export
 from gengram_megatron.engine.exchange.huggingface import model_config
 from gengram_megatron.engine.exchange.importing import import_model
 from gengram_megatron.errors import UserError
-from gengram_megatron.runs.store import CheckpointStore
+from gengram_megatron.runs.store import CheckpointStore, find_checkpoint
 from gengram_megatron.tokenizer import BASE_IDS, EOD, PIECES, DnaTokenizer
 from tests.exchange_models import KINDS, Trained, build, load, make, named, run_alone
 from tests.layouts.launch import ROOT

@@ -8,13 +8,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from gengram_megatron.engine.checkpoint.stored import find_checkpoint, read_config
+from gengram_megatron.engine.checkpoint.stored import read_config
 from gengram_megatron.engine.checkpoint.weights_only import strip
 from gengram_megatron.engine.exchange.card import model_card
 from gengram_megatron.engine.exchange.export import export
 from gengram_megatron.engine.exchange.importing import import_model
 from gengram_megatron.runs.metrics import RunLog
-from gengram_megatron.runs.store import FACTS
+from gengram_megatron.runs.store import FACTS, find_checkpoint
 from tests.exchange_models import KINDS, Trained, load, make, run_alone
 
 ALONE = """

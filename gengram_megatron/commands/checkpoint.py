@@ -16,6 +16,7 @@ from gengram_megatron.runs.store import (
     check_whole,
     checkpoints_at,
     damage,
+    find_checkpoint,
     read_checksums,
     reading,
 )
@@ -89,7 +90,6 @@ def inspect(
 
     Step, tokens, the layout that wrote it, parameters by module, Gengram tables and sizes.
     """
-    from gengram_megatron.engine.checkpoint.stored import find_checkpoint
     from gengram_megatron.engine.checkpoint.summary import show, summary
 
     with reading(path):
@@ -116,7 +116,6 @@ def strip(
     (checkpoint.load), but the run itself cannot resume from it. PATH is not changed.
     """
     check_folder_writable(out)
-    from gengram_megatron.engine.checkpoint.stored import find_checkpoint
     from gengram_megatron.engine.checkpoint.weights_only import strip as strip_checkpoint
 
     with reading(path):
@@ -149,7 +148,6 @@ def export(
       Model.from_pretrained("exported", trust_remote_code=True)'
     """
     check_folder_writable(out.parent)
-    from gengram_megatron.engine.checkpoint.stored import find_checkpoint
     from gengram_megatron.engine.exchange.export import export as export_checkpoint
 
     with reading(path):

@@ -241,6 +241,17 @@ def checkpoints_at(path: Path) -> list[Path]:
     )
 
 
+def find_checkpoint(path: Path) -> Path:
+    """Returns the checkpoint that `path` refers to: the path itself, or the newest in a run's
+    folder."""
+    if checkpoints := checkpoints_at(path):
+        return checkpoints[-1]
+    raise UserError(
+        f"{path} is neither a checkpoint of gengram nor the folder of a run that has one: "
+        "give a folder such as runs/mine or runs/mine/checkpoints/step_00001000"
+    )
+
+
 def size(checkpoint: Path) -> int:
     """Returns the bytes of all files of a checkpoint."""
     return sum(path.stat().st_size for path in checkpoint.iterdir())

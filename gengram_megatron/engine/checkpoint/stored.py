@@ -34,7 +34,7 @@ from torch.futures import Future
 
 from gengram_megatron.config.schema import Config
 from gengram_megatron.errors import UserError
-from gengram_megatron.runs.store import FACTS, checkpoints_at
+from gengram_megatron.runs.store import FACTS
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -43,17 +43,6 @@ MEGATRON_FILES = (METADATA, COMMON, FORMAT_NOTE)
 """The files that megatron-core writes besides the tensor files, which are listed in .metadata."""
 BLOCK = 4 * 2**20
 """Number of bytes of a tensor that are read at a time."""
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Returns the checkpoint that `path` refers to: the path itself, or the newest in a run's
-    folder."""
-    if checkpoints := checkpoints_at(path):
-        return checkpoints[-1]
-    raise UserError(
-        f"{path} is neither a checkpoint of gengram nor the folder of a run that has one: "
-        "give a folder such as runs/mine or runs/mine/checkpoints/step_00001000"
-    )
 
 
 def read_common(checkpoint: Path) -> dict[str, Any]:
