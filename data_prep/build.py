@@ -148,12 +148,12 @@ def _survey(
     if len(remaining) < len(sources):
         say(
             f"resuming from {work.folder}: {len(sources) - len(remaining)} of {len(sources)} "
-            "sources were looked over"
+            "sources were surveyed"
         )
     remaining.sort(key=lambda source: source.path.stat().st_size, reverse=True)
     survey_source = partial(_survey_source, config=config, work=work, settings=settings)
     size = sum(source.path.stat().st_size for source in remaining)
-    phase = Phase("looking over", size, "bytes")
+    phase = Phase("surveying", size, "bytes")
     for source, _ in workers.run(survey_source, remaining, partial(report, phase)):
         if not (kept := work.survey_of(source, settings)):
             raise changed(source.path)

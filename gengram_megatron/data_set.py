@@ -100,7 +100,7 @@ def other_seq_length(key: str, folder: Path, found: int, wanted: int) -> str:
     model's sequences (`wanted` bases)."""
     return (
         f"{key}: the fragments in {folder} have {found} bases and model.seq_length is {wanted}; "
-        f"set it to {found}, or build the data set with another seq_length"
+        f"set model.seq_length to {found}, or build the data set with another seq_length"
     )
 
 

@@ -54,6 +54,25 @@ def test_only_the_model_and_the_schema_are_touched(program) -> None:
     }
 
 
+def test_a_config_with_two_memories_is_refused(program, tmp_path) -> None:
+    both = ("model.gengram.enabled=true", "model.token_vectors=true", f"run.dir={tmp_path}")
+    done = subprocess.run(
+        [
+            *python(1),
+            "-m",
+            "gengram_megatron",
+            "config",
+            str(ROOT / "configs/smoke/cpu.yaml"),
+            *both,
+        ],
+        cwd=program,
+        env={**environment(), "PYTHONPATH": str(program)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "token_vectors and gengram.enabled" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     data = build_data(tmp_path_factory.getbasetemp() / "dna_64")

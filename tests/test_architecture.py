@@ -54,10 +54,11 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             if isinstance(child, ast.Import):
                 yield from ((name.name, late) for name in child.names)
             elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{path}:{child.lineno}: write the module's full name"
                 inner = [f"{child.module}.{name.name}" for name in child.names]
                 yield from ((name if name in MODULES else child.module, late) for name in inner)
             else:
-                inside = isinstance(child, ast.FunctionDef | ast.Lambda)
+                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
                 types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
                 yield from walk(child, late or inside or types)
 
@@ -80,18 +81,20 @@ def ours(module: str) -> bool:
 )
 def test_modules_import_downwards(module) -> None:
     own = part(module)
-    assert own is not None, "a new part: say in ORDER what it may import"
+    assert own is not None, f"{module} is a new part: say in ORDER what it may import"
     for imported, _ in imports(MODULES[module]):
-        assert not imported.startswith("data_prep"), imported
+        assert not imported.startswith("data_prep"), f"{module} imports {imported}"
         if ours(imported) and (other := part(imported)) is not None:
-            assert ORDER.index(other) <= ORDER.index(own), imported
+            above = ORDER.index(other) <= ORDER.index(own)
+            assert above, f"{module} imports {imported}, but {own} stands before {other} in ORDER"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not ours(m)])
 def test_data_preparation_imports_what_is_light(module) -> None:
     for imported, _ in imports(MODULES[module]):
-        assert imported.split(".")[0] not in COMPUTES, imported
-        assert not ours(imported) or part(imported) in (*LIGHT, None), imported
+        light = not ours(imported) or part(imported) in (*LIGHT, None)
+        light &= imported.split(".")[0] not in COMPUTES
+        assert light, f"{module} imports {imported}, which is not light"
 
 
 def test_light_modules_do_not_compute() -> None:
@@ -101,7 +104,8 @@ def test_light_modules_do_not_compute() -> None:
         for imported, late in imports(path):
             package = imported.split(".")[0]
             if package in COMPUTES:
-                assert late and (module.removeprefix("gengram_megatron."), package) in LATE, module
+                known = (module.removeprefix("gengram_megatron."), package) in LATE
+                assert late and known, f"{module} imports {package}, but is light (see COMPUTES)"
 
 
 def test_nothing_in_the_engine_is_imported_late() -> None:
@@ -112,7 +116,18 @@ def test_nothing_in_the_engine_is_imported_late() -> None:
         for imported, late in imports(path):
             if late and (ours(imported) or imported.split(".")[0] in ("torch", "megatron")):
                 pair = [name.removeprefix("gengram_megatron.") for name in (module, imported)]
-                assert tuple(pair) in LATE, (module, imported)
+                assert tuple(pair) in LATE, f"{module} imports {imported} late (see LATE)"
+
+
+def test_commands_enter_the_engine_late() -> None:
+    """So that help and mistakes in a config are there in a fraction of a second."""
+    own_processes = ("commands.doctor.built", "commands.doctor.machine")
+    for module, path in MODULES.items():
+        if part(module) != "commands" or module.endswith(own_processes):
+            continue
+        for imported, late in imports(path):
+            heavy = part(imported) in ENGINE if ours(imported) else imported in COMPUTES
+            assert late or not heavy, f"{module} imports {imported} at its top"
 
 
 def test_each_exception_is_there() -> None:

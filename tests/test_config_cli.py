@@ -49,6 +49,7 @@ MISTAKES = {
     "experts": ([ONE_GPU, "model.moe_router_topk=5"], "model.moe_router_topk is 5"),
     "layers": ([ONE_GPU, "model.gengram.layers=[5]"], "model.gengram.layers names [5]"),
     "window": ([ONE_GPU, "model.gengram.window=5"], "model.gengram.window is 5"),
+    "no checkpoint": ([ONE_GPU, "checkpoint.load=configs"], "checkpoint.load is configs"),
     "batch": ([ONE_GPU, "train.micro_batch_size=3"], "train.global_batch_size is 8"),
 }
 
@@ -72,6 +73,13 @@ def test_a_mistake_ends_the_process_without_a_traceback():
     done = gengram("train", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_mistake_that_more_processes_do_not_mend_is_told_alone():
+    words = ("parallel.tensor=1", "parallel.pipeline=1", "model.hidden_size=130")
+    done = gengram("train", SMOKE / "cpu.yaml", *words)
+    assert "model.hidden_size is 130" in done.stderr
+    assert "global_batch_size" not in done.stderr  # as it is on four processes
 
 
 @pytest.mark.parametrize(("words", "processes"), [((), 4), (("parallel.pipeline=4",), 8)])

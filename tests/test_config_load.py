@@ -1,5 +1,6 @@
 """Config files: what they may say, how they build on each other, and what mistakes are told."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +53,17 @@ def problems(path: Path, words: list[str] | None = None) -> list[str]:
     return str(caught.value).splitlines()
 
 
+def assert_says(problem: str, expected: str) -> None:
+    """Compares the place, the suggestion, and the keys and values that are named; the words between
+    them are free."""
+    place, _, rest = expected.partition(": ")
+    what, _, suggestion = rest.partition("; ")
+    assert problem.startswith(f"{place}: ")
+    assert suggestion in problem
+    for named in re.findall(r"\w+\.[\w.]+|'[^']*'|\d\S*", what):
+        assert named in problem
+
+
 # What a file holds in place of a line of RIGHT, and the sentence that must come.
 WRONG_FILES = {
     "wrong key": ("  lr: 1e-4", "  lrr: 1e-4", "run.yaml:10: there is no key optimizer.lrr; did you mean optimizer.lr?"),
@@ -75,7 +87,7 @@ WRONG_FILES = {
     "number for text": ("{path: datasets/test}", "{path: 3}", "run.yaml:8: data.path is 3; it must be text that is not empty, or null"),
     "no data": ("{path: datasets/test}", "{workers: 2}", "run.yaml:8: data: samples come from path or from blend, but neither is given; give one"),
     "path and blend": ("{path: datasets/test}", "{path: a, blend: [{path: b, weight: 1}]}", "run.yaml:8: data: samples come from path or from blend, but both are given; set one to null"),
-    "empty blend": ("{path: datasets/test}", "{blend: []}", "run.yaml:8: data.blend is []; it must be a list of at least 1 entries, each entry a group of keys, or null"),
+    "empty blend": ("{path: datasets/test}", "{blend: []}", "run.yaml:8: data.blend is []; it must be a list of at least 1 entry, each entry a group of keys, or null"),
     "weight of nothing": ("{path: datasets/test}", "{blend: [{path: a, weight: 1},\n  {path: b, weight: 0}]}", "run.yaml:9: data.blend entry 2.weight is 0; it must be a number greater than 0"),
     "weight below nothing": ("{path: datasets/test}", "{blend: [{path: a, weight: -0.5}]}", "run.yaml:8: data.blend entry 1.weight is -0.5; it must be a number greater than 0"),
     "no weight": ("{path: datasets/test}", "{blend: [{path: a}]}", "run.yaml:8: the key data.blend entry 1.weight is missing; it must be a number greater than 0 (its share of the samples is its weight over the sum of all weights)"),
@@ -102,7 +114,10 @@ WRONG_FILES = {
 @pytest.mark.parametrize("old, new, sentence", WRONG_FILES.values(), ids=WRONG_FILES)
 def test_wrong_file(write, old, new, sentence):
     assert old in RIGHT
-    assert problems(write(RIGHT.replace(old, new))) == sentence.splitlines()
+    found = problems(write(RIGHT.replace(old, new)))
+    assert len(found) == len(sentence.splitlines())
+    for problem, expected in zip(found, sentence.splitlines()):
+        assert_says(problem, expected)
 
 
 WHOLE_FILES = {
@@ -120,9 +135,8 @@ def test_file_that_holds_no_keys(write, content, sentence):
 
 
 def test_no_such_file(write):
-    assert problems(Path("none.yaml")) == [
-        f"there is no config file none.yaml, that is {Path('none.yaml').absolute()}"
-    ]
+    (problem,) = problems(Path("none.yaml"))
+    assert "no config file none.yaml" in problem and str(Path("none.yaml").absolute()) in problem
 
 
 def test_folder_for_a_file(write):
@@ -283,7 +297,7 @@ WRONG_SOURCES = {
 def test_wrong_file_of_another_schema(write, text, sentence):
     with pytest.raises(UserError) as caught:
         load_config(write(text), [], Sources)
-    assert str(caught.value) == sentence
+    assert_says(str(caught.value), sentence)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def wait_until(condition, process: subprocess.Popen) -> None:
 
 
 def steps_done(folder: Path) -> int:
-    """How many sources were looked over, and how many written."""
+    """How many sources were surveyed, and how many written."""
     surveys = len([*folder.glob("out.building/surveys/[!.]*.npz")])
     return surveys + len([*folder.glob("out.building/written/*.*")])
 
@@ -128,7 +128,7 @@ def test_no_record_is_held_in_memory(tmp_path):
 def test_what_is_shown_in_a_terminal(width, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     console = Console(file=StringIO(), force_terminal=True, width=width, color_system=None)
-    reading, writing = Phase("looking over", 10_000_000, "bytes"), Phase("writing", 4, "bases")
+    reading, writing = Phase("surveying", 10_000_000, "bytes"), Phase("writing", 4, "bases")
     ticks = iter(range(1000))
     with Display(console, clock=lambda: next(ticks)) as display:
         display.report(reading, 2_000_000)
@@ -137,7 +137,7 @@ def test_what_is_shown_in_a_terminal(width, monkeypatch):
         display.say("going on [1]")
         display.report(writing, 1)
     lines = re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", console.file.getvalue())
-    looked = [line.split("looking over") for line in lines if "looking over" in line]
+    looked = [line.split("surveying") for line in lines if "surveying" in line]
     (shown,) = {after.lstrip(" ━╸╺") for _, after in looked if "25 %" in after}
     assert shown.split() == ["25", "%", "2", "MB/s", "0:00:03", "left"]
     assert any("writing" in line for line in lines) and "going on [1]" in map(str.strip, lines)
@@ -150,13 +150,13 @@ def test_a_line_now_and_then_in_a_log(dumb_terminal, monkeypatch):
     console = Console(file=StringIO(), force_terminal=dumb_terminal, width=40)
     now = 0.0
     with Display(console, clock=lambda: now) as display:
-        for phase in (Phase("looking over", 100_000_000, "bytes"), Phase("writing", 50, "bases")):
+        for phase in (Phase("surveying", 100_000_000, "bytes"), Phase("writing", 50, "bases")):
             for _ in range(10):
                 display.report(phase, phase.total // 10)
                 now += 10
     lines = console.file.getvalue().splitlines()
-    assert [line.split()[:2] for line in lines[:3]] == [["looking", "over:"]] * 3
-    assert lines[0] == "looking over: 40 %, 40.0 of 100.0 MB, 1 MB/s, 0:00:45 left"
+    assert [line.split()[0] for line in lines[:3]] == ["surveying:"] * 3
+    assert lines[0] == "surveying: 40 %, 40.0 of 100.0 MB, 1 MB/s, 0:00:45 left"
     assert [line.split(", ")[0] for line in lines[3:]] == [
         "writing: 30 %",
         "writing: 60 %",
@@ -183,7 +183,7 @@ def test_each_phase_ends_at_its_total(genomes, tmp_path, workers):
     sizes = sum(path.stat().st_size for path in packed.glob("*.fa"))
     bases = 60 * sum(20_000 + number * 5_000 for number in range(6))
     assert {phase.name: phase.total for phase in done if phase.name != "computing checksums"} == {
-        "looking over": sizes,
+        "surveying": sizes,
         "writing": bases,
         "checking the sources": sizes,
     }
@@ -213,7 +213,7 @@ def test_three_kills_at_random_places(genomes, expected, tmp_path):
     process = start(genomes, tmp_path)
     shown = process.communicate(timeout=300)[1]
     assert process.returncode == 0, shown
-    assert f"{looked_over} of 6 sources were looked over" in shown
+    assert f"{looked_over} of 6 sources were surveyed" in shown
     assert files_of(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -231,7 +231,7 @@ def test_what_was_done_is_not_done_again(genomes, expected, tmp_path):
 
         return report
 
-    for step in ("looking over", "writing"):
+    for step in ("surveying", "writing"):
         seen: dict[str, int] = {}
         with pytest.raises(Enough):
             build_here(genomes, tmp_path / "out", leave_when(step))
@@ -240,7 +240,7 @@ def test_what_was_done_is_not_done_again(genomes, expected, tmp_path):
     assert len(surveys) == 6 and 0 < written < 6
     seen = {}
     build_here(genomes, tmp_path / "out", leave_when("never"))
-    assert "looking over" not in seen
+    assert "surveying" not in seen
     assert files_of(tmp_path / "out") == expected
 
 

@@ -1,6 +1,7 @@
 """Exported models are what transformers makes of them, and come back bit for bit."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from safetensors.torch import load_file
 
 from gengram_megatron.config.layout import check_layout
 from gengram_megatron.config.schema import Config
-from gengram_megatron.engine.checkpoint.stored import StoredTensors
+from gengram_megatron.engine.checkpoint.stored import StoredTensors, read_config
+from gengram_megatron.engine.exchange import export as exporting
 from gengram_megatron.engine.exchange.export import export
 from gengram_megatron.engine.exchange.huggingface import model_config
 from gengram_megatron.engine.exchange.importing import import_model
+from gengram_megatron.engine.exchange.names import huggingface_weights
 from gengram_megatron.errors import UserError
 from gengram_megatron.runs.store import CheckpointStore, find_checkpoint
 from gengram_megatron.tokenizer import BASE_IDS, EOD, PIECES, DnaTokenizer
@@ -153,7 +156,6 @@ def test_what_transformers_saved_is_imported(models, exported, answers, tmp_path
 @pytest.mark.parametrize("kind", ["moe_memory", "bf16"])
 def test_run_starts_from_imported_weights(models, exported, tmp_path, kind) -> None:
     from gengram_megatron.engine.checkpoint.state import TrainingState
-    from gengram_megatron.engine.exchange.importing import import_model
 
     config = load(tmp_path, "imported", *KINDS[kind], "run.seed=6")
     import_model(exported / kind, config)
@@ -231,6 +233,17 @@ def test_what_transformers_cannot_express_is_refused(models, tmp_path, kind) -> 
     expected = {"mla": "model.attention is mla", "top1": "model.moe_router_topk is 1"}
     with pytest.raises(UserError, match=expected[kind]):
         export(find_checkpoint(models[kind].run), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_would_be_left_out_is_refused(models, tmp_path, monkeypatch) -> None:
+    """Such as that of a memory which the other format does not know."""
+    run = find_checkpoint(models["dense_gqa"].run)
+    known = [*huggingface_weights(read_config(run).model)]
+    left_out = known.pop(3).key
+    monkeypatch.setattr(exporting, "huggingface_weights", lambda model: known)
+    with pytest.raises(UserError, match=re.escape(left_out)):
+        export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -132,10 +132,10 @@ def test_a_run_without_a_gpu_is_refused_before_processes_meet(config):
 
 def test_the_doctor_looks_at_the_oldest_gpu(config):
     examination = object.__new__(_Examination)
-    examination.config, examination.problems = config(), []
+    examination.problems = []
     new, old = {"compute_capability": "12.0"}, {"compute_capability": "8.6"}
-    assert examination._fits_gpus([new])
-    assert not examination._fits_gpus([new, old])
+    assert examination._fits_gpus(config(), [new])
+    assert not examination._fits_gpus(config(), [new, old])
     [problem] = examination.problems
     assert "one here has 8.6" in problem
 

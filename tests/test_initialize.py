@@ -55,7 +55,7 @@ def build(config, layout) -> dict[str, torch.Tensor]:
     return {name: weight.detach() for name, weight in chunk.named_parameters()}
 
 
-def law_of(name: str) -> float | None:
+def std_of(name: str) -> float | None:
     """Standard deviation of a parameter's distribution by its name; None: a norm's weight, all ones."""
     if "norm" in name:
         return None
@@ -83,7 +83,7 @@ def test_each_kind_has_its_standard_deviation(one_process, attention, experts):
     kinds += ["router"] if experts else []
     assert all(any(kind in name for name in weights) for kind in kinds)
     for name, weight in weights.items():
-        std, count = law_of(name), weight.numel()
+        std, count = std_of(name), weight.numel()
         if std is None:
             assert (weight == 1).all(), name
             continue
@@ -221,7 +221,7 @@ def test_the_seed_alone_decides(one_process):
     second, other = build(make_config(seed=7), one_process), build(make_config(seed=8), one_process)
     for name in first:
         assert torch.equal(first[name], second[name]), name
-        if law_of(name) is not None:
+        if std_of(name) is not None:
             assert not first[name].eq(other[name]).any(), name
 
 
@@ -238,7 +238,7 @@ def test_bf16_starts_from_the_same_numbers_rounded(one_process):
 def test_no_two_weights_are_alike(one_process, experts):
     """Each parameter, each expert, each table, gate and up have draws of their own."""
     weights = build(make_config(experts=experts), one_process)
-    drawn = [w / law_of(name) for name, w in weights.items() if law_of(name) is not None]
+    drawn = [w / std_of(name) for name, w in weights.items() if std_of(name) is not None]
     starts = [part.flatten()[:8] for w in drawn for part in (w if w.dim() > 2 else w.chunk(2))]
     starts = torch.stack([start for start in starts if len(start) == 8])
     assert len(starts) > 20

@@ -38,7 +38,7 @@ def verify(
         ),
     ],
 ) -> None:
-    """Read all files of checkpoints and compare them with their checksums.
+    """Compare all files of checkpoints with their checksums.
 
     Also checks that every file named in the checkpoint's list of tensors exists. Reports what is
     wrong, and exits with code 1 if anything is. Training makes the same check on the checkpoint that
@@ -110,9 +110,9 @@ def strip(
         ),
     ],
 ) -> None:
-    """Copy a checkpoint without its optimizer states, a quarter or less of its size.
+    """Copy a checkpoint without its optimizer states.
 
-    The copy can be inspected and exported, and a new run can start from its weights
+    The copy has a quarter of the size or less. It can be inspected and exported, and a new run can start from its weights
     (checkpoint.load), but the run itself cannot resume from it. PATH is not changed.
     """
     check_folder_writable(out)
@@ -136,9 +136,9 @@ def export(
         float, typer.Option(min=1e-6, max=5, help="Maximum gigabytes of weights in one file.")
     ] = 5,
 ) -> None:
-    """Write a model for Hugging Face's transformers: safetensors, configs, tokenizer, model card.
+    """Write a model for Hugging Face's transformers.
 
-    A model without Gengram becomes a standard Llama (dense) or Mixtral (experts). A model with
+    The folder holds safetensors, configs, the tokenizer and a model card. A model without Gengram becomes a standard Llama (dense) or Mixtral (experts). A model with
     Gengram includes its code and is loaded with trust_remote_code=True. Models with MLA, and
     those that route a token to a single expert, are refused. Needs the extra hf.
 

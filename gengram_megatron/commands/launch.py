@@ -17,6 +17,7 @@ from gengram_megatron.data_set import check_data_sets_exist
 from gengram_megatron.launch import local, slurm
 from gengram_megatron.launch.job import Job, check_job, write_record
 from gengram_megatron.launch.stop import StopRequests
+from gengram_megatron.runs.store import check_load
 
 Slurm = Annotated[bool, typer.Option("--slurm", help="Submit to Slurm with sbatch.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what would be done.")]
@@ -91,6 +92,7 @@ def _print_start(job: Job) -> None:
 def _here(job: Job, config_file: Path, requests: StopRequests) -> None:
     local.check_names(job)
     if job.config.launch.nodes == 1:  # with several nodes, the ranks check this together
+        check_load(job.config)
         check_data_sets_exist(job.config, config_file)
     write_record(job)
     raise typer.Exit(local.run_here(job, requests))

@@ -94,7 +94,7 @@ def sweep(
         bool, typer.Option("--json", help="Print the table of --list or --results as JSON.")
     ] = False,
 ) -> None:
-    """Run one config with different settings, and compare the results.
+    """Run variants of one config, and compare their results.
 
     CONFIG is the config that all runs share, with the additional section sweep:
 

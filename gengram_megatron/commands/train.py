@@ -17,6 +17,7 @@ from gengram_megatron.config.load import load_config
 from gengram_megatron.config.schema import Config
 from gengram_megatron.data_set import check_data_sets_exist
 from gengram_megatron.errors import RankError, UserError
+from gengram_megatron.runs.store import check_load
 from gengram_megatron.signals import StopSignals
 
 
@@ -62,6 +63,7 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
         loaded = load_config(config, overrides or [], Config)
         layout = _layout_here(loaded, config, overrides or [])
         if layout.world_size == 1:  # several ranks check this together, once they are connected
+            check_load(loaded)
             check_data_sets_exist(loaded, config)
         # Entered before the slow imports, during which a signal would otherwise end the process
         # with a traceback.
@@ -86,8 +88,8 @@ def _layout_here(loaded: Config, file: Path, overrides: list[str]) -> Layout:
     except UserError as error:
         smallest, configured = smallest_world(loaded), loaded.launch.processes or 1
         wanted = smallest if configured % smallest else configured
-        if world_size > 1 or wanted == 1 or loaded.launch.nodes > 1:
-            raise
+        if world_size > 1 or smallest == 1 or loaded.launch.nodes > 1:
+            raise  # not because of the number of processes
         check_layout(loaded, wanted)  # reports problems other than the number of processes
         command = shlex.join(["gengram", "launch", str(file), "--nproc", str(wanted), *overrides])
         raise UserError(f"{error}\nthis command starts {wanted} processes: {command}") from None

@@ -20,14 +20,13 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 ConfigFile = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG", help="The YAML file, as shown above.", show_default=False),
+    typer.Argument(metavar="CONFIG", help="The YAML config file.", show_default=False),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings that override the file's, such as optimizer.lr=3e-4 for a run, or seed=1 for "
-        "a data set.",
+        help="Settings that override the file's, such as optimizer.lr=3e-4.",
         show_default=False,
     ),
 ]

@@ -189,10 +189,11 @@ class Keys:
         meant = self.meant(path)
         if meant:
             return f"did you mean {' or '.join(meant)}?"
-        group = dotted(path[:-1])
-        return (
-            f"the keys {f'of {group} ' if group else ''}are {', '.join(self.names_in(path[:-1]))}"
-        )
+        above = path[:-1]
+        while not (names := self.names_in(above)):
+            above = above[:-1]  # a section that is not there either
+        of_section = f"of {dotted(above)} " if above else ""
+        return f"the keys {of_section}are {', '.join(names)}"
 
     def _all_names(self) -> list[str]:
         """Returns the names of all keys and groups, outer ones first, except those inside lists
@@ -238,7 +239,7 @@ def _length(node: Node) -> str:
     low, high = node.get("minItems"), node.get("maxItems")
     if low is not None and low == high:
         return f" of exactly {low} entries"
-    return f" of at least {low} entries" if low else ""
+    return f" of at least {low} {'entry' if low == 1 else 'entries'}" if low else ""
 
 
 def _number(value: float) -> str:

@@ -50,8 +50,10 @@ class Container(Section):
 class Slurm(Section):
     """What `gengram launch --slurm` requests from sbatch."""
 
-    account: Name | None = Field(None, description="null: the user's default account")
-    partition: Name | None = Field(None, description="null: the cluster's default")
+    account: Name | None = Field(None, description="account to charge; null: the user's default")
+    partition: Name | None = Field(
+        None, description="partition to queue in; null: the cluster's default"
+    )
     qos: Name | None = Field(None, description="quality of service; null: the default")
     time: TimeLimit | None = Field(
         None,

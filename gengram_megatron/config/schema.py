@@ -462,7 +462,7 @@ class Checkpoint(Section):
 class WeightsAndBiases(Section):
     """Logging to Weights & Biases; needs the extra `wandb`."""
 
-    project: Name
+    project: Name = Field(description="project that the run is logged to")
     name: Name | None = Field(
         None, description="name of the run; null: Weights & Biases chooses one"
     )

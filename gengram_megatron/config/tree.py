@@ -210,7 +210,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        absolute = "" if path.is_absolute() else f", that is {path.absolute()}"
+        absolute = "" if path.is_absolute() else f" (that would be {path.absolute()})"
         raise UserError(f"there is no config file {path}{absolute}") from None
     except UnicodeDecodeError as error:
         raise UserError(

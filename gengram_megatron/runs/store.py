@@ -252,6 +252,26 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
+def source_checkpoints(given: Path) -> list[Path]:
+    """Returns the checkpoints that checkpoint.load refers to, in the order of their steps: the one
+    that it names, or all in a run's folder."""
+    if checkpoints := checkpoints_at(given):
+        return checkpoints
+    raise UserError(
+        f"checkpoint.load is {given}, which is neither a checkpoint nor the folder of a run that "
+        "has one: give a folder such as runs/mine or runs/mine/checkpoints/step_00001000; "
+        "`gengram checkpoint import` makes one from a published model"
+    )
+
+
+def check_load(config: Config) -> None:
+    """Raises UserError if a run would start from checkpoint.load, and there is no checkpoint. A run
+    that has checkpoints of its own resumes from them and does not need it."""
+    load = config.checkpoint.load
+    if load is not None and not checkpoints_at(Path(config.run.dir)):
+        source_checkpoints(Path(load))
+
+
 def size(checkpoint: Path) -> int:
     """Returns the bytes of all files of a checkpoint."""
     return sum(path.stat().st_size for path in checkpoint.iterdir())

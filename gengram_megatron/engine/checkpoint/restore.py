@@ -38,7 +38,7 @@ from gengram_megatron.config.tables import LARGEST_DIRECT
 from gengram_megatron.config.tree import flattened, inline_yaml
 from gengram_megatron.engine.processes import gather
 from gengram_megatron.errors import UserError
-from gengram_megatron.runs.store import UnreadableCheckpoint, checkpoints_at
+from gengram_megatron.runs.store import UnreadableCheckpoint
 
 Result = TypeVar("Result")
 MACHINE_ERRORS = (
@@ -128,18 +128,6 @@ ADDED_KEYS = {"model.gengram.projection_bias": False}
 that they lack, any value is accepted."""
 CHANGEABLE_IN_NEW_RUN = {"model.seq_length", "model.rotary_base"}
 """Further keys that may change in a run which starts from another run's weights."""
-
-
-def source_checkpoints(given: Path) -> list[Path]:
-    """Returns the checkpoints that checkpoint.load refers to, in the order of their steps: the one
-    that it names, or all in a run's folder."""
-    if checkpoints := checkpoints_at(given):
-        return checkpoints
-    raise UserError(
-        f"checkpoint.load is {given}, which is neither a checkpoint nor the folder of a run that "
-        "has one: give a folder such as runs/mine or runs/mine/checkpoints/step_00001000; "
-        "`gengram checkpoint import` makes one from a published model"
-    )
 
 
 def check_same_model(

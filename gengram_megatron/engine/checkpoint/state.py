@@ -29,7 +29,6 @@ from gengram_megatron.engine.checkpoint.restore import (
     same_ranks,
     set_random_states,
     sharded_names,
-    source_checkpoints,
 )
 from gengram_megatron.engine.checkpoint.stored import MEGATRON_FILES, missing_files
 from gengram_megatron.engine.checkpoint.writer import Writer
@@ -44,6 +43,7 @@ from gengram_megatron.runs.store import (
     damage,
     estimated_size,
     read_facts,
+    source_checkpoints,
 )
 
 
@@ -299,7 +299,7 @@ class TrainingState:
     def _start_from_another(self, source: Path) -> "ResumePoint":
         """Start a new run from the weights of another run's checkpoint, instead of randomly
         initialized ones."""
-        candidates = self._on_first_rank(lambda: source_checkpoints(source))
+        candidates = self._on_first_rank(lambda: source_checkpoints(source), where="")
         path, _, unusable = self._load_newest_usable(candidates, self._load_weights)
         warning = f"checkpoint.load: damaged, {', '.join(unusable.values())}" if unusable else None
         if path is None:
@@ -363,8 +363,11 @@ class TrainingState:
             "step": step,
         }
 
-    def _on_first_rank(self, action: Callable[[], Result]) -> Result:
-        """Run an action on rank 0. Returns its result, or raises its error, on every rank."""
+    def _on_first_rank(self, action: Callable[[], Result], where: str | None = None) -> Result:
+        """Runs an action on rank 0. Returns its result, or raises its error, on every rank.
+
+        where: what an error message begins with; None: the folder of the checkpoints.
+        """
         answer: list[Any] = [None, None]  # the result and the error
         if dist.get_rank() == 0:
             try:
@@ -373,7 +376,8 @@ class TrainingState:
                 answer[1] = str(error)
         dist.broadcast_object_list(answer)
         if answer[1] is not None:
-            raise UserError(f"checkpoints of {self.store.folder}: {answer[1]}")
+            where = f"checkpoints of {self.store.folder}: " if where is None else where
+            raise UserError(f"{where}{answer[1]}")
         result: Result = answer[0]
         return result
 

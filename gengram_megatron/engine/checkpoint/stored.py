@@ -41,6 +41,8 @@ COMMON = "common.pt"
 FORMAT_NOTE = "metadata.json"
 MEGATRON_FILES = (METADATA, COMMON, FORMAT_NOTE)
 """The files that megatron-core writes besides the tensor files, which are listed in .metadata."""
+OPTIMIZER = "optimizer."
+"""Prefix of the names of optimizer tensors; all others are weights."""
 BLOCK = 4 * 2**20
 """Number of bytes of a tensor that are read at a time."""
 
@@ -110,6 +112,11 @@ class StoredTensors:
     def names(self) -> list[str]:
         """The names of the tensors, in the order in which they were written."""
         return list(self._tensors)
+
+    @property
+    def weights(self) -> list[str]:
+        """The names of the model's tensors, without those of the optimizer."""
+        return [name for name in self._tensors if not name.startswith(OPTIMIZER)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of the whole tensor, over all ranks."""

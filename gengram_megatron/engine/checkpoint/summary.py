@@ -10,9 +10,6 @@ from gengram_megatron.engine.checkpoint.stored import StoredTensors, missing_fil
 from gengram_megatron.runs.store import read_facts
 from gengram_megatron.show import print_table
 
-OPTIMIZER = "optimizer."
-"""Prefix of the names of optimizer tensors; all others are weights."""
-
 # A weight belongs to the module of the first key that its name contains.
 _MODULES = {
     ".memory.tables.": "gengram tables",
@@ -35,7 +32,7 @@ def summary(checkpoint: Path) -> dict[str, Any]:
         read_common(checkpoint),
         StoredTensors(checkpoint),
     )
-    weights = [name for name in stored.names if not name.startswith(OPTIMIZER)]
+    weights = stored.weights
     parameters: dict[str, int] = {}
     for name in weights:
         module = _module(name)

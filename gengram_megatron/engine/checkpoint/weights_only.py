@@ -23,7 +23,6 @@ from gengram_megatron.engine.checkpoint.stored import (
     StoredTensors,
     read_common,
 )
-from gengram_megatron.engine.checkpoint.summary import OPTIMIZER
 from gengram_megatron.errors import UserError
 from gengram_megatron.runs.store import CheckpointStore, Facts, read_facts
 
@@ -51,10 +50,9 @@ class Source:
 def strip(checkpoint: Path, out: Path) -> Path:
     """Copy a checkpoint's weights to a new checkpoint in the folder `out`. Returns its path."""
     stored, common = StoredTensors(checkpoint), read_common(checkpoint)
-    names = [name for name in stored.names if not name.startswith(OPTIMIZER)]
     source = Source(
-        {name: stored.shape(name) for name in names},
-        {name: stored.dtype(name) for name in names},
+        {name: stored.shape(name) for name in stored.weights},
+        {name: stored.dtype(name) for name in stored.weights},
         stored.read,
     )
     kept = {name: common[name] for name in KEPT_KEYS}

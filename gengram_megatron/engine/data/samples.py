@@ -154,7 +154,7 @@ class SampleOrder:
         self.num_samples = num_samples
         self._rows = math.isqrt(num_samples - 1) + 1
         self._columns = -(-num_samples // self._rows)
-        self._key = mix_bits(np.array([seed % 2**64], dtype=np.uint64))
+        self._key = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
 
     def __getitem__(self, position: int) -> int:
         """Returns the number of the sample at one position."""
@@ -164,7 +164,7 @@ class SampleOrder:
         """Returns sample numbers in [0, num_samples), int64, in the same shape as `positions`."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, offsets = np.divmod(positions.ravel(), self.num_samples)
-        keys = mix_bits(self._key + epochs.astype(np.uint64) * GOLDEN_RATIO)
+        keys = splitmix64(self._key + epochs.astype(np.uint64) * GOLDEN_RATIO)
         samples = self._permute(offsets.astype(np.uint64), keys)
         # The grid has a few more cells than there are samples. A number that lands on one of them
         # is permuted again until it does not, which keeps the map a bijection ("cycle walking").
@@ -177,14 +177,14 @@ class SampleOrder:
         rows, columns = np.uint64(self._rows), np.uint64(self._columns)
         row, column = np.divmod(cells, columns)
         for _ in range(ROUNDS):
-            keys = mix_bits(keys)
-            row = (row + mix_bits(keys ^ column) % rows) % rows
+            keys = splitmix64(keys)
+            row = (row + splitmix64(keys ^ column) % rows) % rows
             row, column, rows, columns = column, row, columns, rows
         # After an even number of rounds, rows and columns are no longer swapped.
         return row * columns + column
 
 
-def mix_bits(values: np.ndarray) -> np.ndarray:
+def splitmix64(values: np.ndarray) -> np.ndarray:
     """The output function of splitmix64: a bijection of uint64 in which every input bit changes
     about half of the output bits. For arrays only: numpy warns when a uint64 scalar wraps around."""
     values = values + GOLDEN_RATIO
@@ -217,7 +217,7 @@ class BlendOrder:
         ]
         self._offsets = np.cumsum([0, *sizes])
         self._weights = list(weights)
-        self._key = mix_bits(np.array([seed % 2**64], dtype=np.uint64))
+        self._key = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
         """Returns sample numbers in [0, sum(sizes)), int64, in the same shape as `positions`."""
@@ -267,9 +267,9 @@ class BlendOrder:
         share = sum(weights[first:middle], Fraction()) / sum(weights[first:last], Fraction())
         blocks, within = np.divmod(positions, BLOCK)
         start, end = _floor(blocks, BLOCK * share), _floor(blocks + 1, BLOCK * share)
-        branch = mix_bits(self._key + np.uint64(first << 32 | last))
-        keys = mix_bits(branch + blocks.astype(np.uint64))
-        drawn = mix_bits(keys[:, None] + np.arange(BLOCK, dtype=np.uint64))
+        branch = splitmix64(self._key + np.uint64(first << 32 | last))
+        keys = splitmix64(branch + blocks.astype(np.uint64))
+        drawn = splitmix64(keys[:, None] + np.arange(BLOCK, dtype=np.uint64))
         chosen = drawn.argsort(axis=1, kind="stable") < (end - start)[:, None]
         before = start + (chosen & (np.arange(BLOCK) < within[:, None])).sum(axis=1)
         return before, chosen[np.arange(len(positions)), within]

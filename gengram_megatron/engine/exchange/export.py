@@ -36,6 +36,11 @@ def export(checkpoint: Path, out: Path, largest_file: int = LARGEST_FILE) -> Non
     missing = [weight.key for weight in weights if weight.key not in stored.names]
     if missing:
         raise UserError(f"{checkpoint} cannot be exported: it lacks {missing[0]}")
+    if extra := set(stored.weights) - {weight.key for weight in weights}:
+        raise UserError(
+            f"{checkpoint} cannot be exported: an export would leave out {min(extra)}, which the "
+            "other format has no place for"
+        )
     if out.exists():
         raise UserError(f"{out} already exists; give another folder")
     card = model_card(checkpoint, config)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -131,16 +132,32 @@ def retag(chunk: nn.Module, config: TransformerConfig) -> None:
 @torch.no_grad()
 def initialize(chunks: list[MegatronModule], seed: int) -> None:
     """Draws the initial weights of a rank's model chunks, in place. Raises AssertionError for a
-    parameter that has no tag."""
+    parameter that has no tag, or whose sharded state does not say how it is split."""
     for chunk in chunks:
         for part, parameter, _ in sharded_parameters(chunk):
             if not hasattr(parameter, "init_distribution"):
                 raise AssertionError(f"{part.key} was built without a tag for its initial values")
+            _check_split(part, parameter)
             distribution = parameter.init_distribution
             if distribution.constant is not None:
                 part.data.fill_(distribution.constant)
             else:
                 part.data.copy_(_draw_local_part(part, distribution, seed))
+
+
+def _check_split(part: ShardedTensor, parameter: nn.Parameter) -> None:
+    """Raises AssertionError if tensor-parallel ranks hold different parts of a parameter, but the
+    sharded state presents each part as the whole: all ranks would start with the same values, and
+    the checkpoint would keep one of the parts."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return
+    split = getattr(parameter, "tensor_model_parallel", False)
+    # Experts and row-split tables have groups of their own (allreduce is False).
+    if split and getattr(parameter, "allreduce", True) and part.global_shape == part.local_shape:
+        raise AssertionError(
+            f"{part.key} is split over the tensor-parallel ranks (split_weight), but its module's "
+            "sharded_state_dict does not say so"
+        )
 
 
 def sharded_parameters(chunk: MegatronModule) -> Iterator[tuple[ShardedTensor, nn.Parameter, int]]:

@@ -105,13 +105,13 @@ def _rows(table: KmerTable, number: Tensor, valid: Tensor, complement: Tensor | 
     if complement is not None:
         number = torch.minimum(number, complement)
     if table.hash_seed is not None:
-        number = mix_bits(number, table.hash_seed) % table.rows
+        number = hash_numbers(number, table.hash_seed) % table.rows
     elif complement is not None:
         number = _shared_rows(table.k).to(number.device)[number]
     return torch.where(valid, number, table.rows)
 
 
-def mix_bits(number: Tensor, seed: int) -> Tensor:
+def hash_numbers(number: Tensor, seed: int) -> Tensor:
     """Hashes int64 numbers to 63 bits with the finalizer of SplitMix64 (Steele, Lea and Flood,
     2014). It uses only integers, so the result is the same on every device."""
     x = number ^ seed
