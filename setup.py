@@ -31,7 +31,8 @@ setup(
     },
     install_requires=[
         # The model, its parallel layouts, optimizer, datasets and checkpoints. The version is
-        # pinned by minor release because gengram_megatron/engine/platform changes private parts of it.
+        # pinned by minor release because gengram_megatron/engine/platform changes private
+        # parts of it.
         "megatron-core>=0.16.1,<0.17",
         "torch>=2.10",  # grouped_mm in torch.nn.functional, also on the CPU
         "numpy>=1.26",  # token arrays, and the arithmetic of data preparation
@@ -50,7 +51,8 @@ setup(
     extras_require={
         # model.implementation: transformer_engine, with it train.precision: fp8, and its fused Adam
         # wherever it is installed. It is compiled against torch and CUDA: install those first, and
-        # add --no-build-isolation. The range is the one that megatron-core 0.16.1 is developed with.
+        # add --no-build-isolation. The range is the one that megatron-core 0.16.1 is
+        # developed with.
         "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12"],
         # train.engine: deepspeed. Its set-up looks for torch: install that first, and add
         # --no-build-isolation. The range is the version whose private parts the engine uses.

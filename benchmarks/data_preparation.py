@@ -7,10 +7,10 @@
 
 Each copy of the DNA is a source, a file of its own. Timed are whole commands, started as processes,
 on plain and on gzip files; in each repeat all take turns, so that a noisy machine is noisy for all,
-and a ratio is the median of the ratios within the repeats. The pipeline, which takes minutes for what
-the build does in seconds, gets the first --pipeline-copies of the files; ratios are of bases a
-second. KEY=VALUE words go to the build.
-Without --fasta, the DNA in sample_data is repeated up to --mbp megabases a copy.
+and a ratio is the median of the ratios within the repeats. The pipeline, which takes minutes for
+what the build does in seconds, gets the first --pipeline-copies of the files; ratios are of bases a
+second. KEY=VALUE words go to the build. Without --fasta, the DNA in sample_data is repeated up to
+--mbp megabases a copy.
 
 - build: `gengram-data build` of all fragments; start: the same of a hundred fragments
 - pipeline: benchmarks/json_pipeline.py; tokenize: its second half, Megatron's tool, alone

@@ -1,13 +1,14 @@
-"""Genomes through JSON lines and SentencePiece to an IndexedDataset, as one does without gengram-data.
+"""Genomes through JSON lines and SentencePiece to an IndexedDataset, as one does without
+gengram-data.
 
     python benchmarks/json_pipeline.py FASTA ... --out FOLDER [--seq-length 8192] [--workers 2]
 
-What data_preparation.py compares with. The way of Megatron-LM's own tool, with its parts: a file of JSON
-lines, a fragment each; a pool of processes that parse a line and tokenize its text; one process
-that appends the lists of ids they send to megatron-core's IndexedDatasetBuilder, in the smallest
-type that Megatron has for the vocabulary. The SentencePiece model is of single characters without
-normalization, the fastest kind for DNA. Prints as JSON the seconds of the two halves, without
-those that it takes to load torch and megatron-core.
+What data_preparation.py compares with. The way of Megatron-LM's own tool, with its parts: a file of
+JSON lines, a fragment each; a pool of processes that parse a line and tokenize its text; one
+process that appends the lists of ids they send to megatron-core's IndexedDatasetBuilder, in the
+smallest type that Megatron has for the vocabulary. The SentencePiece model is of single characters
+without normalization, the fastest kind for DNA. Prints as JSON the seconds of the two halves,
+without those that it takes to load torch and megatron-core.
 """
 
 import argparse

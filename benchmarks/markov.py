@@ -3,12 +3,12 @@
     python benchmarks/markov.py datasets/sample --orders 1,3,5
 
 The losses are kept in the data set's folder, as markov.json, and the pictures of later runs on it
-show them. What a language model has to beat. A model of order k gives the next base a probability by the
-k bases before it, from counts with one added to each of the four bases (so a context that
+show them. What a language model has to beat. A model of order k gives the next base a probability
+by the k bases before it, from counts with one added to each of the four bases (so a context that
 training never saw gives each 1/4). Where there are fewer than k bases before it, because the
 fragment starts or an N comes between, the longest context that there is decides. Scored are a
-language model's own labels, the tokens after each fragment's first one, as far as they are
-A, C, G or T.
+language model's own labels, the tokens after each fragment's first one, as far as they are A, C, G
+or T.
 """
 
 import argparse

@@ -92,7 +92,8 @@ def _is_up_to_date(
     workers: Workers,
     report: Report,
 ) -> bool:
-    """Whether the output exists and is up to date; with `overwrite`, no output counts as such.
+    """Returns whether the output exists and is up to date; with `overwrite`, no output counts as
+    such.
 
     Raises UserError if the output is not a data set, or is a different one and may not be
     overwritten.
@@ -135,7 +136,7 @@ def _survey(
     report: Report,
     say: Say,
 ) -> dict[str, Survey]:
-    """The first reading: surveys the sources that no earlier start has read.
+    """Does the first reading: surveys the sources that no earlier start has read.
 
     The largest come first, so that no worker is still busy with a large one at the end.
     """
@@ -245,8 +246,8 @@ def _write(
     report: Report,
     say: Say,
 ) -> dict[str, dict[str, Any]]:
-    """The second reading: writes the fragments of each source to their location, which follows the
-    order of the sources. Returns sizes and checksums of the token files, by name."""
+    """Does the second reading: writes the fragments of each source to their location, which follows
+    the order of the sources. Returns sizes and checksums of the token files, by name."""
     plans = _source_plans(sources, surveys, fates)
     counts = {
         split: sum(int(np.count_nonzero(fate == kept)) for fate in fates.values())
@@ -327,7 +328,8 @@ def _source_plans(
 
 
 def _prepare(folder: Path, counts: dict[str, int], config: DataConfig) -> None:
-    """Creates the data set's files in their full size; UserError if the disk is too small."""
+    """Creates the data set's files in their full size. Raises UserError if the disk is too
+    small."""
     tokens = config.seq_length + 1
     needed = sum(counts.values()) * (tokens + ORIGIN.itemsize + INDEX_BYTES)
     free = shutil.disk_usage(folder).free

@@ -154,7 +154,7 @@ def _with_defaults(settings: dict[str, Any], config: DataConfig) -> dict[str, An
 
 
 def _contains(recorded: dict[str, Any] | None, facts: dict[str, Any] | None) -> bool:
-    """Whether what the manifest recorded of a source includes all of these facts."""
+    """Returns whether what the manifest recorded of a source includes all of these facts."""
     if recorded is None or facts is None:
         return False
     return all(recorded.get(name) == fact for name, fact in facts.items())

@@ -109,7 +109,7 @@ class Source(Section):
         return any(getattr(self, key) is not None for key in (*WAYS, "validation_blocks"))
 
     def is_split_by_share(self, default_headers: str | None) -> bool:
-        """Whether a share of the source is held out, rather than what some key names.
+        """Returns whether a share of the source is held out, rather than what some key names.
 
         Args:
             default_headers: the data set's validation_headers.

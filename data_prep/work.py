@@ -75,7 +75,7 @@ class BuildDirectory:
         marker.touch()
 
     def is_written(self, source: Input) -> bool:
-        """Whether the fragments of a source are in data/."""
+        """Returns whether the fragments of a source are in data/."""
         return self._written_path(source).exists()
 
     def mark_written(self, source: Input) -> None:

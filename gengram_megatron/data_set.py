@@ -1,12 +1,12 @@
 """Reads the manifest of a built data set, and checks the data set before a run uses it.
 
-Messages say if its folder is missing (where it was expected, and which command builds it), or if its
-sequences have a different length. Files are compared with the manifest's checksums.
+Messages say if its folder is missing (where it was expected, and which command builds it), or if
+its sequences have a different length. Files are compared with the manifest's checksums.
 
 Reading all of a large data set takes minutes, so it is done once: an intact file is recorded with
 its size and the times of its last changes, and is read again only if one of these differs. The
-records are stored beside the data or, if that folder is not writable, in the user's cache folder; if
-neither is writable, each run reads the files again.
+records are stored beside the data or, if that folder is not writable, in the user's cache folder;
+if neither is writable, each run reads the files again.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ CONFIG_FOLDERS = (".", "configs", "configs/data")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of a built data set. Raises UserError if the folder is not a data set, or
-    is one of another format."""
+    """Returns the manifest of a built data set. Raises UserError if the folder is not a data set,
+    or is one of another format."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{path.parent.absolute()} is not a data set: it has no {MANIFEST}")
@@ -138,14 +138,14 @@ class DataFile:
 
 
 def not_checked_yet(files: Iterable[DataFile]) -> list[DataFile]:
-    """Returns the files that were never compared with their checksums, have changed since, or cannot
-    be accessed."""
+    """Returns the files that were never compared with their checksums, have changed since, or
+    cannot be accessed."""
     return [file for file in files if not _is_recorded(file)]
 
 
 def identity(file: DataFile) -> tuple[int, ...] | None:
     """Returns numbers by which nodes can tell whether they see the same file: a copy has other
-    change times, in nanoseconds. None if the file cannot be accessed."""
+    change times, in nanoseconds. Returns None if the file cannot be accessed."""
     try:
         status = file.path.stat()
     except OSError:
@@ -186,8 +186,8 @@ def _is_recorded(file: DataFile) -> bool:
 
 
 def _fingerprint(file: DataFile) -> dict[str, int | str]:
-    """Returns what is recorded about a file. This includes ctime, because copying a whole folder can
-    preserve mtime."""
+    """Returns what is recorded about a file. This includes ctime, because copying a whole folder
+    can preserve mtime."""
     status = file.path.stat()
     return {
         "sha256": file.sha256,

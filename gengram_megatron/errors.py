@@ -12,8 +12,8 @@ EXIT_CODE = 2
 NOT_FINITE = 3
 """Exit code of a run that ended with a loss or gradient that is not finite."""
 READER_GONE = 141
-"""Exit code of a command whose output is no longer read, as in `gengram config --keys | head`. It is
-the code that shells give for a program that was ended by SIGPIPE."""
+"""Exit code of a command whose output is no longer read, as in `gengram config --keys | head`. It
+is the code that shells give for a program that was ended by SIGPIPE."""
 PREFIX = "gengram: "
 """Prefix of each line of an error message."""
 
@@ -37,9 +37,9 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 
 
 class UserError(Exception):
-    """An error that the user can fix: a key, a file, a layout. The message is a sentence, or several
-    lines of one each, that says what is wrong and what to change. Commands print it and exit with
-    exit_code."""
+    """An error that the user can fix: a key, a file, a layout. The message is a sentence, or
+    several lines of one each, that says what is wrong and what to change. Commands print it and
+    exit with exit_code."""
 
     exit_code = EXIT_CODE
 

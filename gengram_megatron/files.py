@@ -30,9 +30,9 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A context manager for writing a file atomically. It yields a temporary path to write to. At
-    the end that file is flushed to disk and renamed to `path`; after an error it is removed. So
-    nobody ever reads a half-written file."""
+    """Writes a file atomically, as a context manager. Yields a temporary path to write to. At the
+    end that file is flushed to disk and renamed to `path`; after an error it is removed. So nobody
+    ever reads a half-written file."""
     beside = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
         yield beside
@@ -48,9 +48,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path, key: str) -> None:
-    """Raises UserError unless a file can be written at `path`, by writing a temporary one beside it.
+    """Raises UserError unless a file can be written at `path`, by writing a temporary one beside
+    it.
 
-    Called before the work whose result will be written there.
+    This is called before the work whose result will be written there.
 
     Args:
         key: the option or key that names the file.
@@ -92,7 +93,7 @@ class Locked(Exception):
 
 @contextmanager
 def lock(path: Path) -> Iterator[TextIO]:
-    """A context manager that locks a file, or raises Locked. The file remains after the lock is
+    """Locks a file while a context lasts, or raises Locked. The file remains after the lock is
     released, without meaning anything.
 
     The lock belongs to the kernel, so it is released when the process ends in whatever way; child

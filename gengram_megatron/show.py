@@ -1,9 +1,9 @@
 """Prints tables for people at a terminal, and as plain lines for programs.
 
 At a terminal a table is fitted into its width: columns of numbers and names are never folded,
-columns of text are folded at words, and a table that still does not fit is shown as a block of lines
-for each row. Anywhere else, such as in a pipe or a file, each row is one line of tab-separated
-cells.
+columns of text are folded at words, and a table that still does not fit is shown as a block of
+lines for each row. Anywhere else, such as in a pipe or a file, each row is one line of
+tab-separated cells.
 """
 
 import sys

@@ -11,8 +11,8 @@ REQUEUE = 75
 
 class StopSignals:
     """A context manager that records whether one of the signals came. The signals have no other
-    effect: the training loop checks `received` once per step and per validation batch. Only a second
-    SIGINT ends the process immediately, as it would without a handler.
+    effect: the training loop checks `received` once per step and per validation batch. Only a
+    second SIGINT ends the process immediately, as it would without a handler.
 
     After a signal the handlers stay until the process ends, because a launcher repeats SIGTERM when
     the first of its processes ends.
@@ -52,7 +52,7 @@ class StopSignals:
 
 
 def ignore_stop_signals(*_: object) -> None:
-    """Makes a helper process ignore stop signals. Slurm and terminals signal all processes of a job,
-    and if a helper ended, it would end the training process before that has saved."""
+    """Makes a helper process ignore stop signals. Slurm and terminals signal all processes of a
+    job, and if a helper ended, it would end the training process before that has saved."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

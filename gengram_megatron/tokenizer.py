@@ -1,5 +1,5 @@
-"""The tokenizer with one token per base: the ten pieces of the published one, and an end-of-document
-token."""
+"""The tokenizer with one token per base: the ten pieces of the published one, and an
+end-of-document token."""
 
 from itertools import zip_longest
 from pathlib import Path

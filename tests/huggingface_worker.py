@@ -1,7 +1,8 @@
 """What transformers makes of exported folders: huggingface_worker.py FOLDER.
 
 FOLDER/<kind> was exported; FOLDER/given.json holds a text, how many tokens are to be generated and
-a batch of token ids for each kind. Writes FOLDER/answers.pt. Runs in a process of its own, without the package: this is what a user has.
+a batch of token ids for each kind. Writes FOLDER/answers.pt. Runs in a process of its own, without
+the package: this is what a user has.
 """
 
 import json
@@ -126,7 +127,8 @@ def generated_from_text(model, tokenizer) -> dict:
 
 
 def generated(model, tokens: torch.Tensor, new_tokens: int, ways: dict[str, int]) -> dict:
-    """Text that goes on from a prompt, with a cache and without. ways: a name, and how many beams."""
+    """Text that goes on from a prompt, with a cache and without. ways: a name, and how many
+    beams."""
     prompt = tokens[:, :10]
     settings = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
     return {

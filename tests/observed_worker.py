@@ -3,7 +3,7 @@ is imported.
 
     python -m tests.observed_worker transformer_engine FOLDER
     python -m tests.observed_worker apex FOLDER
-    python -m tests.observed_worker layouts FOLDER      # as one of two ranks, with torchrun's variables
+    python -m tests.observed_worker layouts FOLDER   # as one of two ranks, torchrun's variables set
 
 FOLDER/observed.pt is what it found. Whoever starts it has put a stand-in on the path, and given it
 a folder of its own.

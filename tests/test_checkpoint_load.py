@@ -30,7 +30,8 @@ REFUSED = {
 
 
 class Runs:
-    """A source of 64 bases on two tensor-parallel ranks, and what goes on from it on one process."""
+    """A source of 64 bases on two tensor-parallel ranks, and what goes on from it on one
+    process."""
 
     def __init__(self, folder: Path, data: Path):
         self.folder, self.file = folder, write_config(folder / "tiny.yaml", data)

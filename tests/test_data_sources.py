@@ -1,4 +1,5 @@
-"""Patterns for many files, chromosomes held out by header, and the paper's sets on small genomes."""
+"""Patterns for many files, chromosomes held out by header, and the paper's sets on small
+genomes."""
 
 import gzip
 import re

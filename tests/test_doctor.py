@@ -1,4 +1,5 @@
-"""`gengram doctor` as a user meets it, and its table of parts against the model of the run itself."""
+"""`gengram doctor` as a user meets it, and its table of parts against the model of the run
+itself."""
 
 import json
 import os

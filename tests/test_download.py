@@ -1,4 +1,5 @@
-"""`gengram-data download` against a real server on this machine that breaks off, lies and refuses."""
+"""`gengram-data download` against a real server on this machine that breaks off, lies and
+refuses."""
 
 import hashlib
 import json

@@ -1,4 +1,5 @@
-"""What export, import and strip hold in memory, and the files that are written and read in parts."""
+"""What export, import and strip hold in memory, and the files that are written and read in
+parts."""
 
 import json
 import os

@@ -56,7 +56,8 @@ def build(config, layout) -> dict[str, torch.Tensor]:
 
 
 def std_of(name: str) -> float | None:
-    """Standard deviation of a parameter's distribution by its name; None: a norm's weight, all ones."""
+    """Standard deviation of a parameter's distribution by its name; None: a norm's weight, all
+    ones."""
     if "norm" in name:
         return None
     if ".tables." in name:

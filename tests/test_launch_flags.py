@@ -1,5 +1,5 @@
-"""configs/genos/README.md: every flag of the published launches is there, with a key that exists and
-has the launch's value."""
+"""configs/genos/README.md: every flag of the published launches is there, with a key that exists
+and has the launch's value."""
 
 import re
 from dataclasses import dataclass

@@ -19,7 +19,8 @@ def config_of(**gengram) -> Config:
 
 
 def stored_without(key: str) -> dict:
-    """The `model` section of a checkpoint that was written before the key of the memory was there."""
+    """The `model` section of a checkpoint that was written before the key of the memory was
+    there."""
     model = config_of().model.model_dump()
     del model["gengram"][key]
     return model

@@ -194,8 +194,8 @@ def train_as_runs_do(layout, config: Config) -> tuple[list[float], list[float]]:
 
 
 def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean loss in nats over the bases; an EOD is not scored. The model adds its auxiliary losses to
-    the gradients by itself."""
+    """Mean loss in nats over the bases; an EOD is not scored. The model adds its auxiliary losses
+    to the gradients by itself."""
     tokens = tokens.long()
     labels = tokens[:, 1:]
     losses = model(tokens[:, :-1], labels)

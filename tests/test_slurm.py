@@ -75,8 +75,8 @@ if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
 
 @pytest.mark.thorough
 def test_time_limit_requeue_and_the_same_losses(slurm: Cluster, tiny: Path, tmp_path: Path) -> None:
-    """Slurm looks at time limits every 30 seconds and sends a signal a round early rather than late:
-    this one 60 to 90 seconds after the start. Until the limit a slow machine has 150 more."""
+    """Slurm looks at time limits every 30 seconds and sends a signal a round early rather than
+    late: this one 60 to 90 seconds after the start. Until the limit a slow machine has 150 more."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     (tmp_path / "sitecustomize.py").write_text(UNHURRIED)
     limit = ("launch.slurm.time=4", "launch.slurm.save_before=150")

@@ -101,7 +101,8 @@ class Partial:
         return None if match[2] == "*" else int(match[2])
 
     def is_whole(self, response: requests.Response) -> bool:
-        """Whether a response with status 416 (no such range) means that the file is complete."""
+        """Returns whether a response with status 416 (no such range) means that the file is
+        complete."""
         return response.headers.get("Content-Range") == f"bytes */{self.size}"
 
     def rename(self, path: Path) -> None:

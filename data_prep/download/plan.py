@@ -262,7 +262,7 @@ def _item(file: RemoteFile, folder: Path, record: Record, web: Web) -> Item:
 
 
 def _is_recorded(file: RemoteFile, path: Path, recorded: dict[str, Any]) -> bool:
-    """Whether the file on the disk is the one to fetch; if not, it may be replaced.
+    """Returns whether the file on the disk is the one to fetch; if not, it may be replaced.
 
     Raises UserError if it is from another URL and checksums do not show that it is the same.
     """

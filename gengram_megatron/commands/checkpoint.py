@@ -41,8 +41,8 @@ def verify(
     """Compare all files of checkpoints with their checksums.
 
     Also checks that every file named in the checkpoint's list of tensors exists. Reports what is
-    wrong, and exits with code 1 if anything is. Training makes the same check on the checkpoint that
-    it resumes from, and uses the previous one if it is damaged.
+    wrong, and exits with code 1 if anything is. Training makes the same check on the checkpoint
+    that it resumes from, and uses the previous one if it is damaged.
     """
     checkpoints = checkpoints_at(path)
     if not checkpoints:

@@ -33,7 +33,8 @@ app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def main(own_log: bool = False) -> None:
-    """Entry point. Errors that the user can fix are shown as sentences, never as tracebacks.
+    """Runs the command line. Errors that the user can fix are shown as sentences, never as
+    tracebacks.
 
     Args:
         own_log: whether this process has its output to itself, so that no other process of the

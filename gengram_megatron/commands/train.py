@@ -25,8 +25,8 @@ def train(context: typer.Context, config: ConfigFile, overrides: Overrides = Non
     """Train a model, or resume its training.
 
     CONFIG is a YAML file with the sections run, model, parallel, data, optimizer, train,
-    checkpoint, logging and launch. Its key `base:` names files that it builds on; the file overrides
-    them. `gengram config --keys` lists every key and its allowed values.
+    checkpoint, logging and launch. Its key `base:` names files that it builds on; the file
+    overrides them. `gengram config --keys` lists every key and its allowed values.
 
     Arguments of the form key=value override the file. Keys are written with dots, values as in
     YAML:

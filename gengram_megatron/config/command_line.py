@@ -33,7 +33,7 @@ Overrides = Annotated[
 
 
 def print_keys(schema: type[BaseModel], names: list[str], as_json: bool = False) -> None:
-    """List the keys of a schema as a table, or as JSON.
+    """Lists the keys of a schema as a table, or as JSON.
 
     Args:
         names: keys, or sections, all of whose keys are listed; an empty list means every key.

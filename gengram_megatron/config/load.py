@@ -52,7 +52,8 @@ _KINDS = (
 
 
 def refuse_other_kinds(tree: Tree, path: Path, allowed: set[str]) -> None:
-    """Raise UserError if a file is of a kind that another command reads, and name that command.
+    """Raises UserError, which names the right command, if a file is of a kind that another command
+    reads.
 
     Args:
         allowed: the top-level keys of the wanted kind. A file with any of its keys counts as that

@@ -185,8 +185,8 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_groups(cls, given: Any) -> Any:
-        """Replaces a null num_query_groups of gqa by its number, so that no other code has to derive
-        it and the config in the run's folder states it."""
+        """Replaces a null num_query_groups of gqa by its number, so that no other code has to
+        derive it and the config in the run's folder states it."""
         if not isinstance(given, dict) or given.get("num_query_groups") is not None:
             return given
         heads = given.get("num_attention_heads")
@@ -329,9 +329,9 @@ class Optimizer(Section):
 
 
 class Fp8(Section):
-    """How Transformer Engine computes in fp8, read if train.precision is fp8. Delayed scaling, which
-    depends on earlier steps, is not offered: a run resumed from a checkpoint would not give the
-    same losses."""
+    """How Transformer Engine computes in fp8, read if train.precision is fp8. Delayed scaling,
+    which depends on earlier steps, is not offered: a run resumed from a checkpoint would not give
+    the same losses."""
 
     recipe: Literal["tensorwise", "blockwise", "mxfp8"] = Field(
         "tensorwise",

@@ -102,7 +102,8 @@ ConfigDumper.add_representer(list, _represent_list)
 
 
 def dump_yaml(value: Any) -> str:
-    """Returns the value as YAML, with keys in their given order and lists of scalars on one line."""
+    """Returns the value as YAML, with keys in their given order and lists of scalars on one
+    line."""
     return yaml.dump(value, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -24,7 +24,7 @@ SHARED_MEMORY_BYTES = 1 << 20
 
 
 def check_gpu(config: Config) -> None:
-    """Raise UserError, with one line per reason, if Transformer Engine's layers cannot run on this
+    """Raises UserError, with one line per reason, if Transformer Engine's layers cannot run on this
     machine. Layers of torch run anywhere."""
     if config.model.implementation != TRANSFORMER_ENGINE:
         return
@@ -34,8 +34,9 @@ def check_gpu(config: Config) -> None:
 
 
 def check_shared_memory() -> None:
-    """Raise UserError if there is too little shared memory to start the helper processes of a run.
-    Checked at the start, as it would otherwise show only when the first checkpoint is written."""
+    """Raises UserError if there is too little shared memory to start the helper processes of a run.
+    This is checked at the start, as it would otherwise show only when the first checkpoint is
+    written."""
     if not SHARED_MEMORY.is_dir():
         return
     stats = os.statvfs(SHARED_MEMORY)
@@ -49,7 +50,7 @@ def check_shared_memory() -> None:
 
 
 def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = True) -> None:
-    """Join the other processes and create megatron-core's process groups for the layout."""
+    """Joins the other processes and creates megatron-core's process groups for the layout."""
     if deterministic:
         _compute_deterministically()
     if torch.cuda.is_available():
@@ -68,7 +69,7 @@ def start_processes(layout: Layout, seed: int, rank: int, deterministic: bool = 
 
 
 def create_groups(layout: Layout, seed: int, **settings: Any) -> None:
-    """Create megatron-core's process groups for the layout, and seed its random numbers.
+    """Creates megatron-core's process groups for the layout, and seeds its random numbers.
 
     settings: further arguments of megatron-core's initialize_model_parallel.
     """
@@ -85,7 +86,8 @@ def create_groups(layout: Layout, seed: int, **settings: Any) -> None:
 
 
 def _store(world_size: int, rank: int) -> dist.Store | None:
-    """Returns the store through which the processes find each other; None: torch's default."""
+    """Returns the store through which the processes find each other, or None for torch's
+    default."""
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -97,7 +99,7 @@ def _store(world_size: int, rank: int) -> dist.Store | None:
 
 
 def _compute_deterministically() -> None:
-    """Make results on GPUs the same to the bit in every run; on the CPU they always are."""
+    """Makes results on GPUs the same to the bit in every run; on the CPU they always are."""
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
@@ -113,7 +115,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def end_processes() -> None:
-    """Destroy the process groups, if there are any."""
+    """Destroys the process groups, if there are any."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -133,8 +133,8 @@ def seconds(limit: str) -> float:
 def _needs_one_connection(config: Config) -> bool:
     """Returns whether megatron-core relies on the order in which kernels are launched.
 
-    With a single queue between host and GPU, communication that is launched first also starts first,
-    and therefore overlaps with the computation that it should overlap with.
+    With a single queue between host and GPU, communication that is launched first also starts
+    first, and therefore overlaps with the computation that it should overlap with.
     """
     parallel, optimizer = config.parallel, config.optimizer
     return parallel.tensor > 1 or parallel.context > 1 or optimizer.overlap_grad_reduce

@@ -206,8 +206,8 @@ def _follow(logs: Path, processes: int, finished: Event) -> None:
 
 
 def _show_other_messages(log: Path) -> None:
-    """Shows the error messages in a rank's log that are not in the first rank's log. Most errors are
-    found by all ranks, and the first rank's log has been shown already."""
+    """Shows the error messages in a rank's log that are not in the first rank's log. Most errors
+    are found by all ranks, and the first rank's log has been shown already."""
     shown = _rank_logs(log.parent)[0].read_text(errors="replace")
     for line in log.read_text(errors="replace").splitlines():
         if line.startswith(PREFIX) and line not in shown:

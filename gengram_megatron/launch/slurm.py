@@ -54,15 +54,15 @@ def partition_problems(slurm: Slurm) -> Iterator[str]:
 
 def _partitions() -> dict[str, str]:
     """Returns the time limit of each partition by its name; the default partition's name ends in *.
-    Empty if Slurm gives no answer."""
+    It is empty if Slurm gives no answer."""
     done = _ask("sinfo", "--all", "--noheader", "-o", "%P %l")
     limits = dict(line.split() for line in done.stdout.splitlines()) if done.returncode == 0 else {}
     return {name: UNLIMITED[0] if limit == "n/a" else limit for name, limit in limits.items()}
 
 
 def recorded_job(run: Path) -> str | None:
-    """Returns the Slurm job number of the newest start of a run that was submitted to Slurm, such as
-    17, or 17_2 in an array. None if no start was."""
+    """Returns the Slurm job number of the newest start of a run that was submitted to Slurm, such
+    as 17, or 17_2 in an array. Returns None if no start was."""
     files = [*run.glob(f"launches/*/{SLURM_FILE}")]
     newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
     return newest.read_text().strip() if newest else None
@@ -194,8 +194,8 @@ def submit(jobs: list[Job], folder: Path, at_a_time: int | None = None) -> str:
 
 
 def _check_before_submission(jobs: list[Job]) -> None:
-    """Raises UserError with all problems that can be found on the login node, so that a job does not
-    wait for hours and then fail."""
+    """Raises UserError with all problems that can be found on the login node, so that a job does
+    not wait for hours and then fail."""
     problems = [problem for job in jobs for problem in partition_problems(job.config.launch.slurm)]
     for job in jobs:
         if not job.config.launch.slurm.setup:  # which may put a data set on the node's own disk

@@ -54,8 +54,8 @@ class StopRequests:
 
     @contextmanager
     def passed_on(self) -> Iterator[None]:
-        """A context manager that passes requests on to the child processes of this process, which
-        are the ranks of a run.
+        """Passes requests on to the child processes of this process, which are the ranks of a run,
+        while a context lasts.
 
         Raises StoppedBeforeRanks if a request has come already, or comes before any rank exists.
         """

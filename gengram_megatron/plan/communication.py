@@ -1,10 +1,10 @@
 """Estimates the bytes that a rank sends in a step, by the process group that it sends them to.
 
-Collectives count as rings: one of n ranks sends (n - 1) / n of the result of an all-gather or of the
-input of a reduce-scatter, and twice that for an all-reduce. Left out are single numbers, gradients
-of norms, the few rows that convolutions need from neighbouring ranks, and latent attention's
-compressed keys. Compared with the collectives of a training step of small models, the rest is
-correct to 2 %.
+Collectives count as rings: one of n ranks sends (n - 1) / n of the result of an all-gather or of
+the input of a reduce-scatter, and twice that for an all-reduce. Left out are single numbers,
+gradients of norms, the few rows that convolutions need from neighbouring ranks, and latent
+attention's compressed keys. Compared with the collectives of a training step of small models, the
+rest is correct to 2 %.
 """
 
 from dataclasses import dataclass, fields

@@ -3,10 +3,10 @@
 Compared with all tensors of a training step of small models on the CPU (tests/test_plan_memory.py:
 dense and mixtures of experts, all kinds of attention and recomputation, tensor, pipeline and data
 parallelism), the sum is between 1 % too low and 5 % too high. Activations under context and expert
-parallelism are calculated but not measured, and nothing has been measured on a GPU or with DeepSpeed
-yet. Left out are what CUDA, NCCL and torch's allocator need, the weights that ZeRO 3 gathers for the
-layers in use, and what fp8 changes: Transformer Engine keeps copies of weights, of one or two bytes
-each, and smaller activations.
+parallelism are calculated but not measured, and nothing has been measured on a GPU or with
+DeepSpeed yet. Left out are what CUDA, NCCL and torch's allocator need, the weights that ZeRO 3
+gathers for the layers in use, and what fp8 changes: Transformer Engine keeps copies of weights, of
+one or two bytes each, and smaller activations.
 """
 
 from dataclasses import dataclass

@@ -6,9 +6,9 @@ attends to half of the sequence on average, so attention counts half of the squa
 pass has two products for each one of the forward pass.
 
 Left out are norms, activations, softmax, rotary embeddings, residuals and the optimizer, and the
-look-up, window sums, gate and convolution of Gengram. They grow only linearly in the model's widths,
-and are bounded by memory bandwidth, not arithmetic. Recomputed activations are left out too, because
-utilisation measures the work that the model needs, not work that is done twice.
+look-up, window sums, gate and convolution of Gengram. They grow only linearly in the model's
+widths, and are bounded by memory bandwidth, not arithmetic. Recomputed activations are left out
+too, because utilisation measures the work that the model needs, not work that is done twice.
 """
 
 from dataclasses import dataclass, fields

@@ -33,7 +33,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A context manager that locks a run's folder. Raises UserError, which names the other process,
+    """Locks a run's folder while a context lasts. Raises UserError, which names the other process,
     if another run holds the lock."""
     with ExitStack() as held:
         try:
@@ -47,7 +47,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_if_unused(folder: Path) -> None:
-    """Removes a run's folder if it contains only its lock, so that a refused run leaves no folder."""
+    """Removes a run's folder if it contains only its lock, so that a refused run leaves no
+    folder."""
     with suppress(OSError):  # another run may be starting here
         if [path.name for path in folder.iterdir()] == [LOCK]:
             (folder / LOCK).unlink()
@@ -76,12 +77,12 @@ def _written(value: object) -> str:
 
 
 def write_config(folder: Path, config: Config, step: int, earlier: dict[str, Any] | None) -> None:
-    """Writes config.yaml, and keeps the config of earlier steps. Called after a job's first step, so
-    that a job which trains nothing leaves no trace.
+    """Writes config.yaml, and keeps the config of earlier steps. This is called after a job's first
+    step, so that a job which trains nothing leaves no trace.
 
     If earlier steps were trained with a different config, that is kept beside the new one:
-    config.until-step-N.yaml is the config that the checkpoint of step N was trained with. Configs of
-    steps that were lost by a kill or damage are renamed, with `discarded` in their names.
+    config.until-step-N.yaml is the config that the checkpoint of step N was trained with. Configs
+    of steps that were lost by a kill or damage are renamed, with `discarded` in their names.
 
     Args:
         step: step of the checkpoint that this job resumes from; 0 without one.

@@ -91,8 +91,8 @@ class RunLog:
     def validation(
         self, *, step: int, samples: int, tokens: int, loss: float, **extra_metrics: float
     ) -> None:
-        """Writes the metrics of one validation: its loss and, for a blend, `loss/NAME` for each data
-        set. samples and tokens are those trained on so far, not those that validation read."""
+        """Writes the metrics of one validation: its loss and, for a blend, `loss/NAME` for each
+        data set. samples and tokens are those trained on so far, not those that validation read."""
         self._write("validation", step, samples, tokens, loss, extra_metrics)
 
     def has_validation(self, step: int) -> bool:
@@ -280,7 +280,8 @@ class UniformCheck:
         return self._sentence("this job ends with a training loss that")
 
     def _judged(self) -> list[float]:
-        """Returns the losses of the second half of the steps after warm-up, at most the last 100."""
+        """Returns the losses of the second half of the steps after warm-up, at most the last
+        100."""
         return list(self._losses)[-(self._seen // 2) :]
 
     def _above(self) -> bool:

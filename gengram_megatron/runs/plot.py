@@ -111,8 +111,8 @@ def write_markov_levels(folder: Path, checksums: dict[str, str], nats: dict[int,
 
 
 def markov_levels(folder: Path, checksums: dict[str, str]) -> dict[str, float]:
-    """Returns the losses of Markov models on a data set by name, for reference lines; empty if there
-    are none for exactly these splits."""
+    """Returns the losses of Markov models on a data set by name, for reference lines; empty if
+    there are none for exactly these splits."""
     try:
         stored = json.loads((Path(folder) / MARKOV_FILE).read_text())
         if stored["sha256"] != checksums:
@@ -177,8 +177,8 @@ def _limits(runs: Iterable[Entries], levels: dict[str, float]) -> tuple[float, f
     The end of the curves matters most, so the last three quarters of each run decide. The picture
     reaches from their lowest loss a tenth of a nat up, or further if needed to show them without
     their highest tenth, which may be spikes; the curves enter from above. Once a run is below
-    uniform letters, losses above that belong to the warm-up or to a failed run, and may lie outside.
-    The last validation, and all reference lines below the top, are always inside.
+    uniform letters, losses above that belong to the warm-up or to a failed run, and may lie
+    outside. The last validation, and all reference lines below the top, are always inside.
     """
     low, high, required = [], [], []
     for entries in runs:
@@ -244,8 +244,8 @@ def _write(axes: Axes, height: float, unit: str, text: str, colour: str, side: s
 
 
 def decorate(axes: Axes, loss: str, **legend: Any) -> None:
-    """Adds a grid, a legend, and the axes of a loss: nats per base on the left, bits per base on the
-    right.
+    """Adds a grid, a legend, and the axes of a loss: nats per base on the left, bits per base on
+    the right.
 
     Args:
         legend: keyword arguments of matplotlib's legend.

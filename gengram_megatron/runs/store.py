@@ -25,8 +25,7 @@ from gengram_megatron.files import checksum, flush
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """A context manager that turns an OSError while `path` or a file in it is read into a
-    UserError."""
+    """Turns an OSError in the context, which reads `path` or a file in it, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -278,8 +277,8 @@ def size(checkpoint: Path) -> int:
 
 
 def estimated_size(config: Config) -> int:
-    """Estimates the bytes of a run's checkpoint: its weights, and three float32 optimizer states for
-    each weight."""
+    """Estimates the bytes of a run's checkpoint: its weights, and three float32 optimizer states
+    for each weight."""
     weight = 2 if config.train.dtype == "bf16" else 4
     return count_parameters(config).total * (weight + 12)
 

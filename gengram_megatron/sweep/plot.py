@@ -24,7 +24,8 @@ def plot_results(rows: list[Row], key: str | None, out: Path) -> None:
     """Draws the losses over a key's values in the order of the file.
 
     There is a line for each setting of the grid's other keys, and runs without the key, such as a
-    baseline, are horizontal lines. If seeds vary, lines go through the means and dots show each run.
+    baseline, are horizontal lines. If seeds vary, lines go through the means and dots show each
+    run.
 
     Args:
         rows: those without a loss are left out.

@@ -73,7 +73,7 @@ class State:
 
     @property
     def objection(self) -> str:
-        """Why the folder's content does not count as this run; "" if it does."""
+        """The reason why the folder's content does not count as this run, or "" if it does."""
         if self.unreadable:
             return f"cannot be read ({self.unreadable})"
         if self.changed:

@@ -152,8 +152,8 @@ def _group(varied: Tree, name: str) -> dict[str, Tree]:
 
 
 def _name(settings: dict[str, Tree]) -> str:
-    """Returns a name such as layers-3-6-10_window-21. It has the last part of each key, or the whole
-    key if the last part is not unique."""
+    """Returns a name such as layers-3-6-10_window-21. It has the last part of each key, or the
+    whole key if the last part is not unique."""
     leaves = Counter(key.rsplit(".", 1)[-1] for key in settings)
     parts = []
     for key, value in settings.items():

@@ -1,5 +1,5 @@
-"""Code that a test gives to Python's start (as sitecustomize.py): the second rank fails in its first
-step, by an accident or by something that a person can mend."""
+"""Code that a test gives to Python's start (as sitecustomize.py): the second rank fails in its
+first step, by an accident or by something that a person can mend."""
 
 BROKEN = """
 import os

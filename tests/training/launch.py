@@ -59,7 +59,8 @@ def start(processes: int, words: list[str], output: Path) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to a process and all that it started (torchrun's ranks have sessions of their own)."""
+    """SIGKILL to a process and all that it started (torchrun's ranks have sessions of their
+    own)."""
     for pid in [process.pid, *children(process.pid)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

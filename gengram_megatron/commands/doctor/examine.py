@@ -1,4 +1,5 @@
-"""Runs all checks of the doctor, and collects their results as `gengram doctor --json` prints them."""
+"""Runs all checks of the doctor, and collects their results as `gengram doctor --json` prints
+them."""
 
 import os
 import shutil
@@ -201,8 +202,8 @@ def _listed_devices() -> dict[str, Any]:
 
 
 def _links() -> str | None:
-    """Returns nvidia-smi's table of the links between GPUs and network adapters, or None if it gives
-    none."""
+    """Returns nvidia-smi's table of the links between GPUs and network adapters, or None if it
+    gives none."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "topo", "-m"]

@@ -1,6 +1,6 @@
-"""How a run fits on this machine: whether processes, memory and room for a checkpoint suffice, which
-implementation each part of the model uses and why not a faster one, and what would make training
-faster.
+"""How a run fits on this machine: whether processes, memory and room for a checkpoint suffice,
+which implementation each part of the model uses and why not a faster one, and what would make
+training faster.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
-"""Examines this machine with torch: its GPUs, the speed of a matrix product, and the bandwidth of an
-all-reduce. Runs in a separate process, which prints the answer as JSON:
+"""Examines this machine with torch: its GPUs, the speed of a matrix product, and the bandwidth of
+an all-reduce. Runs in a separate process, which prints the answer as JSON:
 `python -m gengram_megatron.commands.doctor.machine devices`."""
 
 import json

@@ -97,9 +97,10 @@ def blocks(
                 yield (index, *offset), (1, *size)
 
 
-# Tensors are described by the model, not by the layout that wrote them. Layers may differ (only some
-# have a memory), so each layer has separate names. The optimizer's tensors have the names and shapes
-# of megatron-core's fully_reshardable form, for which megatron-core itself would gather them first.
+# Tensors are described by the model, not by the layout that wrote them. Layers may differ (only
+# some have a memory), so each layer has separate names. The optimizer's tensors have the names and
+# shapes of megatron-core's fully_reshardable form, for which megatron-core itself would gather them
+# first.
 CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -119,7 +120,8 @@ class MegatronContents:
         self.shards = weight_shards(self.models)
 
     def state(self) -> dict[str, Any]:
-        """Returns weights and optimizer as sharded tensors: views; nothing is gathered."""
+        """Returns weights and optimizer as sharded tensors. Their data are views, and nothing is
+        gathered."""
         model = self._model_state()
         if not self.config.optimizer.distributed:
             optimizer = self.optimizer.sharded_state_dict(model, metadata=self._metadata())
@@ -129,9 +131,9 @@ class MegatronContents:
         return {"own": dict(enumerate(local)), "optimizer": self.optimizer.state_dict()}
 
     def _local_ranges(self, prefixes: dict[str, str]) -> Iterator[ShardedTensor]:
-        """Yields the ranges that the distributed optimizer has assigned to this rank. For the weights
-        it also writes only these ranges: with overlap_param_gather the other elements are gathered
-        in the next forward pass, and are outdated until then.
+        """Yields the ranges that the distributed optimizer has assigned to this rank. For the
+        weights it also writes only these ranges: with overlap_param_gather the other elements are
+        gathered in the next forward pass, and are outdated until then.
 
         prefixes: the key prefix of "weight" and of each optimizer state.
         """
@@ -146,7 +148,7 @@ class MegatronContents:
                     )
 
     def load(self, path: Path, stored: set[str], steps: int) -> None:
-        """Load weights and optimizer.
+        """Loads weights and optimizer.
 
         stored: the names of the checkpoint's sharded entries. steps: how many steps Adam has done.
         """
@@ -163,7 +165,7 @@ class MegatronContents:
             self._load_plain_optimizer(path, stored)
 
     def start_from_weights(self, path: Path) -> None:
-        """Load weights in place of the randomly initialized ones, before the first step."""
+        """Loads weights in place of the randomly initialized ones, before the first step."""
         self._load_weights(path)
         self.optimizer.reload_model_params()
 
@@ -192,7 +194,7 @@ class MegatronContents:
         }
 
     def make_optimizer_states(self) -> None:
-        """Create Adam's states, so that they can be loaded: torch's Adam has none before its first
+        """Creates Adam's states, so that they can be loaded: torch's Adam has none before its first
         step. This uses megatron-core's own methods; one of them does a step with zero gradients,
         whose effect is overwritten by the loading."""
         for optimizer in self.optimizer.chained_optimizers:

@@ -56,8 +56,8 @@ class CannotLoad(Exception):
 
 
 def on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Run an action on every rank, and raise an error on every rank if it fails on any. Returns the
-    action's result.
+    """Runs an action on every rank, and raises an error on every rank if it fails on any. Returns
+    the action's result.
 
     The error is CannotLoad if the cause is the checkpoint. Any other error is raised unchanged on
     the ranks where it occurred, and as a UserError on the others.
@@ -121,8 +121,8 @@ CHANGEABLE_KEYS = {
     "model.gengram.rows_over",
     "model.gengram.project",
 }
-"""Keys of the model that may change: they determine neither which weights exist nor what the weights
-mean."""
+"""Keys of the model that may change: they determine neither which weights exist nor what the
+weights mean."""
 ADDED_KEYS = {"model.gengram.projection_bias": False}
 """Keys that older checkpoints lack, with the values that these were trained with. For other keys
 that they lack, any value is accepted."""
@@ -133,7 +133,7 @@ CHANGEABLE_IN_NEW_RUN = {"model.seq_length", "model.rotary_base"}
 def check_same_model(
     checkpoint: Path, stored: dict[str, Any], config: Config, new_run: bool
 ) -> None:
-    """Raise UserError if the checkpoint's `model` section describes a different model from the
+    """Raises UserError if the checkpoint's `model` section describes a different model from the
     config's.
 
     stored: the checkpoint's `model` section. new_run: whether its weights start a new run.
@@ -164,7 +164,8 @@ def _settings(model: dict[str, Any]) -> dict[str, object]:
 
 
 MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-"""Key prefixes of master weights: with the distributed optimizer, and with the plain one in bf16."""
+"""Key prefixes of master weights: with the distributed optimizer, and with the plain one in
+bf16."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names of the two moments in torch's Adam."""
 MOMENT_PREFIXES = {moment: f"optimizer.state.{moment}." for moment in MOMENTS}
@@ -175,7 +176,7 @@ RANK_KEYS = ("world_size", "tensor", "pipeline", "context", "expert", "expert_te
 
 
 def load_tensors(state: dict[Any, Any], path: Path) -> None:
-    """Replace the descriptions in a sharded state dict by what the checkpoint holds."""
+    """Replaces the descriptions in a sharded state dict by what the checkpoint holds."""
     entries = [
         (container, key, value)
         for container, key, value in nested_items_iter(state)
@@ -192,8 +193,8 @@ def load_tensors(state: dict[Any, Any], path: Path) -> None:
 
 
 def without_extra_states(model: dict[str, Any]) -> dict[str, Any]:
-    """Set Transformer Engine's extra states in a model's sharded state dict to None, and return the
-    dict. They are empty except with FP8."""
+    """Sets Transformer Engine's extra states in a model's sharded state dict to None, and returns
+    the dict. They are empty except with FP8."""
     for container, key, value in list(nested_items_iter(model)):
         if isinstance(value, ShardedObject):
             container[key] = None
@@ -212,7 +213,7 @@ def master_prefix(stored: set[str]) -> str:
 
 
 def rename_masters(state: dict[str, Any], stored: set[str]) -> None:
-    """Rename the master weights in an optimizer's sharded state dict as they are named in the
+    """Renames the master weights in an optimizer's sharded state dict as they are named in the
     checkpoint."""
     stored_prefix = master_prefix(stored)
     for container, key, value in list(nested_items_iter(state)):
@@ -228,7 +229,7 @@ def adam_steps(stored: dict[str, Any] | list[Any]) -> int:
 
 
 def set_adam_steps(adam: torch.optim.Optimizer, steps: int) -> None:
-    """Set Adam's step counts. torch's Adam counts steps per parameter, Transformer Engine's per
+    """Sets Adam's step counts. torch's Adam counts steps per parameter, Transformer Engine's per
     group."""
     if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
         for state in adam.state.values():
@@ -256,7 +257,7 @@ def random_states() -> ShardedObject:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Restore the states of all random number generators of this rank."""
+    """Restores the states of all random number generators of this rank."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -265,7 +266,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def reseed(seed: int, step: int) -> None:
-    """Seed all random number generators from the run's seed and the step, for a rank whose layout
+    """Seeds all random number generators from the run's seed and the step, for a rank whose layout
     differs from the checkpoint's, so that it has no states to restore. The step is included so that
     the numbers drawn before are not repeated."""
     digest = blake2b(f"{seed} {step}".encode(), digest_size=4).digest()

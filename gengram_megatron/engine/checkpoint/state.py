@@ -1,4 +1,5 @@
-"""Saves and loads all that a run needs to resume, through megatron-core's distributed checkpoints."""
+"""Saves and loads all that a run needs to resume, through megatron-core's distributed
+checkpoints."""
 
 import shutil
 import time
@@ -80,11 +81,12 @@ class TrainingState:
         self._partly_loaded = False
 
     def save(self, step: int, required: bool = False) -> str | None:
-        """Write a checkpoint; with checkpoint.asynchronous, wait only for the copy of the tensors.
+        """Writes a checkpoint; with checkpoint.asynchronous, waits only for the copy of the
+        tensors.
 
-        If a checkpoint cannot be written, this, `poll` or `wait` returns a sentence that says so, and
-        the previous checkpoint stays as it is. Raises UserError if the checkpoint is required, or if
-        it is the second failure in a row.
+        If a checkpoint cannot be written, this method, `poll` or `wait` returns a sentence that
+        says so, and the previous checkpoint stays as it is. Raises UserError if the checkpoint is
+        required, or if it is the second failure in a row.
         """
         began = time.perf_counter()
         failure = self._finish_last()
@@ -128,7 +130,7 @@ class TrainingState:
         return self._save is not None and self._save.writer.running
 
     def poll(self, anyone_writing: bool) -> str | None:
-        """Finish an asynchronous save whose files are written. Called by all ranks each step.
+        """Finishes an asynchronous save whose files are written. All ranks call this at each step.
 
         anyone_writing: whether any rank is `writing`.
         """
@@ -137,7 +139,7 @@ class TrainingState:
         return self.wait()
 
     def wait(self) -> str | None:
-        """Finish an asynchronous save, however long it takes."""
+        """Finishes an asynchronous save, however long it takes."""
         began = time.perf_counter()
         failure = self._finish_last()
         self._stall += time.perf_counter() - began
@@ -149,8 +151,8 @@ class TrainingState:
         return stall
 
     def _finish_last(self) -> str | None:
-        """Finish the last save, if there is one left to finish, whether it succeeded or not. Returns
-        a sentence if it failed."""
+        """Finishes the last save, if there is one left to finish, whether it succeeded or not.
+        Returns a sentence if it failed."""
         save, self._save = self._save, None
         if save is None:
             return None
@@ -176,7 +178,8 @@ class TrainingState:
         self._on_first_rank(lambda: self._publish(save, checksums))
 
     def _publish(self, save: "_Save", checksums: dict[str, str]) -> None:
-        """Make a written checkpoint the newest, if all files that its ranks wrote are in its folder."""
+        """Makes a written checkpoint the newest, if all files that its ranks wrote are in its
+        folder."""
         end = time.monotonic() + VISIBLE_SECONDS
         # Files that another node has written may become visible here only some seconds later.
         while (missing := missing_files(save.partial, MEGATRON_FILES)) and time.monotonic() < end:
@@ -199,7 +202,7 @@ class TrainingState:
     def _load_newest_usable(
         self, checkpoints: list[Path], load: Callable[[Path], int]
     ) -> tuple[Path | None, int, dict[Path, str]]:
-        """Load the newest usable checkpoint, and skip those that are damaged or cannot be loaded.
+        """Loads the newest usable checkpoint, and skips those that are damaged or cannot be loaded.
         Whatever a failed attempt has loaded is overwritten by the next attempt.
 
         checkpoints: in the order of their steps. load: loads a checkpoint on all ranks, and returns
@@ -234,8 +237,8 @@ class TrainingState:
         return f"damaged, and set aside: {', '.join(damaged.values())}; resuming from {path.name}"
 
     def load_newest(self) -> "ResumePoint":
-        """Resume from the newest usable checkpoint in the run's folder; if the folder has none, start
-        from the weights of checkpoint.load, if it is given."""
+        """Resumes from the newest usable checkpoint in the run's folder; if the folder has none,
+        starts from the weights of checkpoint.load, if it is given."""
         checkpoints = self._on_first_rank(self.store.checkpoints)
         path, step, unusable = self._load_newest_usable(checkpoints, self._resume)
         if path is not None:
@@ -249,7 +252,7 @@ class TrainingState:
         return ResumePoint() if load is None else self._start_from_another(Path(load))
 
     def _resume(self, path: Path) -> int:
-        """Load all of a checkpoint. Returns its step."""
+        """Loads all of a checkpoint. Returns its step."""
         facts, common, stored = on_all_ranks(lambda: self._read_and_check(path))
         if "optimizer" not in common:
             return self._start_from_own_weights(path, facts)
@@ -279,7 +282,7 @@ class TrainingState:
             reseed(self.config.run.seed, facts.step)
 
     def _start_from_own_weights(self, path: Path, facts: Facts) -> int:
-        """Start the run from weights in its own folder, such as imported ones, instead of randomly
+        """Starts the run from weights in its own folder, such as imported ones, instead of randomly
         initialized ones. Returns step 0."""
         if facts.step:
             raise UserError(
@@ -297,7 +300,7 @@ class TrainingState:
         return 0
 
     def _start_from_another(self, source: Path) -> "ResumePoint":
-        """Start a new run from the weights of another run's checkpoint, instead of randomly
+        """Starts a new run from the weights of another run's checkpoint, instead of randomly
         initialized ones."""
         candidates = self._on_first_rank(lambda: source_checkpoints(source), where="")
         path, _, unusable = self._load_newest_usable(candidates, self._load_weights)
@@ -307,7 +310,7 @@ class TrainingState:
         return ResumePoint(0, warning, origin=path)
 
     def _load_weights(self, path: Path) -> int:
-        """Load the weights of another run's checkpoint. Returns step 0."""
+        """Loads the weights of another run's checkpoint. Returns step 0."""
         on_all_ranks(lambda: self._check_weights(path))
         on_all_ranks(lambda: self.contents.start_from_weights(path))
         return 0

@@ -5,8 +5,8 @@ files are read without running code that they might contain: only plain values a
 describe tensors are unpickled.
 
 Tensors are read a block at a time: torch's own reader keeps a whole stored chunk in RAM beside the
-tensor that it copies it to, which takes twice the size of a tensor stored in one chunk, and the size
-of all experts to read one expert.
+tensor that it copies it to, which takes twice the size of a tensor stored in one chunk, and the
+size of all experts to read one expert.
 """
 
 import pickle
@@ -74,9 +74,9 @@ def read_config(checkpoint: Path) -> Config:
 def missing_files(checkpoint: Path, needed: Iterable[str] = (*MEGATRON_FILES, FACTS)) -> list[str]:
     """Returns a phrase for each file that is missing or too short to load the checkpoint.
 
-    The tensor files to look for are those that torch's metadata lists. Checksums are not enough: they
-    do not cover a file that was never in the folder, such as one that a rank on another node wrote
-    elsewhere.
+    The tensor files to look for are those that torch's metadata lists. Checksums are not enough:
+    they do not cover a file that was never in the folder, such as one that a rank on another node
+    wrote elsewhere.
 
     needed: the other files that must exist.
     """
@@ -192,7 +192,8 @@ class _Reader(FileSystemReader):
         return self._metadata
 
     def described_bytes(self) -> dict[str, int]:
-        """Returns the tensor files by name, with the number of bytes that the metadata describes."""
+        """Returns the tensor files by name, with the number of bytes that the metadata
+        describes."""
         sizes: dict[str, int] = {}
         for location in (self._metadata.storage_data or {}).values():
             end = location.offset + location.length
@@ -200,8 +201,8 @@ class _Reader(FileSystemReader):
         return sizes
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies what the plan asks for into the planner's tensors. Raises EOFError if a file is too
-        short, and RuntimeError or pickle.UnpicklingError if torch.save did not write it."""
+        """Copies what the plan asks for into the planner's tensors. Raises EOFError if a file is
+        too short, and RuntimeError or pickle.UnpicklingError if torch.save did not write it."""
         for item in plan.items:
             location = self.storage_data[item.storage_index]
             with (Path(self.path) / location.relative_path).open("rb") as file:
@@ -221,8 +222,8 @@ class _Reader(FileSystemReader):
 
 
 def _read(file: BufferedReader, target: Tensor, stored: Tensor, in_blocks: bool) -> None:
-    """Fills `target` with the values of `stored`, a meta tensor of the same shape whose storage begins
-    at the file's current position.
+    """Fills `target` with the values of `stored`, a meta tensor of the same shape whose storage
+    begins at the file's current position.
 
     in_blocks: whether the rows of `stored` follow one another. If not, all is read at once.
     """
@@ -274,8 +275,8 @@ _STAND_INS = {
 
 
 def _member(kind: type, name: str) -> Enum:
-    """Returns a member of an enum. Early versions of Python 3.11 (Debian 12's) pickle enum members as
-    a call of getattr."""
+    """Returns a member of an enum. Early versions of Python 3.11 (Debian 12's) pickle enum members
+    as a call of getattr."""
     if isinstance(kind, EnumType) and name in kind.__members__:
         return kind[name]
     raise pickle.UnpicklingError(

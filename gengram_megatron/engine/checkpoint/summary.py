@@ -26,7 +26,8 @@ _TABLES = ".memory.tables.weights."
 
 
 def summary(checkpoint: Path) -> dict[str, Any]:
-    """Returns a checkpoint's step, tokens, layout, parameters, tables, sizes in bytes and config."""
+    """Returns a checkpoint's step, tokens, layout, parameters, tables, sizes in bytes and
+    config."""
     facts, common, stored = (
         read_facts(checkpoint),
         read_common(checkpoint),
@@ -81,7 +82,7 @@ def _tables(
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print a summary as tables."""
+    """Prints a summary as tables."""
     facts = Table(title=summary["path"], show_header=False)
     facts.add_column("what")
     facts.add_column("number", justify="right")

@@ -48,7 +48,7 @@ class Source:
 
 
 def strip(checkpoint: Path, out: Path) -> Path:
-    """Copy a checkpoint's weights to a new checkpoint in the folder `out`. Returns its path."""
+    """Copies a checkpoint's weights to a new checkpoint in the folder `out`. Returns its path."""
     stored, common = StoredTensors(checkpoint), read_common(checkpoint)
     source = Source(
         {name: stored.shape(name) for name in stored.weights},
@@ -60,7 +60,7 @@ def strip(checkpoint: Path, out: Path) -> Path:
 
 
 def write(store: CheckpointStore, source: Source, common: dict[str, Any], facts: Facts) -> Path:
-    """Write a checkpoint of weights, with only one of them in RAM at a time. Returns its path."""
+    """Writes a checkpoint of weights, with only one of them in RAM at a time. Returns its path."""
     final = store.path(facts.step)
     if final.exists():
         raise UserError(f"{final} already exists; give another folder")
@@ -95,9 +95,9 @@ def _system_error(error: BaseException | None) -> OSError | None:
 def _save(
     described: dict[str, Tensor], writer: StorageWriter, planner: "_OneTensorAtATime"
 ) -> None:
-    """Do the steps of dcp.save as if each tensor were on a separate rank: the writer would otherwise
-    keep a tensor in RAM until it has read the next one of the same rank. dcp.save itself warns in a
-    process without a process group.
+    """Does the steps of dcp.save as if each tensor were on a separate rank: the writer would
+    otherwise keep a tensor in RAM until it has read the next one of the same rank. dcp.save itself
+    warns in a process without a process group.
     """
     planner.set_up_planner(described, writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)

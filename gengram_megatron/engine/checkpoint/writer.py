@@ -1,7 +1,8 @@
 """Writes one rank's files of a checkpoint in a separate process, while training continues.
 
 The process is forked, so it sees the tensors as they were; tensors on GPUs are copied to the host
-first. It computes the checksums of what it wrote, and returns them through an in-memory file (memfd).
+first. It computes the checksums of what it wrote, and returns them through an in-memory file
+(memfd).
 """
 
 import gc
@@ -39,12 +40,12 @@ class MemfdQueue:
         self._read_offset = 0
 
     def put(self, result: object) -> None:
-        """Adds a result. Called by the writer."""
+        """Adds a result. The writer calls this."""
         pickle.dump(result, self._file)
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Returns the next result. Called when the writer has ended."""
+        """Returns the next result. This is called when the writer has ended."""
         self._file.seek(self._read_offset)
         try:
             result = pickle.load(self._file)
@@ -57,7 +58,7 @@ class MemfdQueue:
 class Writer:
     """The process that writes one rank's files of one checkpoint.
 
-    Created before megatron-core plans the save; start() is called with the plan.
+    It is created before megatron-core plans the save; start() is called with the plan.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Writer:
         self._process: BaseProcess | None = None
 
     def start(self, request: AsyncRequest) -> None:
-        """Copy the tensors to the host and start writing them. Returns after the copy."""
+        """Copies the tensors to the host and starts writing them. Returns after the copy."""
         self._finalize: list[Callable[[], None]] = request.finalize_fns
         if request.async_fn is None:  # this rank has nothing to write
             return
@@ -101,7 +102,7 @@ class Writer:
             self._process.join()
 
     def finalize(self) -> dict[str, str]:
-        """Let megatron-core write the metadata. Called by all ranks. Returns the checksums of this
+        """Lets megatron-core write the metadata. All ranks call this. Returns the checksums of this
         rank's files, by name.
 
         Raises CheckpointException, on all ranks, if one of them could not write.
@@ -112,7 +113,7 @@ class Writer:
         return checksums
 
     def abandon(self) -> None:
-        """Kill the process, whatever it has written so far."""
+        """Kills the process, whatever it has written so far."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -149,7 +150,7 @@ def _track_started_processes() -> list[BaseProcess]:
 
 
 def _exit_with_trainer_or_helper(trainer: int, helpers: list[BaseProcess]) -> None:
-    """Exit this process when the trainer is gone, or when one of the helper processes with which
+    """Exits this process when the trainer is gone, or when one of the helper processes with which
     megatron-core writes the files was killed: this process would wait for it forever."""
     while os.getppid() == trainer:
         if any(helper.exitcode not in (None, 0) for helper in list(helpers)):

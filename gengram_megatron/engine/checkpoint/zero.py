@@ -55,7 +55,7 @@ class ZeroContents:
         self.deepspeed = importlib.import_module("deepspeed")
 
     def state(self) -> dict[str, Any]:
-        """Returns weights and optimizer as sharded tensors. Called by all ranks."""
+        """Returns weights and optimizer as sharded tensors. All ranks call this."""
         sharded: list[ShardedTensor] = []
         for number, (weight, shards) in enumerate(self.weights.items()):
             copies = _copies(weight)
@@ -76,7 +76,7 @@ class ZeroContents:
             yield name, utils.safe_get_full_optimizer_state(weight, moment)
 
     def load(self, path: Path, stored: set[str], steps: int) -> None:
-        """Load weights and optimizer.
+        """Loads weights and optimizer.
 
         stored: the names of the checkpoint's sharded entries. steps: how many steps Adam has done.
         """
@@ -89,7 +89,7 @@ class ZeroContents:
                 utils.safe_set_full_optimizer_state(weight, value, moment)
 
     def start_from_weights(self, path: Path) -> None:
-        """Load weights in place of the randomly initialized ones, before the first step."""
+        """Loads weights in place of the randomly initialized ones, before the first step."""
         self._load_weights(path)
 
     def _load_weights(self, path: Path) -> None:
@@ -102,8 +102,8 @@ class ZeroContents:
     def _read(
         self, path: Path, prefixes: list[str], dtype: torch.dtype
     ) -> Iterator[tuple[nn.Parameter, list[Tensor]]]:
-        """Yields each weight with its stored tensors, one for each key prefix. Some weights are read
-        at a time."""
+        """Yields each weight with its stored tensors, one for each key prefix. Some weights are
+        read at a time."""
         for weights in self._batches(len(prefixes)):
             loaded = {
                 weight: [

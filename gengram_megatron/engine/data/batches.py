@@ -29,7 +29,8 @@ SIGNAL_SECONDS = 5.0
 
 class BatchStream:
     """The samples of one data-parallel rank, step by step: an iterator of tokens
-    [microbatches, micro_batch_size, seq_length + 1], uint8, on the CPU (pinned if CUDA is available).
+    [microbatches, micro_batch_size, seq_length + 1], uint8, on the CPU (pinned if CUDA is
+    available).
 
     A step takes the next `global_batch_size` positions of the run, in every layout. They are
     assigned in rows of `micro_batch_size`, to one rank after the other, then to the next
@@ -105,9 +106,9 @@ class BatchStream:
         return seconds
 
     def close(self) -> None:
-        """End the processes that read ahead. This process would never exit otherwise after an error:
-        the traceback keeps the iterator alive, and with it the reading processes, which ignore the
-        signal that Python sends them at exit. There is no public method for this."""
+        """Ends the processes that read ahead. This process would never exit otherwise after an
+        error: the traceback keeps the iterator alive, and with it the reading processes, which
+        ignore the signal that Python sends them at exit. There is no public method for this."""
         if isinstance(self._steps, _MultiProcessingDataLoaderIter):
             self._steps._shutdown_workers()
 
@@ -131,8 +132,8 @@ def split_batch(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def _started(loader: "DataLoader[_StepTokens]") -> "Iterator[_StepTokens]":
-    """Start the loader's processes and return an iterator over its steps. Raises UserError if they
-    cannot be started."""
+    """Starts the loader's processes and returns an iterator over its steps. Raises UserError if
+    they cannot be started."""
     workers = loader.num_workers
     try:
         # Try as many queues as the loader creates: if it fails to create one itself, it is left
@@ -151,8 +152,8 @@ def _started(loader: "DataLoader[_StepTokens]") -> "Iterator[_StepTokens]":
 
 @contextmanager
 def reporting_dead_workers(rank: int) -> Iterator[None]:
-    """Turn the loader's error about a process that was killed or exited into a RankError. The loader
-    notices within seconds and raises the error wherever the main thread is."""
+    """Turns the loader's error about a process that was killed or exited into a RankError. The
+    loader notices within seconds and raises the error wherever the main thread is."""
     try:
         yield
     except RuntimeError as error:
@@ -200,19 +201,20 @@ class _StepTokens:
         return _open_step, (path, self.tokens.shape)
 
     def pin_memory(self) -> "_StepTokens":
-        """Called by the loader, in a thread, if CUDA is available."""
+        """Pins the tokens. The loader calls this, in a thread, if CUDA is available."""
         self.tokens = torch.from_numpy(self.tokens).pin_memory()
         return self
 
 
 def _open_step(path: str, shape: tuple[int, ...]) -> _StepTokens:
-    """Maps the file of a step. RuntimeError, as the loader's own, if its process has died."""
+    """Maps the file of a step. Raises RuntimeError, as the loader does, if the process that
+    created it has died."""
     try:
         with open(path, "r+b") as file:
             return _StepTokens(_mapped(file, shape))
     except (FileNotFoundError, PermissionError, ProcessLookupError):  # whatever is left in /proc
-        # Its process was killed just now. The loader raises the reason from a signal handler as soon
-        # as the signal arrives, which interrupts this.
+        # Its process was killed just now. The loader raises the reason from a signal handler as
+        # soon as the signal arrives, which interrupts this.
         time.sleep(SIGNAL_SECONDS)
         raise RuntimeError(f"DataLoader worker ended, and with it the samples in {path}") from None
 
@@ -244,8 +246,8 @@ class _Reader(Dataset[_StepTokens]):
         return _StepTokens(tokens, file)
 
     def _empty(self, shape: tuple[int, ...]) -> tuple[np.ndarray, BinaryIO | None]:
-        """Returns an array for a step's tokens, and the file that it is mapped from; None: the step
-        is not handed over."""
+        """Returns an array for a step's tokens, and the file that it is mapped from, or None if the
+        step is not handed over."""
         if get_worker_info() is None:
             return np.empty(shape, dtype=np.uint8), None
         file = os.fdopen(os.memfd_create("step"), "r+b")

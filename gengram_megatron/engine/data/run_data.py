@@ -26,7 +26,7 @@ MAX_EPOCHS = 2  # above this a run warns that it repeats a set too often
 
 @dataclass(frozen=True)
 class BuiltSet:
-    """One data set of a run. `share`: its share of the run's samples; all shares add up to 1."""
+    """One data set of a run. `share` is its share of the run's samples; all shares add up to 1."""
 
     name: str
     share: Fraction
@@ -44,8 +44,8 @@ class Validation:
 
 
 class RunData:
-    """Opens both splits of all sets. Created before any process group, so that a problem with a set
-    is reported in one sentence."""
+    """Opens both splits of all sets. It is created before any process group, so that a problem with
+    a set is reported in one sentence."""
 
     def __init__(self, config: Config):
         if config.data.tokenizer is not None:
@@ -90,8 +90,8 @@ class RunData:
         return lines
 
     def training(self, layout: Layout, data_rank: int, consumed: int) -> BatchStream:
-        """Returns an endless stream of steps, from the sample at position `consumed` of the run. The
-        caller must close it."""
+        """Returns an endless stream of steps, from the sample at position `consumed` of the run.
+        The caller must close it."""
         return BatchStream(
             ConcatDataset([data_set.train for data_set in self.sets]),
             self._order,
@@ -145,7 +145,7 @@ class RunData:
 
 
 def _open_sets(config: Config) -> list[BuiltSet]:
-    """Open the sets of data.blend, or the one of data.path."""
+    """Opens the sets of data.blend, or the one of data.path."""
     parts = (
         {"data.path": BlendPart(path=config.data.path, weight=1)}
         if config.data.path

@@ -1,5 +1,5 @@
-"""The samples of a run: the fragments of a built data set, memory-mapped and read by number, and the
-order in which a run sees them, a function of the seed and the position alone.
+"""The samples of a run: the fragments of a built data set, memory-mapped and read by number, and
+the order in which a run sees them, a function of the seed and the position alone.
 
 No order is stored, so a run of any size starts at once, resumes anywhere, and reads the same
 samples in every parallel layout. An order is an object of a few hundred bytes, for 25 million
@@ -9,10 +9,11 @@ samples takes a few hundred bytes per sample, for as long as the call lasts.
 `FragmentDataset` is one split of a data set. `SampleOrder` is the order of one data set.
 `BlendOrder` is the order of several sets in exact shares: it determines which set provides the
 sample at each position of a run. The sets are the leaves of a binary tree. Each branch splits its
-sequence of samples between its two sides in blocks of BLOCK samples. Exactly floor(n * BLOCK * share) of the samples in the first n blocks go left;
-which ones within a block is drawn from the seed, so that a rank does not read only one set because
-its rows fall on every other sample. A side gets its samples in the order of their positions, so an
-epoch of a set ends before its next one begins.
+sequence of samples between its two sides in blocks of BLOCK samples. Exactly
+floor(n * BLOCK * share) of the samples in the first n blocks go left; which ones within a block is
+drawn from the seed, so that a rank does not read only one set because its rows fall on every other
+sample. A side gets its samples in the order of their positions, so an epoch of a set ends before
+its next one begins.
 """
 
 import math
@@ -73,7 +74,8 @@ class FragmentDataset(Dataset[np.ndarray]):
         return len(self._fragments)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Returns tokens [seq_length + 1], uint8: the bases and EOD. A read-only view of the file."""
+        """Returns tokens [seq_length + 1], uint8: the bases and EOD. They are a read-only view of
+        the file."""
         return self._fragments[index]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,7 +109,7 @@ def _check(folder: Path, split: str, seq_length: int, key: str) -> dict[str, Any
 
 
 def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
-    """Raise UserError unless a file has the size given in the manifest. Checksums take reading all
+    """Raises UserError unless a file has the size given in the manifest. Checksums take reading all
     of it, so they are compared only once per data set, when a run starts (data_set.py)."""
     if facts is None:
         raise UserError(f"{path.parent / MANIFEST} lists no {path.name}; build the data set again")
@@ -122,7 +124,7 @@ def _check_size(path: Path, facts: dict[str, Any] | None) -> None:
 
 
 def _open(prefix: Path) -> IndexedDataset:
-    """Open the split as megatron-core's IndexedDataset."""
+    """Opens the split as megatron-core's IndexedDataset."""
     return IndexedDataset(str(prefix))
 
 
@@ -185,8 +187,9 @@ class SampleOrder:
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64: a bijection of uint64 in which every input bit changes
-    about half of the output bits. For arrays only: numpy warns when a uint64 scalar wraps around."""
+    """Computes the output function of splitmix64: a bijection of uint64 in which every input bit
+    changes about half of the output bits. It is for arrays only, because numpy warns when a uint64
+    scalar wraps around."""
     values = values + GOLDEN_RATIO
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -261,8 +264,8 @@ class BlendOrder:
     def _left(
         self, positions: np.ndarray, first: int, middle: int, last: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """For each position [n] in a branch, returns how many samples before it go to the left side,
-        the sets [first, middle), and whether the sample at the position does. Both [n]."""
+        """Returns for each position [n] in a branch how many samples before it go to the left side,
+        the sets [first, middle), and whether the sample at the position does; both are [n]."""
         weights = self._weights
         share = sum(weights[first:middle], Fraction()) / sum(weights[first:last], Fraction())
         blocks, within = np.divmod(positions, BLOCK)
@@ -276,6 +279,6 @@ class BlendOrder:
 
 
 def _floor(counts: np.ndarray, factor: Fraction) -> np.ndarray:
-    """Returns floor(counts * factor), int64. Computed with Python integers, as a product may exceed
-    64 bits."""
+    """Returns floor(counts * factor), int64. It computes with Python integers, as a product may
+    exceed 64 bits."""
     return (counts.astype(object) * factor.numerator // factor.denominator).astype(np.int64)

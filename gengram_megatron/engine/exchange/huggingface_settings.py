@@ -147,7 +147,7 @@ def notes(hf_config: dict[str, Any]) -> Iterator[str]:
 
 
 def has_tied_embeddings(hf_config: dict[str, Any]) -> bool:
-    """Whether the output layer shares its weight with the input embedding."""
+    """Returns whether the output layer shares its weight with the input embedding."""
     return bool(hf_config.get("tie_word_embeddings"))
 
 

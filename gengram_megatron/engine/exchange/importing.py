@@ -206,7 +206,7 @@ def _warn_of_conversion(converted: set[torch.dtype], dtype: torch.dtype) -> None
 
 @contextmanager
 def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Removes, after an error, the empty folders that were created for the checkpoint."""
+    """Removes the empty folders that were created for the checkpoint, after an error."""
     created = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield

@@ -19,7 +19,8 @@ from gengram_megatron.engine.exchange.settings import (
 )
 
 Arguments = dict[str, Any]
-"""The arguments of a run by name: numbers, strings, booleans, None, and lists and tuples of them."""
+"""The arguments of a run by name: numbers, strings, booleans, None, and lists and tuples of
+them."""
 
 
 _SAME = {
@@ -263,7 +264,7 @@ def _training_settings(arguments: Arguments) -> Iterator[MappedSetting]:
 
 
 def _agrees(setting: MappedSetting, config: Config, arguments: Arguments) -> bool:
-    """Whether the config computes the same; more than one value of a key may do so."""
+    """Returns whether the config computes the same; more than one value of a key may do so."""
     model, our_value = config.model, value_of(config.model, setting.key)
     groups = model.num_query_groups or model.num_attention_heads
     if setting.key == "num_query_groups":
@@ -289,7 +290,7 @@ def _format_foreign(setting: MappedSetting) -> object:
 
 
 def is_equivalent(foreign_value: object, our_value: object) -> bool:
-    """Whether two values mean the same: an absent flag may be None, false, 0 or empty."""
+    """Returns whether two values mean the same: an absent flag may be None, false, 0 or empty."""
     return foreign_value == our_value or (not foreign_value and not our_value)
 
 

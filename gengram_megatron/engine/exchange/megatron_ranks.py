@@ -61,12 +61,12 @@ def plain_name(name: str) -> str | None:
 
 
 def is_multi_token_prediction(name: str) -> bool:
-    """Whether a weight belongs to multi-token prediction, which our model lacks."""
+    """Returns whether a weight belongs to multi-token prediction, which our model lacks."""
     return name.startswith("mtp.")
 
 
 def is_sharded(name: str) -> bool:
-    """Whether each tensor-parallel rank holds a shard of a weight instead of all of it."""
+    """Returns whether each tensor-parallel rank holds a shard of a weight instead of all of it."""
     return bool(_SPLIT_BY_ROWS.search(name) or _SPLIT_BY_COLUMNS.search(name))
 
 
@@ -153,7 +153,7 @@ class RankFiles:
 
     @property
     def names(self) -> set[str]:
-        """Returns the plain names of all weights."""
+        """The plain names of all weights."""
         return set(self._copies)
 
     def read(self, name: str) -> Tensor:

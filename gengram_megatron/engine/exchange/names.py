@@ -26,7 +26,7 @@ def huggingface_weights(model: Model, fused: bool | None = None) -> list[Weight]
 
 
 def is_fused_experts(name: str) -> bool:
-    """Whether a tensor of transformers holds all experts of a layer."""
+    """Returns whether a tensor of transformers holds all experts of a layer."""
     return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
 
 

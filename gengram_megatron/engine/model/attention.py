@@ -36,7 +36,7 @@ from gengram_megatron.engine.model.sequence import chunks_in_sequence_order
 
 
 class CoreAttention(MegatronModule):
-    """softmax(q k^T / sqrt(d)) v, causal, for the heads of one tensor-parallel rank."""
+    """Computes softmax(q k^T / sqrt(d)) v, causal, for the heads of one tensor-parallel rank."""
 
     def __init__(
         self,
@@ -86,7 +86,8 @@ class CoreAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attends causally, aligned at the end: the last query sees all keys, the query before it
-        all but the last key, and so on. Shapes as in `forward`; returns [s, b, heads, d]."""
+        all but the last key, and so on. Takes the shapes that `forward` takes, and returns
+        [s, b, heads, d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         square, grouped = q.shape[2] == k.shape[2], q.shape[1] != k.shape[1]
         # On a GPU, the only kernel that takes fewer key groups than heads without building the
@@ -135,6 +136,6 @@ class WholeLinear(nn.Module):
         self.weight = whole_weight(shape, config, config.init_method)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x: [s_local, b, h]. Returns [s_local, b, out], and None for the bias, as megatron-core
-        expects."""
+        """Takes x [s_local, b, h]. Returns [s_local, b, out], and None for the bias, as
+        megatron-core expects."""
         return F.linear(x, self.weight), None

@@ -87,7 +87,7 @@ def wrap_for_data_parallelism(
 
 
 def build_memory(config: Config, layout: Layout) -> Memory | None:
-    """The memory that the config asks for; None: the baseline."""
+    """Returns the memory that the config asks for, or None for the baseline."""
     gengram, shape = config.model.gengram, gengram_shape(config, layout)
     if shape is None:
         return None
@@ -98,7 +98,7 @@ def build_memory(config: Config, layout: Layout) -> Memory | None:
 
 
 def gengram_shape(config: Config, layout: Layout) -> GengramShape | None:
-    """Returns the settings of Gengram memory; None: the config has it off."""
+    """Returns the settings of Gengram memory, or None if the config has it off."""
     gengram = config.model.gengram
     if not gengram.enabled:
         return None
@@ -210,9 +210,9 @@ def _experts(config: Config, layout: Layout) -> dict[str, Any]:
 
 
 def _recompute(config: Config) -> dict[str, Any]:
-    """Returns the recomputation settings. full: every layer. selective: what is large and cheap to
-    compute, norms and feed-forward activations. Attention is left out, because flash kernels keep
-    no scores."""
+    """Returns the recomputation settings: for full, every layer; for selective, what is large and
+    cheap to compute, which is norms and feed-forward activations. Attention is left out, because
+    flash kernels keep no scores."""
     if config.train.recompute == "full":
         return {
             "recompute_granularity": "full",

@@ -50,8 +50,8 @@ def fuse_accumulation(chunk: nn.Module, apex: bool) -> None:
 
 
 def gradient_fusion(modules: list[nn.Module]) -> str | None:
-    """Returns the libraries whose layers in `modules` fuse gradient accumulation; None: there are
-    no such layers."""
+    """Returns the libraries whose layers in `modules` fuse gradient accumulation, or None if there
+    are no such layers."""
     libraries = {
         "apex": any(getattr(m, "gradient_accumulation_fusion", False) for m in modules),
         "Transformer Engine": any(getattr(m, TRANSFORMER_ENGINE_SWITCH, False) for m in modules),

@@ -35,16 +35,18 @@ class MemoryModule(MegatronModule):
     """The memory of one layer. Its output is added to the hidden state before the layer."""
 
     def forward(self, hidden: Tensor, inputs: Any) -> Tensor:
-        """hidden: [s_local, b, h], this rank's part of the sequence; inputs: what Memory.inputs
-        returned for the microbatch. Returns what is added to hidden, in the same shape."""
+        """Takes hidden [s_local, b, h], this rank's part of the sequence, and inputs, which
+        Memory.inputs returned for the microbatch. Returns what is added to hidden, in the same
+        shape."""
         raise NotImplementedError
 
     def finish_gradients(self) -> None:
-        """Called after a step's last microbatch, before gradients are summed over the ranks. A
-        memory that collects gradients over all microbatches of a step overrides it."""
+        """Does nothing here. A memory that collects gradients over all microbatches of a step
+        overrides it. This is called after a step's last microbatch, before gradients are summed
+        over the ranks."""
 
     def describe(self) -> str:
-        """Returns in a few words how the memory is computed; printed when a run starts."""
+        """Returns in a few words how the memory is computed; a run prints it when it starts."""
         return type(self).__name__
 
 
@@ -81,7 +83,7 @@ class RMSNorm(nn.Module):
         self.weight = whole_weight((hidden_size,), config, init_tag(InitDistribution(constant=1.0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden_size]. Returns the same shape and dtype."""
+        """Takes x [..., hidden_size]. Returns the same shape and dtype."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -108,8 +110,9 @@ class DecoderLayer(TransformerLayer):
     def forward(
         self, hidden_states: Tensor, *args: Any, attention_bias: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: [s_local, b, h]; attention_bias: the inputs of the memory, as returned by
-        Memory.inputs. Returns the hidden state, and the context of cross-attention, here None."""
+        """Takes hidden_states [s_local, b, h] and attention_bias, the inputs of the memory, as
+        returned by Memory.inputs. Returns the hidden state, and the context of cross-attention,
+        here None."""
         if self.has_memory:
             hidden_states = hidden_states + self.memory(hidden_states, attention_bias)
         output: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
@@ -141,7 +144,8 @@ class GengramGPT(GPTModel):
         self.memory = memory
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """tokens, labels: [b, s], int64, whole sequences, the same on all ranks that share them.
+        """Takes tokens and labels [b, s], int64: whole sequences, the same on all ranks that share
+        them.
 
         Returns, for the tokens of this context-parallel rank: on the last stage the loss of each
         token [b, s_local], in nats, or without labels the logits [b, s_local, vocabulary]; on the

@@ -105,8 +105,8 @@ def init_tag(distribution: InitDistribution) -> InitMethod:
 
 def torch_default(fan_in: int) -> InitDistribution:
     """Returns torch's default distribution for the weight and bias of nn.Linear and nn.Conv1d:
-    uniform between -1 / sqrt(fan_in) and 1 / sqrt(fan_in), where fan_in is the number of inputs to each
-    output."""
+    uniform between -1 / sqrt(fan_in) and 1 / sqrt(fan_in), where fan_in is the number of inputs to
+    each output."""
     return InitDistribution(bound=fan_in**-0.5)
 
 

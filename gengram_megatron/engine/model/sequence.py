@@ -94,9 +94,9 @@ class Halo:
         self._plans: dict[tuple[tuple[TokenRange, ...], int], tuple[int, Tensor]] = {}
 
     def __call__(self, x: Tensor, ranges: list[TokenRange], seq_length: int) -> list[Tensor]:
-        """x: [s_local, b, h], the rows of `ranges`. Returns the halo [reach, b, h] of each range,
-        zero where it lies before the sequence. Gradients flow back to the ranks that hold the
-        rows."""
+        """Takes x [s_local, b, h], the rows of `ranges`. Returns the halo [reach, b, h] of each
+        range, zero where it lies before the sequence. Gradients flow back to the ranks that hold
+        the rows."""
         zeros = x.new_zeros((self.reach, *x.shape[1:]))
         if self.reach == 0 or self.tp_size * self.cp_size == 1:
             return [zeros] * len(ranges)
@@ -110,7 +110,8 @@ class Halo:
         self, ranges: tuple[TokenRange, ...], seq_length: int, device: torch.device
     ) -> tuple[int, Tensor]:
         """Returns the largest number of ranges on a rank, and for each row of the halos its index
-        in the gathered rows. Cached, because building the index on the host would stall a GPU."""
+        in the gathered rows. It is cached, because building the index on the host would stall a
+        GPU."""
         if (ranges, seq_length) not in self._plans:
             ranges_by_rank = [
                 sequence_ranges(context_ranges(seq_length, self.cp_size, cp), self.tp_size, tp)

@@ -136,8 +136,8 @@ def adapt_megatron() -> None:
     move_to_cpu = dispatcher.maybe_move_tensor_to_cpu
 
     def splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        """With as_numpy also converts CPU tensors, which the original returns unchanged: all_to_all
-        needs numbers."""
+        """Does as the original, but with as_numpy also converts CPU tensors, which the original
+        returns unchanged, because all_to_all needs numbers."""
         moved = move_to_cpu(tensor, as_numpy=as_numpy, record_stream=False)
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 

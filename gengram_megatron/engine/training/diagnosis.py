@@ -38,7 +38,7 @@ class Finding:
 
 
 def diagnose(chunks: Sequence[nn.Module], compute: Callable[[], object]) -> str:
-    """Returns in words what was not finite first, over all ranks. Called by all ranks.
+    """Returns in words what was not finite first, over all ranks. All ranks call this.
 
     compute: runs forward and backward of the batch once more. Only what a rank computes itself is
     checked, before gradients are summed over ranks.
@@ -64,7 +64,8 @@ class _Search:
         self._outputs = 0
 
     def watch(self, stack: ExitStack, chunk: nn.Module) -> None:
-        """Checks the weights of a model chunk, and its outputs and gradients until the stack ends."""
+        """Checks the weights of a model chunk, and its outputs and gradients until the stack
+        ends."""
         global_name = _global_names(chunk)
         for number, (name, parameter) in enumerate(chunk.named_parameters()):
             if not parameter.isfinite().all():

@@ -34,8 +34,9 @@ REPORT_SECONDS = 10.0
 
 @contextmanager
 def sharing_errors(world_size: int, join: Callable[[], None]) -> Iterator[None]:
-    """A context for a rank's own checks before the process groups exist: an error that the user can
-    fix also ends the other ranks, which would otherwise wait for this one to join them.
+    """Shares the errors of a rank's own checks, made in this context before the process groups
+    exist: an error that the user can fix also ends the other ranks, which would otherwise wait for
+    this one to join them.
 
     join: starts the process groups. The other ranks then call check_nodes.
     """
@@ -52,7 +53,7 @@ def sharing_errors(world_size: int, join: Callable[[], None]) -> Iterator[None]:
 
 
 def check_nodes(folder: Path, data: RunData, signals: StopSignals) -> None:
-    """Raise UserError, on every rank, unless all ranks share the run's folder and read the same,
+    """Raises UserError, on every rank, unless all ranks share the run's folder and read the same,
     undamaged data sets.
 
     signals: once a rank is asked to stop, the rest of the data is left for the job that resumes.
@@ -66,7 +67,7 @@ def check_nodes(folder: Path, data: RunData, signals: StopSignals) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise UserError unless every rank sees in the run's folder a file that rank 0 writes."""
+    """Raises UserError unless every rank sees in the run's folder a file that rank 0 writes."""
     first, name = dist.get_rank() == 0, [f".all-ranks-see-this-{uuid4().hex}"]
     dist.broadcast_object_list(name)
     path, problem = folder.absolute() / name[0], None
@@ -107,7 +108,7 @@ def _appears(path: Path) -> bool:
 
 
 def check_same_data(data: RunData) -> None:
-    """Raise UserError unless every rank has the same data sets in the same shares."""
+    """Raises UserError unless every rank has the same data sets in the same shares."""
     ranks = gather((_host(), _contents(data)))
     first_host, expected = ranks[0]
     for rank, (host, contents) in enumerate(ranks):
@@ -165,7 +166,7 @@ class _CheckProgress:
 
 
 def check_content(files: list[DataFile], signals: StopSignals) -> None:
-    """Raise UserError unless the files have the checksums of their manifests.
+    """Raises UserError unless the files have the checksums of their manifests.
 
     One rank of each node reads the files that no earlier run has checked there; a file that several
     nodes share is read by one of them. All ranks exchange their progress every READ_SECONDS: a
@@ -216,7 +217,7 @@ class _IncrementalCheck:
         self._read = self._total = 0
 
     def read_some(self, signals: StopSignals) -> _CheckProgress:
-        """Continue reading for READ_SECONDS, or until a signal comes."""
+        """Continues reading for READ_SECONDS, or until a signal comes."""
         done, problem, end = True, None, time.monotonic() + READ_SECONDS
         try:
             for size in self._blocks:

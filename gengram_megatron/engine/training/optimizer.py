@@ -30,7 +30,7 @@ class Optimizer(ChainedOptimizer):
 
     @torch.no_grad()
     def step_if(self, accept: Callable[[float], bool]) -> float:
-        """Do a step if `accept` returns True for the gradient norm (before clipping). Returns the
+        """Does a step if `accept` returns True for the gradient norm (before clipping). Returns the
         norm."""
         self.prepare_grads()
         norm = self.get_grad_norm() or 0.0
@@ -40,8 +40,8 @@ class Optimizer(ChainedOptimizer):
         return norm
 
     def _clip(self, norm: float) -> None:
-        """Clip the gradients, as ChainedOptimizer.step does between computing the norm and the step
-        (megatron-core 0.16.1)."""
+        """Clips the gradients, as ChainedOptimizer.step does between computing the norm and the
+        step (megatron-core 0.16.1)."""
         for optimizer in self.chained_optimizers:
             if getattr(optimizer, "is_stub_optimizer", False):  # this rank has no weights for it
                 continue
@@ -51,8 +51,8 @@ class Optimizer(ChainedOptimizer):
 
 
 def adam_settings(config: Config) -> tuple[OptimizerConfig, dict[ParamKey, ParamGroupOverride]]:
-    """Returns Adam's settings for all weights, and overrides for some: Gengram tables may have their
-    own learning rate and weight decay; norm weights and biases are not decayed."""
+    """Returns Adam's settings for all weights, and overrides for some: Gengram tables may have
+    their own learning rate and weight decay; norm weights and biases are not decayed."""
     settings = config.optimizer
     bf16 = config.train.dtype == "bf16"
     optimizer_config = OptimizerConfig(
@@ -76,7 +76,7 @@ def adam_settings(config: Config) -> tuple[OptimizerConfig, dict[ParamKey, Param
 
 
 def build_optimizer(config: Config, chunks: list[DataParallel]) -> Optimizer:
-    """Build megatron-core's optimizer for a rank's chunks."""
+    """Builds megatron-core's optimizer for a rank's chunks."""
     optimizer_config, overrides = adam_settings(config)
     with frozen([parameter for chunk in chunks for parameter in chunk.table_parameters]):
         optimizer = get_megatron_optimizer(
@@ -96,7 +96,7 @@ def _row_table_optimizer(
     row_tables: list[DistributedDataParallel],
     overrides: dict[ParamKey, ParamGroupOverride],
 ) -> MegatronOptimizer:
-    """Build an optimizer for tables whose rows are split over data- or expert-parallel ranks."""
+    """Builds an optimizer for tables whose rows are split over data- or expert-parallel ranks."""
     chained = get_megatron_optimizer(
         optimizer_config,
         row_tables,
@@ -123,7 +123,7 @@ def _table_override(config: Config) -> ParamGroupOverride:
 
 
 def _connect(config: Config, chunks: list[DataParallel], optimizer: MegatronOptimizer) -> None:
-    """Set in the model's config how the schedule scales, reduces and finishes gradients."""
+    """Sets in the model's config how the schedule scales, reduces and finishes gradients."""
     single = len(chunks) == 1
     transformer = chunks[0].config
     transformer.finalize_model_grads_func = _finish_gradients
@@ -137,8 +137,8 @@ def _connect(config: Config, chunks: list[DataParallel], optimizer: MegatronOpti
 
 
 def _finish_gradients(chunks: list[DataParallel], *args: Any, **kwargs: Any) -> None:
-    """megatron-core's finalize_model_grads, after the memories have added the gradients that they
-    accumulate themselves."""
+    """Calls megatron-core's finalize_model_grads, after the memories have added the gradients that
+    they accumulate themselves."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, MemoryModule):
@@ -149,7 +149,7 @@ def _finish_gradients(chunks: list[DataParallel], *args: Any, **kwargs: Any) -> 
 def build_schedule(
     config: Config, layout: Layout, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """Build the schedule: linear warm-up, then a cosine from lr to min_lr, both in samples."""
+    """Builds the schedule: linear warm-up, then a cosine from lr to min_lr, both in samples."""
     settings = config.optimizer
     warmup, decay = _schedule_ends(config, layout)
     return OptimizerParamScheduler(

@@ -31,7 +31,7 @@ def part_implementations(
     chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | ZeroOptimizer
 ) -> dict[str, str | None]:
     """Returns the implementation of each part, in words, read from the built model and optimizer.
-    None: this rank does not have the part, as it has no layer.
+    It is None for a part that this rank does not have, as it has no layer.
 
     chunks: this rank's wrapped model chunks.
     """
@@ -64,8 +64,8 @@ _WORDS = {
 
 
 def _name(module: nn.Module) -> str:
-    """Returns the name of the module's class, with TE in front if Transformer Engine defines it: its
-    RMSNorm has the same name as ours."""
+    """Returns the name of the module's class, with TE in front if Transformer Engine defines it:
+    its RMSNorm has the same name as ours."""
     kind = type(module)
     from_engine = kind.__module__.startswith("transformer_engine.")
     return f"TE{kind.__name__}" if from_engine else kind.__name__
@@ -109,7 +109,7 @@ class GpuUse:
     """Measures how well each training step uses the GPUs. On CPUs nothing is measured.
 
     Attributes:
-        device: the GPU's name, as the driver reports it. None: a CPU.
+        device: the GPU's name, as the driver reports it; None on a CPU.
         devices: number of GPUs of the run.
         flops_per_token: FLOPs of the model's forward and backward passes.
     """
@@ -125,7 +125,7 @@ class GpuUse:
         return cls(name, devices, training_flops(config))
 
     def of_step(self, tokens_per_second: float) -> dict[str, float]:
-        """Returns the numbers for the metrics; none on a CPU. Called by all ranks.
+        """Returns the numbers for the metrics; none on a CPU. All ranks call this.
 
         They are peak_memory_bytes, the most GPU memory that torch has had allocated at once since
         the start of this job, on the rank with the most, and model_flops_utilisation if known.
@@ -142,7 +142,7 @@ class GpuUse:
 
     def utilisation(self, tokens_per_second: float) -> float | None:
         """Returns the model FLOP utilisation (MFU): the fraction of all GPUs' peak that the model's
-        arithmetic uses, from 0 to 1. None for a device that is not in PEAK_BF16_FLOPS.
+        arithmetic uses, from 0 to 1. It is None for a device that is not in PEAK_BF16_FLOPS.
 
         It is tokens_per_second x flops_per_token / (devices x peak). The peak is the dense bf16
         peak, whatever train.precision is. flops_per_token counts the matrix products that a token

@@ -59,7 +59,7 @@ INITIAL_WEIGHT_KEYS = ("model.init_std ", "model.gengram.init ", "model.gengram.
 
 
 def train(config: Config, layout: Layout, signals: StopSignals) -> int:
-    """Train to the end, from the newest checkpoint in config.run.dir or from the start.
+    """Trains to the end, from the newest checkpoint in config.run.dir or from the start.
 
     signals: already entered by the caller, before torch was imported.
 
@@ -119,7 +119,7 @@ class _Run:
         self.uniform = UniformCheck(config, layout.samples)
 
     def run(self) -> int:
-        """Train all remaining steps, or until a signal. Returns the exit code."""
+        """Trains all remaining steps, or until a signal comes. Returns the exit code."""
         resume_point = self.state.load_newest()
         start, self.trained = resume_point.step, resume_point.step > 0
         with ExitStack() as stack:
@@ -147,9 +147,10 @@ class _Run:
         return code
 
     def _changed_keys(self, start: int) -> list[str]:
-        """Returns one line per key that has changed since the checkpoint that this job resumes from.
+        """Returns one line per key that has changed since the checkpoint that this job resumes
+        from.
 
-        Only on the first rank, which also keeps the earlier config, for write_config.
+        It does so only on the first rank, which also keeps the earlier config, for write_config.
         """
         if not (self.first_rank and start):
             self.earlier_config = None
@@ -210,7 +211,7 @@ class _Run:
         self.state.wait()
 
     def _stopped(self, step: int) -> int:
-        """Report that a signal ended this job after a step, and how to resume. Returns the exit
+        """Reports that a signal ended this job after a step, and how to resume. Returns the exit
         code."""
         done = f"saved after step {step}" if self.trained else f"nothing to save after step {step}"
         self._say(
@@ -220,8 +221,8 @@ class _Run:
         return REQUEUE
 
     def _not_finite(self, step: int, result: _Step) -> None:
-        """Skip the batch or end the run, as train.on_nan says, after a loss or gradient that is not
-        finite. No weight has changed."""
+        """Skips the batch or ends the run, as train.on_nan says, after a loss or gradient that is
+        not finite. No weight has changed."""
         values = f"step {step}: loss {result.status.loss}, gradient norm {result.grad_norm}"
         self.skipped_in_a_row += 1
         if self.config.train.on_nan == "skip" and self.skipped_in_a_row < MAX_CONSECUTIVE_SKIPS:
@@ -275,7 +276,7 @@ class _Run:
         )
 
     def _compute(self, step: int, microbatches: Tensor) -> Tensor | None:
-        """Compute the gradients of a step's microbatches [n, b, s + 1]. Returns what
+        """Computes the gradients of a step's microbatches [n, b, s + 1]. Returns what
         forward_backward returns."""
         for chunk in self.chunks:
             chunk.train()
@@ -301,7 +302,8 @@ class _Run:
         return self.memory.metrics(parallel_state.get_data_parallel_group())
 
     def _validate(self, step: int) -> bool:
-        """Run a validation after a step. Returns False if a request to stop came before its end."""
+        """Runs a validation after a step. Returns False if a request to stop came before its
+        end."""
         for chunk in self.chunks:
             chunk.eval()
         losses, done = {}, 0

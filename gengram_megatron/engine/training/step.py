@@ -42,7 +42,7 @@ class StepStatus:
 def reduce_step_status(
     report: Tensor | None, *, grad_norm: float = 0.0, stop: bool = False, writing: bool = False
 ) -> StepStatus:
-    """Combine what every rank knows of the step into one status. Called by all ranks.
+    """Combines what every rank knows of the step into one status. All ranks call this.
 
     report: what forward_backward returned.
     """
@@ -62,15 +62,15 @@ def reduce_step_status(
 
 
 def slowest_rank(seconds: float) -> float:
-    """Returns the longest time of any rank, which the other ranks then wait for. Called by all
-    ranks."""
+    """Returns the longest time of any rank, which the other ranks then wait for. All ranks call
+    this."""
     longest = torch.tensor(seconds, dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     return longest.item()
 
 
 def any_rank(flag: bool) -> bool:
-    """Returns whether the flag is set on any rank. Called by all ranks."""
+    """Returns whether the flag is set on any rank. All ranks call this."""
     flags = torch.tensor(flag, dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())
@@ -79,7 +79,7 @@ def any_rank(flag: bool) -> bool:
 def balance_losses(num_layers: int, num_microbatches: int) -> dict[str, float]:
     """Returns load_balance_loss and router_z_loss of the step, each the mean over layers,
     microbatches and ranks, without its coefficient (a load_balance_loss of 1.0 is a perfect
-    balance). Empty for a dense model."""
+    balance). It is empty for a dense model."""
     tracker = get_moe_layer_wise_logging_tracker()
     if not tracker:
         return {}
@@ -104,11 +104,12 @@ def forward_backward(
     layout: Layout,
     forward_only: bool,
 ) -> Tensor | None:
-    """Run a global batch. Returns, on the last pipeline stage, the sum of the losses of this
-    data-parallel rank's samples and the number of scored tokens, [2] float64; elsewhere None.
+    """Runs a global batch. Returns, on the last pipeline stage, the sum of the losses of this
+    data-parallel rank's samples and the number of scored tokens, [2] float64; on other stages None.
 
-    microbatches: tokens [b, s + 1] of this data-parallel rank for one step. Every rank of a pipeline,
-    tensor and context group reads the same ones, because all layers with a memory need token ids.
+    microbatches: tokens [b, s + 1] of this data-parallel rank for one step. Every rank of a
+    pipeline, tensor and context group reads the same ones, because all layers with a memory need
+    token ids.
     """
     schedule = get_forward_backward_func()
     with torch.set_grad_enabled(not forward_only):  # the schedules do not set it
@@ -128,8 +129,9 @@ def forward_backward(
 def forward_step(
     batches: Iterator[Tensor], model: Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
-    """megatron-core's forward_step_func: returns the output, on the last pipeline stage the loss of
-    each token, and the function that reduces it to a scalar loss."""
+    """Runs a microbatch forward, as megatron-core's forward_step_func. Returns the output, on the
+    last pipeline stage the loss of each token, and the function that reduces it to a scalar
+    loss."""
     tokens = next(batches).to(torch.cuda.current_device(), non_blocking=True)
     inputs, labels, mask = split_batch(tokens)
     output = model(inputs, labels)

@@ -67,7 +67,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def mark(self, step: int, doing: str) -> None:
-        """Record progress. doing: what the main thread is about to do."""
+        """Records progress. doing: what the main thread is about to do."""
         self._step, self._doing = step, doing
         self._marks += 1
         self._since = time.monotonic()
@@ -92,7 +92,7 @@ class Watchdog:
                 os._exit(HUNG)
 
     def _write(self) -> None:
-        """Write this rank's file: its report, then the stacks of all threads."""
+        """Writes this rank's file: its report, then the stacks of all threads."""
         main = threading.main_thread().ident
         assert main is not None  # it has started
         frame = sys._current_frames()[main]

@@ -43,7 +43,8 @@ class Kmers:
     """
 
     def __init__(self, tokens: Tensor, length: int, gengram: dict[str, Any]):
-        """tokens: [b, n], n >= length; the last `length` are new. Masked tokens are PADDING."""
+        """Computes the ids of tokens [b, n], n >= length; the last `length` are new. Masked tokens
+        are PADDING."""
         self.padding = tokens[:, -length:] == PADDING
         largest = max(table["k"] for table in gengram["tables"])
         self.window, self.dilation = gengram["window"], largest
@@ -119,7 +120,8 @@ class ShortConvolution(nn.Module):
         self.conv = nn.Conv1d(hidden, hidden, kernel, groups=hidden, dilation=dilation, bias=False)
 
     def forward(self, x: Tensor, kmers: Kmers) -> Tensor:
-        """x: [b, earlier + s, h], the gated values of the s new tokens and of all before them."""
+        """Takes x [b, earlier + s, h], the gated values of the s new tokens and of all before
+        them."""
         taps = self.conv.weight[:, 0].t()
         length = kmers.ids[0].shape[1] - kmers.reach
         x = F.pad(x, (0, 0, max(length + kmers.reach - x.shape[1], 0), 0))
@@ -136,7 +138,7 @@ class GengramMemory(nn.Module):
     """The Gengram of one layer: tables, key and value projections, gate and output."""
 
     def __init__(self, config: GengramLlamaConfig | GengramMixtralConfig, place: int):
-        """place: the index of this layer among those with Gengram, from 0."""
+        """Builds the layer whose index among those with Gengram is `place`, counted from 0."""
         super().__init__()
         gengram, hidden = config.gengram, config.hidden_size
         self.tables, self.place = gengram["tables"], place
@@ -158,7 +160,7 @@ class GengramMemory(nn.Module):
             self.norm_o = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, kmers: Kmers, cache: "MemoryCache | None") -> Tensor:
-        """hidden: [b, s, h]; returns [b, s, h], to be added to it."""
+        """Takes hidden [b, s, h] and returns [b, s, h], to be added to it."""
         features = self._features(kmers)
         gated: Tensor = self._gate(hidden, self.key_proj(features)) * self.value_proj(features)
         if self.output == "norm":

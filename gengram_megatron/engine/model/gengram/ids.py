@@ -72,7 +72,7 @@ class KmerIds:
 
 def _numbers(digits: Tensor, largest: int) -> dict[int, tuple[Tensor, Tensor]]:
     """Returns for each k up to `largest` the number of the k-mer that ends at each token, and
-    whether it is valid; each [b, s]. Exact up to k = 27.
+    whether it is valid; each [b, s]. The numbers are exact up to k = 27.
 
     digits: [b, s] int64, -1 outside the alphabet.
     """
@@ -160,7 +160,7 @@ class GengramInputs:
         self._lookup_flags: list[Tensor] = []
 
     def __call__(self, tokens: Tensor, training: bool) -> KmerIds:
-        """tokens: [b, s]. Look-ups are counted only if training."""
+        """Returns the k-mers of tokens [b, s]. Look-ups are counted only if training."""
         kmers = KmerIds.from_tokens(tokens, self._tables, self._token_ids, self._eod)
         if training:
             for flags, ids in zip(self._flags(), kmers.ids):

@@ -65,7 +65,7 @@ class GengramMemory(MemoryModule):
         return ConvolutionOutput(config, shape, self.tp_group, self.cp_group)
 
     def forward(self, hidden: Tensor, inputs: KmerIds) -> Tensor:
-        """hidden: [s_local, b, h]. Returns what the layer adds to it, in the same shape."""
+        """Takes hidden [s_local, b, h]. Returns what the layer adds to it, in the same shape."""
         kmers = inputs
         ranges = context_ranges(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
         local_ranges = ranges
@@ -136,7 +136,8 @@ class Gate(nn.Module):
         self.norm_key = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, hidden: Tensor, key: Tensor) -> Tensor:
-        """hidden, key: [s, b, h]. Returns [s, b, 1] in hidden's dtype; sums in float32."""
+        """Takes hidden and key, both [s, b, h]. Returns [s, b, 1] in hidden's dtype; sums in
+        float32."""
         product = self.norm_hidden(hidden) * self.norm_key(key)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         agreement = product.sum(-1, keepdim=True, dtype=wide) / hidden.shape[-1] ** 0.5
@@ -154,7 +155,7 @@ class PlainOutput(nn.Module):
     """Returns o unchanged."""
 
     def forward(self, gated: Tensor, local_ranges: list[TokenRange], kmers: KmerIds) -> Tensor:
-        """gated: [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
+        """Takes gated [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
         return gated
 
 
@@ -166,7 +167,7 @@ class NormOutput(nn.Module):
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, gated: Tensor, local_ranges: list[TokenRange], kmers: KmerIds) -> Tensor:
-        """gated: [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
+        """Takes gated [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
         return F.silu(self.norm(gated))
 
 
@@ -192,7 +193,7 @@ class ConvolutionOutput(nn.Module):
         self.weight = whole_weight((self.kernel, config.hidden_size), config, init_method)
 
     def forward(self, gated: Tensor, local_ranges: list[TokenRange], kmers: KmerIds) -> Tensor:
-        """gated: [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
+        """Takes gated [s_local, b, h], the rows of `local_ranges`. Returns the same shape."""
         halos = self.halo(gated, local_ranges, kmers.seq_length)
         parts = gated.split([len(token_range) for token_range in local_ranges])
         convolved = [
@@ -203,7 +204,7 @@ class ConvolutionOutput(nn.Module):
 
     def _documents(self, token_range: TokenRange, documents: Tensor | None) -> Tensor | None:
         """Returns the document numbers [reach + s, b, 1] of a token range and the `reach` tokens to
-        its left, -1 before the sequence; None: taps may cross documents."""
+        its left, -1 before the sequence; or None if taps may cross documents."""
         if documents is None:
             return None
         missing = max(self.halo.reach - token_range.start, 0)
@@ -211,8 +212,8 @@ class ConvolutionOutput(nn.Module):
         return F.pad(numbers, (0, 0, missing, 0), value=-1).unsqueeze(-1)
 
     def _convolve(self, x: Tensor, documents: Tensor | None) -> Tensor:
-        """x: [reach + s, b, h]; documents: [reach + s, b, 1] or None. Returns the convolution,
-        [s, b, h]."""
+        """Takes x [reach + s, b, h], and documents [reach + s, b, 1] or None. Returns the
+        convolution, [s, b, h]."""
         length = len(x) - self.halo.reach
         out = torch.zeros_like(x[:length])
         for tap in range(self.kernel):

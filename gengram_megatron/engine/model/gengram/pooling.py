@@ -36,8 +36,8 @@ class Windows:
     distinct: Tensor | None = None
 
     def sums(self, x: Tensor) -> Tensor:
-        """x: [s, b, d], a row for the k-mer that ends at each position. Returns the sum of the rows
-        in each position's window, [s, b, d]."""
+        """Takes x [s, b, d], a row for the k-mer that ends at each position. Returns the sum of the
+        rows in each position's window, [s, b, d]."""
         if self.distinct is None:
             return sliding_sum(x, self.span, self.documents)
         total = torch.zeros_like(x)
@@ -46,8 +46,8 @@ class Windows:
         return total
 
     def spread(self, x: Tensor) -> Tensor:
-        """The adjoint of `sums`: returns for each k-mer the sum of x over the windows that contain
-        it, [s, b, d]."""
+        """Applies the adjoint of `sums`: returns for each k-mer the sum of x over the windows that
+        contain it, [s, b, d]."""
         if self.distinct is None:
             return sliding_sum(x, self.span, self.documents, ahead=True)
         total = torch.zeros_like(x)
@@ -195,8 +195,8 @@ class _WindowMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        """The gradient of a row is the sum, over the windows that contain its k-mers, of the
-        window's gradient divided by the window's number of valid k-mers."""
+        """Returns the gradient of the rows. That of a row is the sum, over the windows that contain
+        its k-mers, of the window's gradient divided by the window's number of valid k-mers."""
         ids, documents = ctx.saved_tensors
         grads, indices, offset = [], [], 0
         for block in ctx.blocks:

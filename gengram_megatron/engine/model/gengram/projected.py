@@ -109,7 +109,7 @@ def fold(
 def unfold(
     rows: FoldedRows, grad: Tensor, tables: Sequence[Tensor], weight: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """The adjoint of `fold`. Returns the gradients of the tables and of the weight.
+    """Applies the adjoint of `fold`. Returns the gradients of the tables and of the weight.
 
     grad: the gradient of fold's result, summed over the ranks. It is overwritten.
     """
@@ -271,8 +271,8 @@ def _sum_complete_windows(
 def _spread_complete_windows(
     rows: FoldedRows, folded_grad: Tensor, grad: Tensor, ids: Tensor, block: TokenRange
 ) -> None:
-    """The adjoint of `_sum_complete_windows`, added to folded_grad. grad: [len(block), 2 h], zero
-    where a window is not complete."""
+    """Applies the adjoint of `_sum_complete_windows` to grad, and adds the result to folded_grad.
+    grad: [len(block), 2 h], zero where a window is not complete."""
     span = rows.pooling.span(rows.longest)
     longest, edge = _row_indices(rows, ids, block, span)
     padded = F.pad(grad, (0, 0, len(longest) - len(block), 0)).unsqueeze(1)

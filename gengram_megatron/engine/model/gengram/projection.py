@@ -61,8 +61,9 @@ class KeyValueProjection(nn.Module):
             self.bias = whole_weight((2 * config.hidden_size,), config, bias_init)
 
     def forward(self, pool: Callable[[Sequence[Tensor]], Tensor], rows: list[Tensor]) -> Tensor:
-        """pool: computes the features [s, b, number of k * d / tp] from the rows. Returns key and
-        value concatenated, [s, b, 2 h], or [s / tp, b, 2 h] under sequence parallelism."""
+        """Projects the features [s, b, number of k * d / tp], which `pool` computes from the rows.
+        Returns key and value concatenated, [s, b, 2 h], or [s / tp, b, 2 h] under sequence
+        parallelism."""
         partial = _LinearOfPooled.apply(pool, self.weight.flatten(2).flatten(0, 1), *rows)
         if self.sequence_parallel:
             total = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)

@@ -150,7 +150,8 @@ def _split_columns(rows: Tensor, counts: list[int], width: int) -> Tensor:
 
 
 def _join_columns(grads: Tensor, counts: list[int], total: int) -> Tensor:
-    """The adjoint of `_split_columns`: [n, width] -> [n, d], zero in the columns of other ranks."""
+    """Applies the adjoint of `_split_columns`: [n, width] -> [n, d], zero in the columns of other
+    ranks."""
     whole, start, width = grads.new_zeros((len(grads), total)), 0, grads.shape[1]
     for r, n in enumerate(counts):
         whole[start : start + n, r * width : (r + 1) * width] = grads[start : start + n]

@@ -38,7 +38,7 @@ from gengram_megatron.errors import UserError
 
 
 def mark_experts(module: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Mark the experts for DeepSpeed, if they are distributed over the ranks differently from the
+    """Marks the experts for DeepSpeed, if they are distributed over the ranks differently from the
     rest of the model. groups: megatron-core's parameter groups; each holds only such experts, or
     none of them."""
     expert_groups = [group for group in groups if group["is_expert_parallel"]]
@@ -53,8 +53,9 @@ def mark_experts(module: nn.Module, groups: list[dict[str, Any]]) -> None:
 
 
 def _marker(name: str) -> nn.Module:
-    """Returns a module without weights that is never run. DeepSpeed looks for a module of this class
-    to find out that there are experts, and calls it to set up their process groups under a name."""
+    """Returns a module without weights that is never run. DeepSpeed looks for a module of this
+    class to find out that there are experts, and calls it to set up their process groups under a
+    name."""
     base: Any = importlib.import_module("deepspeed.moe.layer").MoE
 
     class Marker(base):
@@ -65,7 +66,8 @@ def _marker(name: str) -> nn.Module:
         def set_deepspeed_parallelism(self, *_: Any) -> None:
             groups = importlib.import_module("deepspeed.utils.groups")
             same_experts = parallel_state.get_expert_data_parallel_group()
-            # Squared gradients are summed over this group, so it must cover all parts of the experts.
+            # Squared gradients are summed over this group, so it must cover all parts of the
+            # experts.
             all_experts = parallel_state.get_expert_tensor_and_model_parallel_group()
             groups._EXPERT_DATA_PARALLEL_GROUP[name] = same_experts
             groups._EXPERT_PARALLEL_GROUP[name] = all_experts
@@ -74,7 +76,7 @@ def _marker(name: str) -> nn.Module:
 
 
 def build(config: Config, models: list[GengramGPT]) -> tuple[list["ZeroChunk"], "ZeroOptimizer"]:
-    """Build the engine of one rank. models: one model chunk, as there are no pipeline stages."""
+    """Builds the engine of one rank. models: one model chunk, as there are no pipeline stages."""
     (model,) = models
     # Before ZeRO rearranges the weights.
     shards = [
@@ -106,7 +108,8 @@ class ZeroChunk(nn.Module):
     """The model as megatron-core's schedule runs it.
 
     shards: this rank's shard of each global tensor, as model.initialize.sharded_parameters yields
-    it, without data. With ZeRO 3 the model cannot tell later, as its weights are empty between uses.
+    it, without data. With ZeRO 3 the model cannot tell later, as its weights are empty between
+    uses.
     """
 
     def __init__(self, engine: Any, shards: list[tuple[ShardedTensor, nn.Parameter, int]]):
@@ -157,7 +160,7 @@ class ZeroOptimizer:
         self.engine.optimizer.zero_grad()
 
     def step_if(self, accept: Callable[[float], bool]) -> float:
-        """Do a step if `accept` returns True for the gradient norm (before clipping). Returns the
+        """Does a step if `accept` returns True for the gradient norm (before clipping). Returns the
         norm."""
         norm = math.nan
 
@@ -261,8 +264,8 @@ def _adam(config: Config, module: nn.Module) -> torch.optim.AdamW:
 
 
 def _sum_over_tensor_parallel_ranks(model: nn.Module) -> None:
-    """Sum over the tensor-parallel ranks the gradients of weights that each of these ranks has used
-    only on its part of the sequence; megatron-core does so after a step's last microbatch."""
+    """Sums over the tensor-parallel ranks the gradients of weights that each of these ranks has
+    used only on its part of the sequence; megatron-core does so after a step's last microbatch."""
     group = parallel_state.get_tensor_model_parallel_group()
 
     def all_reduced(gradient: Tensor) -> Tensor:
@@ -276,7 +279,7 @@ def _sum_over_tensor_parallel_ranks(model: nn.Module) -> None:
 
 
 def import_deepspeed() -> ModuleType:
-    """Import DeepSpeed, set up for this machine's accelerator, and drop process groups that an
+    """Imports DeepSpeed, set up for this machine's accelerator, and drops process groups that an
     earlier run of this process left behind. Returns the module."""
     os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     if not torch.cuda.is_available():
@@ -291,7 +294,7 @@ def import_deepspeed() -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress DeepSpeed's output, except for errors."""
+    """Suppresses DeepSpeed's output, except for errors."""
     with redirect_stdout(io.StringIO()):
         yield
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

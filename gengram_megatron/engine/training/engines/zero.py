@@ -24,8 +24,8 @@ class ZeroOneAndTwo:
         self.zero, self.flat = zero, zero.single_partition_of_fp32_groups
 
     def link_states(self) -> None:
-        """Link each weight to its part of Adam's states. DeepSpeed would do so after the step of the
-        first parameter group, when the other groups have no states yet."""
+        """Links each weight to its part of Adam's states. DeepSpeed would do so after the step of
+        the first parameter group, when the other groups have no states yet."""
         self.zero._lazy_init_hp_params_optimizer_state()
 
     def norm(self) -> float:
@@ -33,7 +33,7 @@ class ZeroOneAndTwo:
         return float(self.zero.scaled_global_norm())
 
     def skip_step_if(self, rejected: Callable[[], bool]) -> None:
-        """Make the next step call `rejected`, and skip the update if it returns True, as DeepSpeed
+        """Makes the next step call `rejected`, and skip the update if it returns True, as DeepSpeed
         does when gradients overflow."""
 
         def check(**_: Any) -> None:
@@ -50,16 +50,16 @@ class ZeroOneInBf16(ZeroOneAndTwo):
         self._gradients = zero.get_grads_for_norm
 
     def norm(self) -> float:
-        """Returns the norm of the gradients of all ranks. This optimizer keeps those of experts apart
-        from the others."""
+        """Returns the norm of the gradients of all ranks. This optimizer keeps those of experts
+        apart from the others."""
         gradients, expert_gradients = self._gradients()
         mpu, utils = self.zero.mpu, _utils()
         norm = utils.get_global_norm_of_tensors(gradients, mpu=mpu)
         return float(utils.get_norm_with_moe_layers(norm, mpu=mpu, expert_tensors=expert_gradients))
 
     def skip_step_if(self, rejected: Callable[[], bool]) -> None:
-        """Makes the next step call `rejected`, and if it returns True, gives the step a gradient that
-        is not finite."""
+        """Makes the next step call `rejected`, and if it returns True, gives the step a gradient
+        that is not finite."""
 
         def gradients(for_clipping: bool = False) -> Any:
             if not for_clipping and rejected():
@@ -79,12 +79,13 @@ class ZeroThree(ZeroOneAndTwo):
         """Does nothing: this optimizer looks the states up each time."""
 
     def norm(self) -> float:
-        """Returns the norm of the gradients of all ranks, from the norms of the parameter groups."""
+        """Returns the norm of the gradients of all ranks, from the norms of the parameter
+        groups."""
         return float(_utils().combine_grad_norm_groups(self.zero._get_norm_groups()))
 
     def skip_step_if(self, rejected: Callable[[], bool]) -> None:
-        """Makes the next step call `rejected`, and skip the update if it returns True; this optimizer
-        checks for overflow in another method."""
+        """Makes the next step call `rejected`, and skip the update if it returns True; this
+        optimizer checks for overflow in another method."""
 
         def check(**_: Any) -> None:
             self.zero.overflow = rejected()
