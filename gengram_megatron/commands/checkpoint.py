@@ -112,8 +112,9 @@ def strip(
 ) -> None:
     """Copy a checkpoint without its optimizer states.
 
-    The copy has a quarter of the size or less. It can be inspected and exported, and a new run can start from its weights
-    (checkpoint.load), but the run itself cannot resume from it. PATH is not changed.
+    The copy has a quarter of the size or less. It can be inspected and exported, and a new run can
+    start from its weights (checkpoint.load), but the run itself cannot resume from it. PATH is not
+    changed.
     """
     check_folder_writable(out)
     from gengram_megatron.engine.checkpoint.weights_only import strip as strip_checkpoint
@@ -138,9 +139,10 @@ def export(
 ) -> None:
     """Write a model for Hugging Face's transformers.
 
-    The folder holds safetensors, configs, the tokenizer and a model card. A model without Gengram becomes a standard Llama (dense) or Mixtral (experts). A model with
-    Gengram includes its code and is loaded with trust_remote_code=True. Models with MLA, and
-    those that route a token to a single expert, are refused. Needs the extra hf.
+    The folder holds safetensors, configs, the tokenizer and a model card. A model without Gengram
+    becomes a standard Llama (dense) or Mixtral (experts). A model with Gengram includes its code
+    and is loaded with trust_remote_code=True. Models with MLA, and those that route a token to a
+    single expert, are refused. Needs the extra hf.
 
     \b
       gengram checkpoint export runs/mine exported
