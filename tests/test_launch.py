@@ -315,6 +315,7 @@ def test_stopped_and_started_again_as_if_never_stopped(runs: Runs) -> None:
     assert numbers(runs.cut) == numbers(runs.nodes)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_second_interrupt_ends_the_run_at_once(runs: Runs) -> None:
     run = runs.folder / "at_once"

@@ -98,6 +98,7 @@ def test_time_limit_requeue_and_the_same_losses(slurm: Cluster, tiny: Path, tmp_
     assert (whole / f"logs/job-{whole_job}.0/rank-1.log").exists()
 
 
+@pytest.mark.thorough
 def test_first_rank_that_failed_is_named_in_the_job_s_log(
     slurm: Cluster, tiny: Path, tmp_path: Path
 ) -> None:

@@ -86,7 +86,10 @@ def launched(moment: str, number: signal.Signals, tiny: Path, run: Path) -> tupl
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [*zip(MOMENTS, (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM))],
+    [
+        pytest.param(*case, marks=pytest.mark.thorough) if "first of the ranks" in case[0] else case
+        for case in zip(MOMENTS, (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM))
+    ],
     ids=str,
 )
 def test_request_while_a_run_starts(

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
@@ -40,6 +41,7 @@ def measure(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.thorough
 def test_a_step_has_waited_as_long_as_its_slowest_rank(tmp_path):
     processes.spawn(measure, (str(tmp_path),), nprocs=2)
     waited = [[float(word) for word in (tmp_path / rank).read_text().split()] for rank in "01"]
