@@ -126,6 +126,7 @@ def may_mount() -> bool:
     return shutil.which("unshare") and not subprocess.run([*SMALL, "true"]).returncode
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["a name too long for a socket", "a /dev/shm that is full"])
 def test_processes_hand_over_where_torch_could_not_share_a_tensor(place, tmp_path):
     long = tmp_path / ("x" * 100)

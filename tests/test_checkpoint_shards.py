@@ -15,6 +15,7 @@ from gengram_megatron.engine.checkpoint.contents import blocks, weight_shards
 from gengram_megatron.engine.checkpoint.stored import StoredTensors
 from tests.layouts.launch import launch
 from tests.resharding.both_ways import CASES, processes, write
+from tests.selection import quick_or_thorough, selected
 from tests.training.tiny import build_data, write_config
 
 # All cases run in the fixture, which counts as part of the first test.
@@ -48,12 +49,15 @@ def test_weight_whose_elements_lie_in_another_order_is_refused() -> None:
         weight_shards([Turned()])
 
 
+NAMES = quick_or_thorough(CASES, ("dp2", "dp2_hashed_rows", "dp2_tp2_ep2", "plain"))
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     data = build_data(tmp_path_factory.getbasetemp() / "dna_64")
     config = write_config(folder / "tiny.yaml", data)
-    for name in CASES:
+    for name in sorted(selected(request, "name")):
         launch(processes(name), write, name, config, folder)
     return folder
 
@@ -63,7 +67,7 @@ def own(folder: Path, name: str) -> Path:
     return folder / name / "checkpoints/step_00000003"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_what_gathering_writes(folder: Path, name: str) -> None:
     found, expected = StoredTensors(own(folder, name)), StoredTensors(folder / name / "gathered")
     assert sorted(found.names) == sorted(expected.names)
@@ -72,7 +76,7 @@ def test_what_is_written_is_what_gathering_writes(folder: Path, name: str) -> No
         assert torch.equal(found.read(key), expected.read(key)), key
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_element_is_written_once(folder: Path, name: str) -> None:
     described = pickle.loads((own(folder, name) / ".metadata").read_bytes()).state_dict_metadata
     for key, tensor in described.items():
@@ -84,7 +88,7 @@ def test_every_element_is_written_once(folder: Path, name: str) -> None:
             assert (times == 1).all(), key
 
 
-@pytest.mark.parametrize("name", ["dp2", "dp4"])
+@pytest.mark.parametrize("name", quick_or_thorough(("dp2", "dp4"), ("dp2",)))
 def test_ranks_write_equal_shares(folder: Path, name: str) -> None:
     written = Counter()
     described = pickle.loads((own(folder, name) / ".metadata").read_bytes())

@@ -74,6 +74,7 @@ def test_a_healthy_config(tiny, tmp_path, one_process, capsys):
         assert line in shown
 
 
+@pytest.mark.thorough
 def test_packages_that_fail(tiny, tmp_path, one_process):
     """One raises, one kills its process; megatron-core does without both, and so does the run."""
     packages = tmp_path / "packages"
@@ -95,6 +96,7 @@ def test_packages_that_fail(tiny, tmp_path, one_process):
     assert expected.items() <= used(found).items()
 
 
+@pytest.mark.thorough
 def test_what_megatron_needs_fails(tmp_path):
     """Without a config: what is wrong with the machine."""
     put_package(tmp_path, "transformer_engine", "2.1", "raise RuntimeError('no libcudart')")
@@ -176,6 +178,7 @@ CANNOT_RUN = {
 """Words that make a config unfit for this machine, and what the reason says."""
 
 
+@pytest.mark.thorough
 def test_a_config_that_cannot_run_here(tiny):
     words = [word.format(file=tiny) for word in CANNOT_RUN]
     done = doctor(tiny, "parallel.tensor=2", *words, "--no-speeds")

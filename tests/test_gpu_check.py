@@ -73,6 +73,7 @@ def test_what_megatron_does_not_need_is_fetched_with_what_it_needs():
     assert f"--python-version {version} " in done.stderr and "--no-deps" not in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the script goes on to measure where there is a GPU"
 )
@@ -113,6 +114,7 @@ def test_rehearsal(tmp_path):
     assert set((ROOT / "benchmarks").rglob("*.json")) == before
 
 
+@pytest.mark.thorough
 def test_report_of_a_run(tmp_path):
     """A run with one step to time. It leaves no checkpoint, for checkpoint.at_end is false."""
     config = write_config(tmp_path / "config.yaml", build_data(tmp_path / "data"))

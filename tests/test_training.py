@@ -245,6 +245,7 @@ def test_missing_data_set_is_told_in_one_sentence(runs: Runs) -> None:
     assert not said.out and not runs["no_data"].exists()
 
 
+@pytest.mark.thorough
 def test_missing_data_set_is_told_once_by_many_processes(runs: Runs, tmp_path) -> None:
     words = ["train", str(runs.config), f"run.dir={tmp_path / 'run'}", "data.path=/nowhere/dna"]
     done = subprocess.run(
