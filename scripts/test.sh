@@ -22,4 +22,5 @@ say "tests"
 # Many small processes on few cores: threads of their own would only be in each other's way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Two files at a time, in the order of tests/conftest.py: most of them use one core, and wait much.
-python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"
+# shellcheck disable=SC2086 # several words
+python ${GENGRAM_RUNNER:-} -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"

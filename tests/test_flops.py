@@ -14,6 +14,7 @@ from gengram_megatron.plan.time import (
     model_flops_utilisation,
     training_flops,
 )
+from tests.plan.configs import load
 
 MODEL = {
     "hidden_size": 32,
@@ -95,22 +96,9 @@ def test_parameters_are_those_of_a_built_model(one_process, part):
     assert counted.tables == sum(size for name, size in sizes.items() if ".tables." in name)
 
 
-PAPER_MOE = {
-    "hidden_size": 1024,
-    "num_layers": 12,
-    "num_attention_heads": 16,
-    "num_query_groups": 8,
-    "ffn_hidden_size": 4096,
-    "num_experts": 8,
-    "seq_length": 8192,
-    "vocab_size": 256,
-}
-"""The model of 1.2 billion parameters."""
-
-
 def test_tables_of_the_paper():
-    memory = {"enabled": True, "layers": [3, 6, 10], "dim": 1024}
-    assert count_parameters(make_config(**PAPER_MOE, gengram=memory)).tables == 59_996_160
+    config = load("ablation_50b_8k/layer_sets/layers_3_6_10")
+    assert count_parameters(config).tables == 59_996_160
 
 
 def counted_by_torch(config: Config, layout) -> dict[str, int]:
@@ -142,7 +130,7 @@ def test_experts_cost_what_a_dense_layer_as_wide_as_the_chosen_ones_costs():
 
 
 def test_utilisation():
-    config = make_config(**PAPER_MOE)
+    config = load("ablation_50b_8k/baseline")
     # Six FLOPs a token for each activated weight of a matrix, and three times the causal scores.
     weights = count_parameters(config).activated - 256 * 1024 - (2 * 12 + 1) * 1024
     assert training_flops(config) == 6 * weights + 3 * 12 * 8192 * 2 * 1024

@@ -79,6 +79,15 @@ Checkpoint = Annotated[
 ]
 
 
+def _whole_checkpoint(path: Path) -> Path:
+    """Returns the checkpoint that PATH means, after all its files were read and compared."""
+    with reading(path):
+        checkpoint = find_checkpoint(path)
+        check_readable(checkpoint.iterdir())
+        check_whole(checkpoint)
+    return checkpoint
+
+
 @app.command()
 def inspect(
     path: Checkpoint,
@@ -119,11 +128,7 @@ def strip(
     check_folder_writable(out)
     from gengram_megatron.engine.checkpoint.weights_only import strip as strip_checkpoint
 
-    with reading(path):
-        checkpoint = find_checkpoint(path)
-        check_readable(checkpoint.iterdir())
-        check_whole(checkpoint)
-    print(strip_checkpoint(checkpoint, out))
+    print(strip_checkpoint(_whole_checkpoint(path), out))
 
 
 @app.command()
@@ -152,10 +157,7 @@ def export(
     check_folder_writable(out.parent)
     from gengram_megatron.engine.exchange.export import export as export_checkpoint
 
-    with reading(path):
-        checkpoint = find_checkpoint(path)
-        check_readable(checkpoint.iterdir())
-        check_whole(checkpoint)
+    checkpoint = _whole_checkpoint(path)
     export_checkpoint(checkpoint, out, int(largest_file * 1e9))
     print(f"wrote {out} from {checkpoint}")
 

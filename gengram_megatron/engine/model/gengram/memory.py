@@ -64,9 +64,8 @@ class GengramMemory(MemoryModule):
             return NormOutput(config)
         return ConvolutionOutput(config, shape, self.tp_group, self.cp_group)
 
-    def forward(self, hidden: Tensor, inputs: KmerIds) -> Tensor:
+    def forward(self, hidden: Tensor, kmers: KmerIds) -> Tensor:
         """Takes hidden [s_local, b, h]. Returns what the layer adds to it, in the same shape."""
-        kmers = inputs
         ranges = context_ranges(kmers.seq_length, self.cp_group.size(), self.cp_group.rank())
         local_ranges = ranges
         if self.config.sequence_parallel:
